@@ -1,0 +1,1 @@
+"""The service: weights/cifar_net.pth in, class probabilities out. Imports nothing of training."""

@@ -1,0 +1,214 @@
+"""The only definition of what a weights file holds. Reading never runs code from the file; writing is atomic.
+
+    format        1
+    architecture  {"name": "cifar_net", "arguments": {...}}, what `model.build` needs
+    state_dict    float32 tensors on the CPU, mean and std among them, so that preprocessing is never typed twice
+    classes       the class names, in the order of the outputs
+    temperature   what the logits are divided by before the softmax (Guo et al., 2017, arXiv:1706.04599)
+    evaluation    the fields of `report.Evaluation`, or None
+    trained       where the weights come from: shown to people, never interpreted
+
+The tutorial's own file, a bare state_dict of `Net`, is read as well.
+"""
+
+import dataclasses
+import hashlib
+import io
+import os
+import pickle
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from app import model
+from app.errors import CheckpointError
+from app.report import Evaluation
+
+FORMAT = 1
+CIFAR10_CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+EXPECTED = "Expected is a file written by `python -m training train`, or the state_dict of the tutorial's Net."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A trained network and all that is needed to use it."""
+
+    architecture: str
+    arguments: dict[str, Any]
+    state_dict: dict[str, Tensor]
+    classes: tuple[str, ...]
+    temperature: float = 1.0
+    evaluation: Evaluation | None = None
+    trained: dict[str, Any] = field(default_factory=dict)
+    sha256: str = ""
+    """Of the file it was read from; empty before it is written."""
+
+    def network(self) -> nn.Module:
+        """The network in evaluation mode, float32, on the CPU; pixels (N, 3, 32, 32) in 0..255 in, logits (N, K) out.
+
+        Raises:
+            CheckpointError: the weights do not fit the architecture.
+        """
+        with torch.device("meta"):  # shapes are compared before any memory is taken
+            network = model.build(self.architecture, **self.arguments)
+        expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
+        for name, shape in expected.items():
+            given = self.state_dict.get(name)
+            if given is None:
+                raise CheckpointError(f"The weights file lacks the tensor {name} of the network {self.architecture}.")
+            if given.shape != shape:
+                raise CheckpointError(
+                    f"In the weights file the tensor {name} has the shape {tuple(given.shape)}; "
+                    f"the network {self.architecture} needs {tuple(shape)}."
+                )
+        if extra := self.state_dict.keys() - expected.keys():
+            raise CheckpointError(
+                f"The weights file has a tensor {min(extra)} that the network {self.architecture} does not have."
+            )
+        # A copy: training or moving the network must not reach back into the checkpoint.
+        network.load_state_dict({name: tensor.clone() for name, tensor in self.state_dict.items()}, assign=True)
+        return network.eval().requires_grad_(False)
+
+
+def save(checkpoint: Checkpoint, path: Path) -> str:
+    """Write `checkpoint` beside `path` and rename it into place, so that nobody ever sees half a file.
+
+    Returns:
+        The sha256 of the file.
+    """
+    content = {
+        "format": FORMAT,
+        "architecture": {"name": checkpoint.architecture, "arguments": checkpoint.arguments},
+        "state_dict": {name: tensor.detach().cpu().clone() for name, tensor in checkpoint.state_dict.items()},
+        "classes": list(checkpoint.classes),
+        "temperature": checkpoint.temperature,
+        "evaluation": None if checkpoint.evaluation is None else vars(checkpoint.evaluation).copy(),
+        "trained": checkpoint.trained,
+    }
+    return save_tensors(path, content)
+
+
+def save_tensors(path: Path, content: dict[str, Any]) -> str:
+    """`torch.save`, but atomic. Returns the sha256 of the file."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getvalue())
+    return hashlib.sha256(buffer.getvalue()).hexdigest()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace `path` by `content` as a whole or not at all, whenever the process is interrupted."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes it private to this user; a container serves it as another
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a weights file.
+
+    Raises:
+        CheckpointError: with a sentence that says what is wrong with the file and what is expected.
+    """
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"There is no weights file {path}. Train one with `python -m training train`, "
+            "or name another one with CIFAR_WEIGHTS."
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"The weights file {path} cannot be read: {error.strerror}.") from None
+    try:
+        content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"The weights file {path} was refused: it is no PyTorch file, or it holds Python objects besides tensors "
+            f"and plain values, which could run code when loaded. {EXPECTED}"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, OSError):
+        raise CheckpointError(
+            f"The weights file {path} is no PyTorch file, or it is cut short ({len(raw):,} bytes). {EXPECTED}"
+        ) from None
+    try:
+        checkpoint = _parse(content)
+        checkpoint.network()
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} (File {path}.) {EXPECTED}") from None
+    return dataclasses.replace(checkpoint, sha256=hashlib.sha256(raw).hexdigest())
+
+
+def _parse(content: object) -> Checkpoint:
+    if not isinstance(content, dict):
+        raise CheckpointError(f"The weights file holds a {type(content).__name__} where a dict belongs.")
+    if "format" not in content:
+        return _parse_tutorial(content)
+    if content["format"] != FORMAT:
+        raise CheckpointError(
+            f"The weights file has the format {content['format']!r}; this version reads format {FORMAT}."
+        )
+    try:
+        evaluation = content["evaluation"]
+        checkpoint = Checkpoint(
+            architecture=content["architecture"]["name"],
+            arguments=content["architecture"]["arguments"],
+            state_dict=content["state_dict"],
+            classes=tuple(content["classes"]),
+            temperature=float(content["temperature"]),
+            evaluation=None if evaluation is None else Evaluation(**evaluation),
+            trained=content["trained"],
+        )
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError("The weights file lacks a field of the format it claims, or has one too many.") from None
+    _check(checkpoint)
+    return checkpoint
+
+
+def _parse_tutorial(state_dict: dict[Any, Any]) -> Checkpoint:
+    """The tutorial saves the bare state_dict and normalises with mean 0.5 and standard deviation 0.5 outside."""
+    half = torch.full((3,), 0.5)
+    checkpoint = Checkpoint(
+        architecture="net",
+        arguments={"num_classes": len(CIFAR10_CLASSES)},
+        state_dict={"mean": half, "std": half, **state_dict},
+        classes=CIFAR10_CLASSES,
+        trained={"recipe": "the tutorial's own state_dict"},
+    )
+    _check(checkpoint)
+    return checkpoint
+
+
+def _check(checkpoint: Checkpoint) -> None:
+    if checkpoint.architecture not in model.NETWORKS:
+        raise CheckpointError(
+            f"The weights file is for a network {checkpoint.architecture!r}; known are {', '.join(model.NETWORKS)}."
+        )
+    if not isinstance(checkpoint.arguments, dict) or checkpoint.arguments.get("num_classes") != len(checkpoint.classes):
+        raise CheckpointError("In the weights file the number of class names differs from the number of outputs.")
+    if len(set(checkpoint.classes)) != len(checkpoint.classes) or not all(
+        isinstance(name, str) for name in checkpoint.classes
+    ):
+        raise CheckpointError("In the weights file the class names are not distinct texts.")
+    for name, tensor in checkpoint.state_dict.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise CheckpointError(f"The weights file holds something else than a tensor under the name {name!r}.")
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"In the weights file the tensor {name} has values that are not finite.")
+    if not checkpoint.temperature > 0:
+        raise CheckpointError(f"The weights file has the temperature {checkpoint.temperature}; it must be positive.")
+    evaluation = checkpoint.evaluation
+    size = len(checkpoint.classes)
+    if evaluation is not None and tuple(evaluation.confusion_KK.shape) != (size, size):
+        raise CheckpointError(f"In the weights file the confusion matrix is not {size} x {size}.")

@@ -1,0 +1,254 @@
+"""Labelled images from a folder. The one reader of data sets: training reads both parts, the service the test part.
+
+Three layouts are recognised, in this order:
+
+    CIFAR-10, binary    data_batch_1.bin ... data_batch_5.bin and test_batch.bin
+    CIFAR-10, python    data_batch_1 ... data_batch_5 and test_batch, as torchvision downloads them
+    class folders       one folder per class with its pictures directly in it: cats/1.png, dogs/a.jpg, ...
+
+The first two may lie in the folder itself or in the subfolder their archive unpacks to. Pictures of class folders are
+cut to the centre square and resized to 32x32 (`app.images`, "crop"); a fifth of each class is the test part.
+
+Shape letters: N images, C = 3 channels, H = W = 32.
+"""
+
+import ctypes
+import hashlib
+import pickle
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from app import numpy_pickle
+from app.checkpoint import CIFAR10_CLASSES
+from app.errors import DataError, RequestError
+from app.model import IMAGE_SIZE
+
+PIXEL_BYTES = 3 * IMAGE_SIZE * IMAGE_SIZE
+RECORD_BYTES = 1 + PIXEL_BYTES
+BATCH_IMAGES = 10_000
+TRAINING_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
+TEST_BATCH = "test_batch"
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+TEST_SHARE = 1 / 5
+NAMED_FILES = 5
+
+T = TypeVar("T")
+
+# A copy of the test set goes round whose images went through one JPEG encoding. Figures on it are not comparable with
+# published ones, so it must not pass for the test set; nothing but its content tells them apart.
+KNOWN_COPIES = {"12f8dfd385fadf8ec94e77c8de765d9b2dff30e56d893543bbef3118534efaaa": "CIFAR-10 test, JPEG q75"}
+
+HOW_TO_GET = (
+    "Name a folder with --data DIR or CIFAR_DATA; it holds CIFAR-10 (cifar-10-batches-bin or cifar-10-batches-py) or "
+    "one folder of pictures per class. `python -m training download` fetches CIFAR-10."
+)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Split:
+    """The training or the test part of a data set, in memory."""
+
+    name: str
+    """In words, for reports: "CIFAR-10 test"."""
+    classes: tuple[str, ...]
+    pixels_NCHW: Tensor
+    """uint8, (N, 3, 32, 32), red, green, blue."""
+    labels_N: Tensor
+    """int64, indices into `classes`."""
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over the pixels, image after image as (C, H, W), then the labels as 64-bit little-endian integers.
+
+        It depends on the content only: the binary and the python layout of the same images have the same digest.
+        """
+        digest = hashlib.sha256(_memory(self.pixels_NCHW.contiguous()))
+        digest.update(_memory(self.labels_N.contiguous()))
+        return digest.hexdigest()
+
+
+def read(folder: Path, seed: int = 0) -> tuple[Split, Split]:
+    """The training and the test part of the data set in `folder`.
+
+    Args:
+        seed: Of the split of class folders into two parts and of their order; CIFAR-10 comes divided and ordered.
+
+    Raises:
+        DataError: There is no data set, or a part of it cannot be used.
+    """
+    layout = _recognise(folder)
+    return layout(folder, seed, "training"), layout(folder, seed, "test")
+
+
+def read_test(folder: Path, seed: int = 0) -> Split:
+    """The test part only; like `read` otherwise."""
+    return _recognise(folder)(folder, seed, "test")
+
+
+def _recognise(folder: Path) -> Callable[[Path, int, str], Split]:
+    if not folder.is_dir():
+        raise DataError(f"There is no folder {folder}. {HOW_TO_GET}")
+    if _find_batches(folder, "bin", ".bin"):
+        return _read_binary
+    if _find_batches(folder, "py", ""):
+        return _read_python
+    if any(path.suffix.lower() in PICTURE_SUFFIXES for path in folder.glob("*/*")):
+        return _read_class_folders
+    raise DataError(f"The folder {folder} holds no data set that is recognised. {HOW_TO_GET}")
+
+
+# CIFAR-10
+
+
+def _find_batches(folder: Path, layout: str, suffix: str) -> Path | None:
+    """The folder that holds batches of that layout: `folder` itself or the one its archive unpacks to."""
+    names = [name + suffix for name in (*TRAINING_BATCHES, TEST_BATCH)]
+    for candidate in (folder, folder / f"cifar-10-batches-{layout}"):
+        if any((candidate / name).is_file() for name in names):
+            return candidate
+    return None
+
+
+def _read_binary(folder: Path, _seed: int, part: str) -> Split:
+    return _cifar10(part, _find_batches(folder, "bin", ".bin") or folder, ".bin", _parse_records)
+
+
+def _read_python(folder: Path, _seed: int, part: str) -> Split:
+    return _cifar10(part, _find_batches(folder, "py", "") or folder, "", _parse_pickle)
+
+
+def _cifar10(part: str, folder: Path, suffix: str, parse: Callable[[Path, bytearray], tuple[Tensor, Tensor]]) -> Split:
+    names = (TEST_BATCH,) if part == "test" else TRAINING_BATCHES
+    paths = [folder / (name + suffix) for name in names]
+    pixels, labels = [], []
+    for path in paths:
+        pixels_NCHW, labels_N = parse(path, _read_bytes(path))
+        wrong_N = (labels_N < 0) | (labels_N >= len(CIFAR10_CLASSES))
+        if wrong_N.any():
+            number = int(wrong_N.nonzero()[0])
+            raise DataError(
+                f"In the file {path} image number {number} has the label {int(labels_N[number])}; labels are 0 to "
+                f"{len(CIFAR10_CLASSES) - 1}. The file is damaged or is not CIFAR-10."
+            )
+        pixels.append(pixels_NCHW)
+        labels.append(labels_N)
+    name = f"CIFAR-10 {part}"
+    if sum(map(len, labels)) != BATCH_IMAGES * len(paths):
+        name = f"{name}, {sum(map(len, labels)):,} images"
+    split = Split(name=name, classes=CIFAR10_CLASSES, pixels_NCHW=torch.cat(pixels), labels_N=torch.cat(labels))
+    if part == "test" and split.digest in KNOWN_COPIES:
+        return replace(split, name=KNOWN_COPIES[split.digest])
+    return split
+
+
+def _read_bytes(path: Path) -> bytearray:
+    """As a bytearray, because torch warns of tensors that share the memory of immutable bytes."""
+    try:
+        return bytearray(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(f"The data set in {path.parent} lacks the file {path.name}. {HOW_TO_GET}") from None
+    except OSError as error:
+        raise DataError(f"The file {path} cannot be read: {error.strerror}.") from None
+
+
+def _parse_records(path: Path, raw: bytearray) -> tuple[Tensor, Tensor]:
+    """A record is one byte of label, then the red, the green and the blue plane, row by row."""
+    if not raw or len(raw) % RECORD_BYTES:
+        raise DataError(
+            f"The file {path} is cut short: it has {len(raw):,} bytes; expected are {BATCH_IMAGES * RECORD_BYTES:,}, "
+            f"or for fewer images a multiple of {RECORD_BYTES:,}. Copy or download it again."
+        )
+    records = torch.frombuffer(raw, dtype=torch.uint8).reshape(-1, RECORD_BYTES)
+    return records[:, 1:].reshape(-1, 3, IMAGE_SIZE, IMAGE_SIZE), records[:, 0].long()
+
+
+def _parse_pickle(path: Path, raw: bytearray) -> tuple[Tensor, Tensor]:
+    """A pickled dict, written by Python 2: `labels`, a list, and `data`, a numpy array of uint8, (N, 3072)."""
+    try:
+        batch = numpy_pickle.load(raw)
+        labels, data = batch[b"labels"], batch[b"data"]
+        if data.shape != (len(labels), PIXEL_BYTES) or len(data.content) != len(labels) * PIXEL_BYTES:
+            raise ValueError("labels and pixels differ in number")
+        pixels = torch.frombuffer(bytearray(data.content), dtype=torch.uint8)
+        return pixels.reshape(-1, 3, IMAGE_SIZE, IMAGE_SIZE), torch.tensor(labels, dtype=torch.int64)
+    except (pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError, AttributeError, RuntimeError):
+        raise DataError(
+            f"The file {path} ({len(raw):,} bytes) is no batch of CIFAR-10's python version, or it is cut short. "
+            "Nothing in it was run. Copy or download it again."
+        ) from None
+
+
+# Class folders
+
+
+def _read_class_folders(folder: Path, seed: int, part: str) -> Split:
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if len(names) < 2:
+        raise DataError(f"The folder {folder} has the one class folder {names[0]}; a classifier needs at least two.")
+    generator = torch.Generator().manual_seed(seed)
+    chosen: list[tuple[Path, int]] = []
+    for label, name in enumerate(names):
+        training, test = _divide(folder / name, generator)
+        chosen += [(path, label) for path in (test if part == "test" else training)]
+    chosen = _shuffle(chosen, generator)
+    return Split(
+        name=f"{folder.resolve().name} {part}",
+        classes=tuple(names),
+        pixels_NCHW=_decode([path for path, _ in chosen], folder),
+        labels_N=torch.tensor([label for _, label in chosen], dtype=torch.int64),
+    )
+
+
+def _divide(class_folder: Path, generator: torch.Generator) -> tuple[list[Path], list[Path]]:
+    """All files but hidden ones: a file that is no picture is better reported than dropped."""
+    paths = sorted(path for path in class_folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    if len(paths) < 2:
+        raise DataError(
+            f"The class folder {class_folder} has {len(paths) or 'no'} picture{'s' * (not paths)}; a class needs at "
+            "least two, one to train on and one to test with, directly in its folder. Add some or remove the folder."
+        )
+    paths = _shuffle(paths, generator)
+    count = max(1, round(len(paths) * TEST_SHARE))
+    return paths[count:], paths[:count]
+
+
+def _shuffle(items: list[T], generator: torch.Generator) -> list[T]:
+    return [items[index] for index in torch.randperm(len(items), generator=generator).tolist()]
+
+
+def _decode(paths: list[Path], folder: Path) -> Tensor:
+    """The pictures as uint8 (N, 3, 32, 32). Threads, because Pillow decodes without holding the interpreter's lock."""
+    with ThreadPoolExecutor() as pool:
+        decoded = list(pool.map(_decode_or_none, paths))
+    broken = sorted(str(path.relative_to(folder)) for path, image in zip(paths, decoded, strict=True) if image is None)
+    if broken:
+        raise DataError(
+            f"Of the {len(paths):,} files read in {folder}, {len(broken):,} cannot be read as a picture: "
+            f"{', '.join(broken[:NAMED_FILES])}{', ...' if len(broken) > NAMED_FILES else ''}. Accepted are PNG, JPEG, "
+            "WebP and BMP. Repair these files or move them away."
+        )
+    return torch.stack([image for image in decoded if image is not None])
+
+
+def _decode_or_none(path: Path) -> Tensor | None:
+    from app import images  # here, because CIFAR-10 itself is read without Pillow
+
+    try:
+        return images.decode(path.read_bytes(), resize="crop")
+    except (RequestError, OSError):
+        return None
+
+
+def _memory(tensor: Tensor) -> ctypes.Array[ctypes.c_char]:
+    """The bytes of a contiguous CPU tensor, not copied; torch offers this through numpy only."""
+    return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())

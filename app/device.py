@@ -1,0 +1,46 @@
+"""Which device, and which number format on it. Shared by the service and the training package."""
+
+import torch
+
+DEVICES = ("cuda", "mps", "cpu")
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """`name` if given, else the first of cuda, mps, cpu that this machine has.
+
+    Raises:
+        ValueError: `name` is not a device torch knows, or this machine does not have it.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name is None:
+        return torch.device(next(kind for kind in DEVICES if available[kind]))
+    kind, _, index = name.partition(":")
+    if kind not in DEVICES or not (index == "" or index.isdigit()):
+        raise ValueError(f"The device {name!r} is unknown; accepted are cuda, cuda:0, cuda:1, ..., mps and cpu.")
+    if not available[kind] or (kind == "cuda" and int(index or 0) >= torch.cuda.device_count()):
+        usable = ", ".join(kind for kind in DEVICES if available[kind])
+        raise ValueError(f"The device {name!r} is not available on this machine; it has: {usable}.")
+    return torch.device(name)
+
+
+def choose_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it natively, float32 elsewhere.
+
+    Without AVX512-BF16 or AMX an x86 CPU emulates bfloat16 and is slower than in float32; `torch.cpu` reads the
+    processor's own flags. On Apple's GPU float32 is kept: half the answers' digits would buy little at this size.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "cpu":
+        has = torch.cpu.get_capabilities()
+        return torch.bfloat16 if has.get("amx_bf16") or has.get("avx512_bf16") else torch.float32
+    return torch.float32
+
+
+def describe(device: torch.device) -> str:
+    """The hardware in words, for logs and model cards."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"{torch.cpu.get_capabilities().get('cpu_name', 'CPU')}, {torch.get_num_threads()} threads"
+    return "Apple GPU"

@@ -1,0 +1,105 @@
+"""Everything a user of the service can get wrong, and what the service may have to refuse.
+
+    bytes --decode--> pixels --admit--> queue --predict--> probabilities
+          BadRequest         Overloaded       DeadlineExceeded
+          BodyTooLarge       NotReady
+          UnsupportedMedia
+          WrongSize
+
+    AppError
+    |-- StartError             the process exits non-zero with the sentence
+    |   |-- SettingsError
+    |   `-- CheckpointError
+    |-- DataError              a data set cannot be used; training stops, the service goes on without it
+    `-- RequestError           the answer carries the sentence and the class's HTTP status
+        |-- BadRequest         400
+        |-- NotFound           404
+        |-- BodyTooLarge       413
+        |-- UnsupportedMedia   415
+        |-- WrongSize          422
+        |-- Overloaded         429
+        |-- NotReady           503
+        `-- DeadlineExceeded   504
+
+The message of each is a sentence for a stranger: what was given, what is accepted, what to do. It holds no path of
+the server, no library text and no address.
+"""
+
+
+class AppError(Exception):
+    """An error whose message is a sentence meant for the user."""
+
+
+class StartError(AppError):
+    """The process cannot start."""
+
+
+class SettingsError(StartError):
+    """A setting has a value that is not accepted."""
+
+
+class CheckpointError(StartError):
+    """A weights file cannot be used."""
+
+
+class DataError(AppError):
+    """A data set is missing, broken or does not fit the network."""
+
+
+class RequestError(AppError):
+    """A request is refused. `status` is the HTTP status, `detail` an optional machine-readable explanation."""
+
+    status = 500
+
+    def __init__(self, sentence: str, *, detail: object = None, retry_after_seconds: int | None = None) -> None:
+        super().__init__(sentence)
+        self.detail = detail
+        self.retry_after_seconds = retry_after_seconds
+
+
+class BadRequest(RequestError):
+    """The bytes are not what they should be: no image, a broken image, malformed multipart."""
+
+    status = 400
+
+
+class NotFound(RequestError):
+    """There is no such thing here."""
+
+    status = 404
+
+
+class BodyTooLarge(RequestError):
+    """More bytes or more pixels than the service accepts."""
+
+    status = 413
+
+
+class UnsupportedMedia(RequestError):
+    """The content type is none the service reads."""
+
+    status = 415
+
+
+class WrongSize(RequestError):
+    """A readable picture whose size the network does not take."""
+
+    status = 422
+
+
+class Overloaded(RequestError):
+    """The queue is full; trying again later helps."""
+
+    status = 429
+
+
+class NotReady(RequestError):
+    """The service is starting or stopping."""
+
+    status = 503
+
+
+class DeadlineExceeded(RequestError):
+    """The answer would have come too late."""
+
+    status = 504

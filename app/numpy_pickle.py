@@ -1,0 +1,52 @@
+"""Reads pickles of plain values and numpy arrays, as Python 2 wrote CIFAR-10: runs no code of the file, needs no numpy.
+
+Only the four names that numpy's arrays are pickled with are looked up, and each finds a stand-in.
+"""
+
+import io
+import pickle
+from typing import Any
+
+
+class Array:
+    """Stands in for numpy.ndarray: keeps what the pickle says of it."""
+
+    shape: tuple[int, ...] = ()
+    content: bytes = b""
+
+    def __setstate__(self, state: tuple[int, tuple[int, ...], object, bool, bytes]) -> None:
+        _version, self.shape, _dtype, _fortran_order, self.content = state
+
+
+class _Dtype:
+    """Stands in for numpy.dtype. Its value is not needed: the number of bytes tells uint8 from all wider types."""
+
+    def __init__(self, *_arguments: object) -> None: ...
+
+    def __setstate__(self, _state: object) -> None: ...
+
+
+class _Unpickler(pickle.Unpickler):
+    """Each look-up makes a new function: a pickle can set attributes of what it looks up."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        match module, name:
+            case "numpy", "ndarray":
+                return Array
+            case "numpy", "dtype":
+                return _Dtype
+            case "numpy.core.multiarray" | "numpy._core.multiarray", "_reconstruct":
+                return lambda *_arguments: Array()
+            case "_codecs", "encode":  # how Python 3 writes bytes in the protocol of Python 2
+                return lambda text, _encoding: text.encode("latin1")
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
+
+
+def load(raw: bytes | bytearray) -> Any:
+    """The pickled value; texts of Python 2 as bytes, numpy arrays as `Array`.
+
+    Raises:
+        pickle.UnpicklingError: It refers to anything but plain values and numpy arrays; nothing of it was run.
+        EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError: It is malformed.
+    """
+    return _Unpickler(io.BytesIO(raw), encoding="bytes").load()
