@@ -1,0 +1,28 @@
+# One image for CPU and GPU hosts: torch's default wheels bring their own CUDA libraries and run on a CPU as well.
+#   docker build -t cifar-service .                                   # about 6 GB, of which CUDA is 5
+#   docker build -t cifar-service --build-arg TORCH_INDEX=URL .       # URL of PyTorch's CPU-only index: under 1 GB
+#   docker run --rm -p 8000:8000 --read-only [--gpus all] cifar-service
+
+FROM python:3.12-slim AS packages
+ARG TORCH_INDEX=""
+WORKDIR /build
+COPY pyproject.toml .
+# Only the service's packages, read from the one place that lists them; this layer lives until that file changes.
+RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+        > requirements.txt \
+    && python -m venv /venv \
+    && if [ -n "$TORCH_INDEX" ]; then /venv/bin/pip install --no-cache-dir --index-url "$TORCH_INDEX" torch; fi \
+    && /venv/bin/pip install --no-cache-dir --requirement requirements.txt
+
+FROM python:3.12-slim
+COPY --from=packages /venv /venv
+WORKDIR /srv
+COPY app app
+COPY weights weights
+# Nothing is written at run time, byte code included, so a read-only root works.
+ENV PATH=/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 CIFAR_HOST=0.0.0.0
+USER 65534:65534
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=3s --start-period=30s CMD ["python", "-c", \
+    "import os, urllib.request as r; r.urlopen('http://127.0.0.1:' + os.environ.get('CIFAR_PORT', '8000') + '/healthz')"]
+ENTRYPOINT ["python", "-m", "app"]

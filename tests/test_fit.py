@@ -1,0 +1,181 @@
+"""The training loop: it learns, repeats itself exactly, resumes exactly, and stops with a sentence."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from app import model
+from app.data import Split
+from training.config import RECIPES, Recipe
+from training.fit import Progress, fit, initialize, learning_rate_factor, optimizers_for
+from training.meter import TrainingError
+
+CPU = torch.device("cpu")
+DEBUG = RECIPES["debug"]
+
+
+def stripes(count: int, seed: int = 0) -> Split:
+    """Two classes that differ in the direction of their stripes, in noise."""
+    generator = torch.Generator().manual_seed(seed)
+    labels_N = torch.arange(count) % 2
+    wave = (torch.arange(32) // 4 % 2 * 120.0).expand(32, 32)
+    pattern = torch.stack([wave, wave.T])[labels_N][:, None].expand(-1, 3, -1, -1)
+    noise = torch.rand(count, 3, 32, 32, generator=generator) * 100
+    return Split(
+        name="stripes",
+        classes=("upright", "flat"),
+        pixels_NCHW=(pattern + noise).to(torch.uint8),
+        labels_N=labels_N,
+    )
+
+
+def train(recipe: Recipe, split: Split, **options: object) -> tuple[dict[str, Tensor], Progress]:
+    torch.manual_seed(recipe.seed)
+    network = model.build(recipe.network, num_classes=len(split.classes))
+    initialize(network, recipe, split.pixels_NCHW)
+    kept, progress = fit(network, split, recipe, device=CPU, **options)  # type: ignore[arg-type]
+    return kept.state_dict(), progress
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_the_default_network_learns_stripes(optimizer: str, average: float) -> None:
+    recipe = Recipe(
+        network="cifar_net",
+        epochs=4,
+        batch_size=16,
+        optimizer=optimizer,  # type: ignore[arg-type]
+        learning_rate=0.02,
+        muon_learning_rate=0.05,
+        average=average,
+    )
+    split = stripes(96)
+    torch.manual_seed(0)
+    network = model.build("cifar_net", num_classes=2)
+    kept, progress = fit(network, split, recipe, device=CPU)
+    with torch.no_grad():
+        right = kept.eval()(split.pixels_NCHW).argmax(dim=1) == split.labels_N
+    assert right.double().mean() > 0.9
+    assert progress.rows[-1]["loss"] < progress.rows[0]["loss"]
+    assert [row["epoch"] for row in progress.rows] == [1, 2, 3, 4]
+
+
+def test_same_seed_gives_the_same_weights_and_another_seed_others() -> None:
+    split = stripes(40)
+    first, _ = train(DEBUG, split)
+    second, _ = train(DEBUG, split)
+    other, _ = train(dataclasses.replace(DEBUG, seed=1), split)
+    assert same(first, second)
+    assert not same(first, other)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [DEBUG, dataclasses.replace(DEBUG, network="cifar_net", optimizer="muon", muon_learning_rate=0.1, average=0.9)],
+    ids=["debug", "muon and average"],
+)
+def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path: Path, recipe: Recipe) -> None:
+    recipe = dataclasses.replace(recipe, epochs=3)
+    split = stripes(40)
+    whole, _ = train(recipe, split)
+
+    def interrupt(row: dict[str, float]) -> None:
+        if row["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, split, state_file=tmp_path / "state.pt", on_epoch=interrupt)
+    resumed, progress = train(recipe, split, state_file=tmp_path / "state.pt", resume=True)
+    assert same(whole, resumed)
+    assert [row["epoch"] for row in progress.rows] == [1, 2, 3]
+
+
+def test_resuming_under_another_recipe_is_refused(tmp_path: Path) -> None:
+    split = stripes(40)
+    train(DEBUG, split, state_file=tmp_path / "state.pt")
+    with pytest.raises(TrainingError, match="another epochs, batch_size"):
+        train(dataclasses.replace(DEBUG, batch_size=8, epochs=3), split, state_file=tmp_path / "state.pt", resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(tmp_path: Path) -> None:
+    state_file, split = tmp_path / "state.pt", stripes(40)
+    network = model.build("net", num_classes=2)
+
+    def ruin(row: dict[str, float]) -> None:
+        if row["epoch"] == 2:
+            nn.init.constant_(network.get_parameter("fc3.bias"), float("nan"))
+
+    recipe = dataclasses.replace(DEBUG, epochs=4)
+    with pytest.raises(TrainingError, match=r"no longer finite in epoch 3.*--learning-rate"):
+        fit(network, split, recipe, device=CPU, state_file=state_file, on_epoch=ruin)
+    state = torch.load(state_file, weights_only=True)
+    assert state["epochs_done"] == len(state["rows"]) == 2
+    assert all(tensor.isfinite().all() for tensor in state["network"].values())
+
+
+def test_weights_that_the_last_step_ruined_are_not_saved(tmp_path: Path) -> None:
+    # One step an epoch: its loss is finite, and what its update does shows in no loss of this epoch.
+    recipe = dataclasses.replace(
+        DEBUG, batch_size=40, learning_rate=100.0, weight_decay=1.0, momentum=0.0, nesterov=False
+    )
+    with pytest.raises(TrainingError, match="no longer finite"):
+        train(dataclasses.replace(recipe, epochs=60, decay=False), stripes(40), state_file=tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert all(tensor.isfinite().all() for tensor in state["network"].values())
+
+
+def test_running_loss_is_printed_as_the_tutorial_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = dataclasses.replace(RECIPES["tutorial"], report_every=5)
+    train(recipe, stripes(40), show_progress=True)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+    assert [line.split(" loss: ")[0] for line in lines] == ["[1,     5]", "[1,    10]", "[2,     5]", "[2,    10]"]
+    assert all(0.3 < float(line.split(" loss: ")[1]) < 1.1 for line in lines)
+
+
+def test_every_image_is_used_once_an_epoch_whatever_the_batch() -> None:
+    seen: list[float] = []
+    split = stripes(47)
+    train(dataclasses.replace(DEBUG, batch_size=10), split, on_epoch=lambda row: seen.append(row["loss"]))
+    assert len(seen) == DEBUG.epochs
+    _, progress = train(dataclasses.replace(DEBUG, learning_rate=0.0, batch_size=10, jpeg=0.0, cutout=0), split)
+    _, alone = train(dataclasses.replace(DEBUG, learning_rate=0.0, batch_size=47, jpeg=0.0, cutout=0), split)
+    assert progress.rows[0]["loss"] == pytest.approx(alone.rows[0]["loss"], rel=1e-3)
+
+
+def test_normalisation_comes_from_the_training_pixels() -> None:
+    network = model.build("net", num_classes=2)
+    pixels_NCHW = stripes(40).pixels_NCHW
+    initialize(network, DEBUG, pixels_NCHW)
+    normalized = network.normalize(pixels_NCHW)
+    assert normalized.mean(dim=(0, 2, 3)).tolist() == pytest.approx([0, 0, 0], abs=1e-3)
+    assert normalized.std(dim=(0, 2, 3)).tolist() == pytest.approx([1, 1, 1], abs=1e-3)
+    untouched = model.build("net")
+    initialize(untouched, RECIPES["tutorial"], pixels_NCHW)
+    assert untouched.mean.tolist() == [0.5, 0.5, 0.5]
+
+
+def test_learning_rate_rises_and_falls() -> None:
+    recipe = dataclasses.replace(DEBUG, warmup=0.2)
+    factors = [learning_rate_factor(step, 100, recipe) for step in range(100)]
+    assert max(factors) == factors[20] == 1.0
+    assert factors[:21] == sorted(factors[:21])
+    assert factors[20:] == sorted(factors[20:], reverse=True)
+    assert 0 < factors[-1] < 0.02
+    assert {learning_rate_factor(step, 100, RECIPES["tutorial"]) for step in range(100)} == {1.0}
+
+
+def test_each_parameter_has_exactly_one_optimizer() -> None:
+    network: nn.Module = model.build("cifar_net")
+    recipe = RECIPES["default"]
+    groups = [group for optimizer in optimizers_for(network, recipe) for group in optimizer.param_groups]
+    owned = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(owned) == sorted(id(parameter) for parameter in network.parameters())
+    decayed = {id(p) for group in groups if group.get("weight_decay") for p in group["params"]}
+    assert not decayed & {id(p) for p in network.parameters() if p.ndim == 1}

@@ -1,0 +1,262 @@
+"""Train, look and measure: `python -m training COMMAND --help`.
+
+train      recipe -> runs/NAME/cifar_net.pth, with a log and learning curves beside it
+evaluate   weights and data -> accuracy with intervals, per class, confusion, calibration
+show       a labelled grid of images
+plot       confusion matrix, per-class bars and reliability diagram of some weights
+summary    a network, layer by layer
+download   CIFAR-10 from its home page
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from app import data, model
+from app.checkpoint import Checkpoint, load, save
+from app.data import Split
+from app.device import choose_device, choose_dtype, describe
+from app.errors import AppError
+from app.report import report
+from training import plots
+from training.config import RECIPES, Recipe, add_flags, override
+from training.data import download, hold_out, locate
+from training.evaluate import evaluate, format_report, predict
+from training.fit import fit, initialize, join_workers
+from training.log import RunLog
+from training.summary import summarize
+
+DEFAULT_WEIGHTS = Path(__file__).parent.parent / "weights" / "cifar_net.pth"
+RUNS = Path("runs")
+
+
+def train_command(options: argparse.Namespace) -> None:
+    """The experiment, from the recipe to the file that the service loads."""
+    flags = {field.name: getattr(options, field.name) for field in dataclasses.fields(Recipe)}
+    recipe = override(RECIPES[options.recipe], flags)
+    device = choose_device(options.device or _local_gpu())
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    workers = join_workers(device)
+    torch.manual_seed(recipe.seed)
+
+    run = RUNS / (options.run or f"{options.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if workers.is_first and not options.resume and (run / "state.pt").exists():
+        raise ValueError(f"{run} already holds a run; add --resume to continue it, or choose another name with --run.")
+    train, test = data.read(locate(options.data, os.environ))
+    held_out = None
+    if recipe.validation:
+        train, held_out = hold_out(train, recipe.validation)
+
+    network = model.build(recipe.network, num_classes=len(train.classes))
+    initialize(network, recipe, train.pixels_NCHW)
+    log = RunLog(run, resume=options.resume) if workers.is_first else None
+    if log:
+        dtype = choose_dtype(device) if recipe.precision == "auto" else torch.float32
+        log.say(f"{options.recipe}: {recipe}")
+        log.say(f"{len(train):,} images of {train.name} on {describe(device)}, {str(dtype).removeprefix('torch.')}")
+
+    network, progress = fit(
+        network,
+        train,
+        recipe,
+        device=device,
+        workers=workers,
+        validate=(lambda kept: _validate(kept, held_out, device)) if held_out else None,
+        on_epoch=log.epoch if log else None,
+        state_file=run / "state.pt",
+        resume=options.resume,
+        show_progress=True,
+    )
+    if not log:
+        return
+
+    untested = Checkpoint(
+        architecture=recipe.network,
+        arguments={"num_classes": len(train.classes)},
+        state_dict=network.state_dict(),
+        classes=train.classes,
+        trained={
+            "recipe": options.recipe,
+            **dataclasses.asdict(recipe),
+            "command": "python -m training " + " ".join(sys.argv[1:]),
+            "images": f"{len(train):,} of {train.name}",
+            "data_sha256": train.digest,
+            "seconds": round(sum(row["train_seconds"] for row in progress.rows), 1),
+            "processes": workers.count,
+            "device": describe(device),
+            "precision": str(choose_dtype(device) if recipe.precision == "auto" else torch.float32),
+            "versions": {name: metadata.version(name) for name in ("torch", "torchvision")},
+            "python": platform.python_version(),
+            "finished_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        },
+    )
+    # The one reading of the test images, after everything is decided; none at all when images were held out.
+    checkpoint = dataclasses.replace(untested, evaluation=evaluate(untested, held_out or test, device))
+    assert checkpoint.evaluation is not None
+    weights = run / "cifar_net.pth"
+    save(checkpoint, weights)
+    if options.out:
+        save(checkpoint, options.out)
+        weights = options.out
+    log.say(format_report(report(checkpoint.evaluation, checkpoint.classes)))
+    log.say(f"Wrote {weights}. Serve it with: CIFAR_WEIGHTS={weights} make serve")
+
+
+def _local_gpu() -> str | None:
+    """Under torchrun each process takes the GPU of its local rank."""
+    local_rank = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local_rank}" if local_rank and torch.cuda.is_available() else None
+
+
+def _validate(network: nn.Module, held_out: Split, device: torch.device) -> dict[str, float]:
+    network.eval()
+    probabilities_NK = predict(network, held_out.pixels_NCHW, device=device, dtype=choose_dtype(device)).double()
+    true_N = probabilities_NK.gather(1, held_out.labels_N[:, None])
+    right_N = probabilities_NK.argmax(dim=1) == held_out.labels_N
+    return {
+        "validation_loss": -true_N.clamp_min(1e-30).log().mean().item(),
+        "validation_accuracy": right_N.double().mean().item(),
+    }
+
+
+def _split(options: argparse.Namespace) -> Split:
+    """The images to measure or show: the test images, or with --validation those a run held out."""
+    folder = locate(options.data, os.environ)
+    if not options.validation:
+        return data.read_test(folder)
+    return hold_out(data.read(folder)[0], options.validation)[1]
+
+
+def evaluate_command(options: argparse.Namespace) -> None:
+    checkpoint = load(options.weights)
+    evaluation = evaluate(checkpoint, _split(options), choose_device(options.device), batch_size=options.batch_size)
+    figures = report(evaluation, checkpoint.classes)
+    figures["weights"] = {"file": options.weights.name, "sha256": checkpoint.sha256}
+    print(json.dumps(figures, indent=2) if options.json else format_report(figures))
+
+
+def show_command(options: argparse.Namespace) -> None:
+    split = _split(options)
+    chosen_N = torch.randperm(len(split), generator=torch.Generator().manual_seed(options.seed))[: options.count]
+    pixels_NCHW = split.pixels_NCHW[chosen_N]
+    predicted_N = None
+    if options.weights:
+        device = choose_device(options.device)
+        predicted_N = predict(load(options.weights).network(), pixels_NCHW, device=device).argmax(dim=1)
+    figure = plots.image_grid(pixels_NCHW, split.labels_N[chosen_N], split.classes, predicted_N)
+    if options.out is None and plots.has_display():
+        plots.show(figure)
+    else:
+        out = options.out or RUNS / "grid.png"
+        plots.save(figure, out)
+        print(f"Wrote {out}.")
+
+
+def plot_command(options: argparse.Namespace) -> None:
+    checkpoint, split, device = load(options.weights), _split(options), choose_device(options.device)
+    probabilities_NK = predict(
+        checkpoint.network(), split.pixels_NCHW, device=device, temperature=checkpoint.temperature
+    )
+    evaluation = evaluate(checkpoint, split, device)
+    figures = {
+        "confusion.png": plots.confusion_matrix(evaluation.confusion_KK, checkpoint.classes, evaluation.dataset),
+        "per_class.png": plots.per_class_bars(evaluation.confusion_KK, checkpoint.classes, evaluation.dataset),
+        "reliability.png": plots.reliability_diagram(probabilities_NK, split.labels_N, evaluation.dataset),
+    }
+    for name, figure in figures.items():
+        plots.save(figure, options.out / name)
+        print(f"Wrote {options.out / name}.")
+
+
+def summary_command(options: argparse.Namespace) -> None:
+    print(summarize(model.build(options.network)))
+
+
+def download_command(options: argparse.Namespace) -> None:
+    folder = Path(options.data or os.environ.get("CIFAR_DATA", "data"))
+    download(folder)
+    print(f"CIFAR-10 is in {folder}.")
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and flags."""
+    root = argparse.ArgumentParser(
+        prog="python -m training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = root.add_subparsers(metavar="COMMAND", required=True)
+
+    where = argparse.ArgumentParser(add_help=False)
+    where.add_argument("--data", help="folder of the data set; else CIFAR_DATA, else ./data")
+    compute = argparse.ArgumentParser(add_help=False)
+    compute.add_argument("--device", help="cuda, cuda:1, mps or cpu; the first that is there by default")
+    held = argparse.ArgumentParser(add_help=False)
+    held.add_argument("--validation", type=float, default=0.0, help="use this share of the training images instead")
+
+    train = commands.add_parser("train", parents=[where, compute], help="train a network", allow_abbrev=False)
+    train.add_argument("--recipe", choices=RECIPES, default="default")
+    train.add_argument("--run", help="name of the folder under runs/; recipe and time by default")
+    train.add_argument("--resume", action="store_true", help="continue the run of this name where it stopped")
+    train.add_argument("--out", type=Path, help="write the weights here as well, e.g. weights/cifar_net.pth")
+    train.add_argument("--threads", type=int, help="CPU threads; torch's choice by default")
+    add_flags(train.add_argument_group("fields of the recipe", "each overrides the recipe's own value"))
+    train.set_defaults(command=train_command)
+
+    measure = commands.add_parser("evaluate", parents=[where, compute, held], help="measure some weights")
+    measure.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS)
+    measure.add_argument("--batch-size", type=int, default=500)
+    measure.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")
+    measure.set_defaults(command=evaluate_command)
+
+    show = commands.add_parser("show", parents=[where, compute, held], help="a labelled grid of images")
+    show.add_argument("--weights", type=Path, help="also write what these weights predict")
+    show.add_argument("--count", type=int, default=32)
+    show.add_argument("--seed", type=int, default=0)
+    show.add_argument("--out", type=Path, help="PNG to write; a window by default where there is a display")
+    show.set_defaults(command=show_command)
+
+    plot = commands.add_parser("plot", parents=[where, compute, held], help="figures of some weights")
+    plot.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS)
+    plot.add_argument("--out", type=Path, default=RUNS / "plots", help="folder for the PNGs")
+    plot.set_defaults(command=plot_command)
+
+    summary = commands.add_parser("summary", help="a network, layer by layer")
+    summary.add_argument("--network", choices=model.NETWORKS, default="cifar_net")
+    summary.set_defaults(command=summary_command)
+
+    fetch = commands.add_parser("download", parents=[where], help="download CIFAR-10")
+    fetch.set_defaults(command=download_command)
+    return root
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; what a user got wrong ends in one sentence, not in a traceback."""
+    options = parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except (AppError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted; what was finished is kept, and train --resume continues from there.", file=sys.stderr)
+        return 130
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

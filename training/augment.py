@@ -1,0 +1,138 @@
+"""Augmentation as batched tensor work on the device, uint8 in, uint8 out.
+
+What is random is drawn once an epoch for all images (`Draws`), from a generator that depends only on the seed and the
+epoch. So a resumed run, and a run split over several processes, see the very same pictures.
+Shape letters: N images, C = 3, H = W = 32.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from app.model import IMAGE_SIZE
+from training.config import Recipe
+
+JPEG_QUALITIES = (30, 95)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """What happens to each image of the training set in one epoch."""
+
+    shift_N2: Tensor
+    """Rows and columns to move by."""
+    flip_N: Tensor
+    """Whether to mirror."""
+    jpeg_quality_N: Tensor
+    """1 to 100, or 0 to leave the image as it is."""
+    cutout_N2: Tensor
+    """Upper left corner of the square."""
+
+    def to(self, device: torch.device) -> "Draws":
+        return Draws(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
+
+def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    """The only source of randomness of an epoch."""
+    return torch.Generator().manual_seed(1_000_003 * seed + epoch)
+
+
+def draw(num_images: int, epoch: int, recipe: Recipe, generator: torch.Generator) -> Draws:
+    """Draw an epoch's augmentation. Flips alternate: whoever is mirrored in one epoch is not in the next."""
+    random_flip_N = torch.rand(num_images, generator=epoch_generator(recipe.seed, -1)) < 0.5
+    shift_N2 = torch.randint(-recipe.shift, recipe.shift + 1, (num_images, 2), generator=generator)
+    quality_N = torch.randint(JPEG_QUALITIES[0], JPEG_QUALITIES[1] + 1, (num_images,), generator=generator)
+    compressed_N = torch.rand(num_images, generator=generator) < recipe.jpeg
+    cutout_N2 = torch.randint(0, IMAGE_SIZE - recipe.cutout + 1, (num_images, 2), generator=generator)
+    return Draws(
+        shift_N2=shift_N2,
+        flip_N=(random_flip_N ^ (epoch % 2 == 1)) & recipe.flip,
+        jpeg_quality_N=quality_N * compressed_N,
+        cutout_N2=cutout_N2,
+    )
+
+
+def augment(images_NCHW: Tensor, index_N: Tensor, draws: Draws, recipe: Recipe) -> Tensor:
+    """The images at `index_N`, augmented as drawn: uint8 (N, 3, 32, 32)."""
+    pixels_NCHW = _shift_and_flip(images_NCHW, index_N, draws.shift_N2[index_N], draws.flip_N[index_N])
+    if recipe.jpeg:
+        quality_N = draws.jpeg_quality_N[index_N]
+        chosen = quality_N.nonzero()[:, 0]
+        pixels_NCHW[chosen] = jpeg(pixels_NCHW[chosen], quality_N[chosen])
+    if recipe.cutout:
+        pixels_NCHW = _cutout(pixels_NCHW, draws.cutout_N2[index_N], recipe.cutout)
+    return pixels_NCHW
+
+
+def _shift_and_flip(images_NCHW: Tensor, index_N: Tensor, shift_N2: Tensor, flip_N: Tensor) -> Tensor:
+    """Batch selection, shift with reflected border and mirroring in one gather."""
+    size = images_NCHW.shape[-1]
+    axis = torch.arange(size, device=images_NCHW.device)
+    rows_NH = _reflect(axis + shift_N2[:, :1], size)
+    columns_NW = _reflect(torch.where(flip_N[:, None], size - 1 - axis, axis) + shift_N2[:, 1:], size)
+    channels = torch.arange(3, device=images_NCHW.device)
+    return images_NCHW[
+        index_N[:, None, None, None], channels[:, None, None], rows_NH[:, None, :, None], columns_NW[:, None, None, :]
+    ]
+
+
+def _reflect(position: Tensor, size: int) -> Tensor:
+    return (size - 1) - ((size - 1) - position.abs()).abs()
+
+
+def _cutout(pixels_NCHW: Tensor, corner_N2: Tensor, side: int) -> Tensor:
+    """Set a square to mid-grey, which is within a few percent of the mean colour."""
+    axis = torch.arange(pixels_NCHW.shape[-1], device=pixels_NCHW.device)
+    inside_N2S = (axis >= corner_N2[:, :, None]) & (axis < corner_N2[:, :, None] + side)
+    square_NHW = inside_N2S[:, 0, :, None] & inside_N2S[:, 1, None, :]
+    return pixels_NCHW.masked_fill(square_NHW[:, None], 128)
+
+
+# JPEG (ITU-T T.81): the example quantisation tables of its annex K, scaled by quality as libjpeg does.
+_LUMA = """16 11 10 16 24 40 51 61 12 12 14 19 26 58 60 55 14 13 16 24 40 57 69 56 14 17 22 29 51 87 80 62
+           18 22 37 56 68 109 103 77 24 35 55 64 81 104 113 92 49 64 78 87 103 121 120 101 72 92 95 98 112 100 103 99"""
+_CHROMA = """17 18 24 47 99 99 99 99 18 21 26 66 99 99 99 99 24 26 56 99 99 99 99 99 47 66 99 99 99 99 99 99
+             99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99"""
+
+
+@functools.cache
+def _constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """RGB -> YCbCr (3, 3), its inverse, the 8x8 cosine basis, and the two quantisation tables (2, 8, 8)."""
+    to_ycc = torch.tensor(
+        [[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]], dtype=torch.float64
+    )
+    frequency, position = torch.arange(8.0)[:, None], torch.arange(8.0)[None, :]
+    basis = torch.cos((2 * position + 1) * frequency * torch.pi / 16) / 2
+    basis[0] /= 2**0.5
+    tables = torch.tensor([[float(x) for x in table.split()] for table in (_LUMA, _CHROMA)]).reshape(2, 8, 8)
+    return to_ycc.float().to(device), to_ycc.inverse().float().to(device), basis.to(device), tables.to(device)
+
+
+def jpeg(pixels_NCHW: Tensor, quality_N: Tensor) -> Tensor:
+    """What a JPEG round trip at `quality_N` (1 to 100, 4:2:0 chroma) leaves of the pixels: uint8 in, uint8 out.
+
+    Entropy coding loses nothing and is left out; chroma is averaged 2x2 and enlarged bilinearly, as libjpeg does.
+    """
+    to_ycc, to_rgb, basis, tables = _constants(pixels_NCHW.device)
+    quality_N = quality_N.float()
+    scale_N = torch.where(quality_N < 50, 5000 / quality_N, 200 - 2 * quality_N)
+    tables_2NHW = ((tables[:, None] * scale_N[:, None, None] + 50) / 100).floor().clamp(1, 255)
+
+    ycc_NCHW = torch.einsum("dc,nchw->ndhw", to_ycc, pixels_NCHW.float())
+    luma_NCHW = _quantize(ycc_NCHW[:, :1] - 128, tables_2NHW[0], basis) + 128
+    half_NCHW = F.avg_pool2d(ycc_NCHW[:, 1:], 2)
+    chroma_NCHW = F.interpolate(_quantize(half_NCHW, tables_2NHW[1], basis), scale_factor=2.0, mode="bilinear")
+    rgb_NCHW = torch.einsum("dc,nchw->ndhw", to_rgb, torch.cat([luma_NCHW, chroma_NCHW], dim=1))
+    return rgb_NCHW.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _quantize(plane_NCHW: Tensor, table_N88: Tensor, basis: Tensor) -> Tensor:
+    """Cosine transform of each 8x8 block, rounding to multiples of the table, and back."""
+    n, c, h, w = plane_NCHW.shape
+    blocks = plane_NCHW.reshape(n, c, h // 8, 8, w // 8, 8).transpose(3, 4)  # (N, C, H/8, W/8, 8, 8)
+    table = table_N88[:, None, None, None]
+    coefficients = ((basis @ blocks @ basis.T) / table).round_() * table
+    return (basis.T @ coefficients @ basis).transpose(3, 4).reshape(n, c, h, w)

@@ -1,0 +1,156 @@
+"""The recipes: every choice of a training run in one frozen, typed place. Each field is also a flag of `train`."""
+
+import argparse
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_type_hints
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a network is trained. The defaults are the plainest choice; recipes say what they change and why."""
+
+    network: Literal["net", "cifar_net"] = "cifar_net"
+    """Which network of app/model.py."""
+    seed: int = 0
+    """Of the initial weights, the order of the images and their augmentation."""
+    validation: float = 0.0
+    """Share of the training images held out, from their end. Above 0 the test images are not read at all."""
+    epochs: int = 1
+    """Passes over the training images."""
+    batch_size: int = 512
+    """Images per step, over all processes together."""
+    optimizer: Literal["sgd", "muon"] = "sgd"
+    """muon: orthogonalised updates for the convolutions, sgd for the rest."""
+    learning_rate: float = 0.1
+    """At its peak."""
+    muon_learning_rate: float = 0.0
+    """At its peak, for the convolutions when the optimizer is muon."""
+    momentum: float = 0.9
+    """Of sgd."""
+    nesterov: bool = True
+    """Nesterov's momentum instead of the classical one."""
+    weight_decay: float = 0.0
+    """On weights, not on biases and batch norms."""
+    warmup: float = 0.0
+    """Share of the steps in which the learning rate rises linearly from 0."""
+    decay: bool = True
+    """After the warm-up the learning rate falls linearly to 0; otherwise it stays."""
+    label_smoothing: float = 0.0
+    """Share of the probability spread evenly over all classes."""
+    normalization: Literal["data", "half"] = "data"
+    """data: mean and standard deviation of the training pixels. half: 0.5 and 0.5, as the tutorial has it."""
+    flip: bool = False
+    """Mirror every image in every second epoch (alternating flips; Jordan 2024, arXiv:2404.00498)."""
+    shift: int = 0
+    """Move by up to this many pixels, the border reflected."""
+    cutout: int = 0
+    """Side of a square of random place that is set to the mean colour (DeVries & Taylor 2017, arXiv:1708.04552)."""
+    jpeg: float = 0.0
+    """Share of the images that go through a JPEG compression of random quality: people post JPEGs."""
+    average: float = 0.0
+    """Decay of an exponential moving average of the weights, which is then what is kept; 0 for none."""
+    precision: Literal["auto", "float32"] = "auto"
+    """auto: bfloat16 autocast and channels_last where the hardware has the instructions."""
+    report_every: int = 0
+    """Print the running loss every so many steps, as the tutorial does; 0 for once an epoch."""
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "epochs": (1, 100_000),
+            "batch_size": (1, 1_000_000),
+            "validation": (0, 0.9),
+            "learning_rate": (0, 100),
+            "muon_learning_rate": (0, 100),
+            "momentum": (0, 0.9999),
+            "weight_decay": (0, 1),
+            "warmup": (0, 0.99),
+            "label_smoothing": (0, 0.99),
+            "shift": (0, 16),
+            "cutout": (0, 32),
+            "jpeg": (0, 1),
+            "average": (0, 0.999999),
+            "report_every": (0, 10**9),
+        }
+        for name, (low, high) in bounds.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted is {low} to {high}.")
+        for name, kind in get_type_hints(Recipe).items():
+            if (choices := get_args(kind)) and getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; accepted are {', '.join(choices)}.")
+        if self.optimizer == "muon" and not self.muon_learning_rate:
+            raise ValueError("The optimizer muon needs a muon_learning_rate above 0.")
+
+
+RECIPES = {
+    # The PyTorch tutorial, choice by choice, so that its 54 % can be seen and not only quoted.
+    "tutorial": Recipe(
+        network="net",
+        epochs=2,
+        batch_size=4,
+        learning_rate=0.001,
+        momentum=0.9,
+        nesterov=False,
+        decay=False,
+        normalization="half",
+        precision="float32",
+        report_every=2000,
+    ),
+    # How far the tutorial's network goes with its architecture unchanged. It underfits, so augmentation stays mild.
+    "net": Recipe(
+        network="net",
+        epochs=40,
+        batch_size=128,
+        learning_rate=0.05,
+        weight_decay=5e-4,
+        warmup=0.2,
+        flip=True,
+        shift=2,
+        precision="float32",
+    ),
+    "default": Recipe(
+        network="cifar_net",
+        epochs=24,
+        batch_size=512,
+        optimizer="muon",
+        learning_rate=0.1,
+        muon_learning_rate=0.24,
+        weight_decay=5e-4,
+        label_smoothing=0.1,
+        flip=True,
+        shift=4,
+        cutout=8,
+        jpeg=0.5,
+    ),
+    # Seconds, for tests: the same path through the code.
+    "debug": Recipe(network="net", epochs=2, batch_size=16, learning_rate=0.01, flip=True, shift=1, jpeg=0.5, cutout=4),
+}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag for each field of `Recipe`, named after it: `--batch-size 64`, `--no-flip`."""
+    for field in dataclasses.fields(Recipe):
+        kind = get_type_hints(Recipe)[field.name]
+        flag = "--" + field.name.replace("_", "-")
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
+        else:
+            choices = get_args(kind) or None
+            parser.add_argument(flag, type=str if choices else kind, choices=choices, default=None)
+
+
+def override(recipe: Recipe, flags: dict[str, Any]) -> Recipe:
+    """`recipe` with the fields in `flags` that are not None replaced.
+
+    Raises:
+        ValueError: a name is no field of a recipe, or a value is out of bounds; the sentence names it.
+    """
+    names = [field.name for field in dataclasses.fields(Recipe)]
+    given = {name: value for name, value in flags.items() if value is not None}
+    for name in given:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise ValueError(f"A recipe has no field {name!r}.{hint} It has: {', '.join(names)}.")
+    return dataclasses.replace(recipe, **given)

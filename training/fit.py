@@ -1,0 +1,209 @@
+"""The training loop, which readers of the PyTorch tutorial will recognise, and what a long run needs around it.
+
+Shape letters: N images, C = 3, H = W = 32, K classes.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from app.checkpoint import save_tensors
+from app.data import Split
+from app.device import choose_dtype
+from app.model import Normalized
+from training.augment import augment, draw, epoch_generator
+from training.config import Recipe
+from training.meter import Meter, TrainingError
+from training.muon import Muon
+
+
+@dataclass(frozen=True)
+class Workers:
+    """This process among those that train together (torchrun sets RANK, LOCAL_RANK and WORLD_SIZE)."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def join_workers(device: torch.device) -> Workers:
+    """Meet the other processes if torchrun started several; alone otherwise."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        return Workers()
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Workers(dist.get_rank(), count)
+
+
+@dataclass
+class Progress:
+    """What a run has done so far; with the weights and the optimizers, all that resuming needs."""
+
+    epochs_done: int = 0
+    rows: list[dict[str, float]] = field(default_factory=list)
+    """One an epoch: what the log and the learning curves show."""
+
+
+def initialize(network: Normalized, recipe: Recipe, pixels_NCHW: Tensor) -> None:
+    """Set the normalisation buffers as the recipe says."""
+    if recipe.normalization == "data":
+        std, mean = torch.std_mean(pixels_NCHW.double() / 255, dim=(0, 2, 3))
+        network.mean.copy_(mean)
+        network.std.copy_(std)
+
+
+def optimizers_for(network: nn.Module, recipe: Recipe) -> list[Optimizer]:
+    """Weights decay, biases and batch norms do not. With muon, convolutions but the first have their own optimizer."""
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    convolutions = [p for p in parameters if p.ndim == 4 and p.shape[1] > 3] if recipe.optimizer == "muon" else []
+    taken = {id(parameter) for parameter in convolutions}
+    rest = [parameter for parameter in parameters if id(parameter) not in taken]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in rest if p.ndim <= 1]},
+    ]
+    sgd = SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.nesterov)
+    return [sgd, Muon(convolutions, recipe.muon_learning_rate)] if convolutions else [sgd]
+
+
+def learning_rate_factor(step: int, total: int, recipe: Recipe) -> float:
+    """From 0 up to 1 during the warm-up, then down to 0 at `total` if the recipe decays."""
+    rise = recipe.warmup * total
+    if step < rise:
+        return (step + 1) / (rise + 1)
+    return (total - step) / (total - rise) if recipe.decay else 1.0
+
+
+def fit(
+    network: Normalized,
+    train: Split,
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    workers: Workers = Workers(),
+    validate: Callable[[nn.Module], dict[str, float]] | None = None,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
+    state_file: Path | None = None,
+    resume: bool = False,
+    show_progress: bool = False,
+) -> tuple[Normalized, Progress]:
+    """Train `network` in place on `train` as `recipe` says.
+
+    `validate` and `on_epoch` are called after each epoch, in the first process only; `state_file` is then written, and
+    read at the start when `resume` is set.
+
+    Returns:
+        The network to keep (the average of the weights, if the recipe has one) and the progress.
+
+    Raises:
+        TrainingError: the loss is no longer finite, the batch does not divide, or the state file is of another run.
+    """
+    if recipe.batch_size % workers.count:
+        raise TrainingError(
+            f"A batch of {recipe.batch_size} images cannot be shared evenly by {workers.count} processes; "
+            f"choose --batch-size as a multiple of {workers.count}."
+        )
+    dtype = choose_dtype(device) if recipe.precision == "auto" else torch.float32
+    network.to(device)
+    if dtype == torch.bfloat16:
+        network.to(memory_format=torch.channels_last)
+    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(recipe.average), use_buffers=True)
+    model: nn.Module = DistributedDataParallel(network) if workers.count > 1 else network
+    optimizers = optimizers_for(network, recipe)
+    progress = Progress()
+    if resume and state_file is not None:
+        progress = _load_state(state_file, recipe, network, average, optimizers)
+
+    images_NCHW, labels_N = train.pixels_NCHW.to(device), train.labels_N.to(device)
+    steps = max(1, round(len(train) / recipe.batch_size))
+    for epoch in range(progress.epochs_done, recipe.epochs):
+        model.train()
+        generator = epoch_generator(recipe.seed, epoch)
+        order_N = torch.randperm(len(train), generator=generator).to(device)
+        draws = draw(len(train), epoch, recipe, generator).to(device)
+        meter = Meter(recipe, epoch, steps, show=show_progress and workers.is_first)
+        # Parts of equal size: every image is used in every epoch, and no last batch is too small for a batch norm.
+        for step, batch_N in enumerate(order_N.tensor_split(steps)):
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    peak = group.setdefault("peak", group["lr"])
+                    group["lr"] = peak * learning_rate_factor(epoch * steps + step, recipe.epochs * steps, recipe)
+            mine_N = batch_N[workers.rank :: workers.count]
+            pixels_NCHW = augment(images_NCHW, mine_N, draws, recipe)
+            if dtype == torch.bfloat16:
+                pixels_NCHW = pixels_NCHW.contiguous(memory_format=torch.channels_last)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                logits_NK = model(pixels_NCHW)
+            loss = F.cross_entropy(
+                logits_NK.float(), labels_N[mine_N], label_smoothing=recipe.label_smoothing, reduction="sum"
+            )
+            # The gradients of the processes are averaged: this makes that the mean over the whole batch.
+            (loss * workers.count / len(batch_N)).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            if recipe.average:
+                average.update_parameters(network)
+            meter.update(loss.detach(), len(mine_N), optimizers[0].param_groups[0]["lr"])
+        row = meter.close(network)
+        kept = _kept(network, average, recipe)
+        if workers.is_first:
+            if validate is not None:
+                row |= validate(kept)
+            progress.rows.append(row)
+            progress.epochs_done = epoch + 1
+            if state_file is not None:
+                _save_state(state_file, recipe, network, average, optimizers, progress)
+            if on_epoch is not None:
+                on_epoch(row)
+    return _kept(network, average, recipe), progress
+
+
+def _kept(network: Normalized, average: AveragedModel, recipe: Recipe) -> Normalized:
+    return cast(Normalized, average.module) if recipe.average else network
+
+
+def _save_state(
+    file: Path, recipe: Recipe, network: nn.Module, average: nn.Module, optimizers: list[Optimizer], progress: Progress
+) -> None:
+    content = {
+        "recipe": vars(recipe),
+        "network": network.state_dict(),
+        "average": average.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "epochs_done": progress.epochs_done,
+        "rows": progress.rows,
+    }
+    save_tensors(file, content)
+
+
+def _load_state(
+    file: Path, recipe: Recipe, network: nn.Module, average: nn.Module, optimizers: list[Optimizer]
+) -> Progress:
+    if not file.exists():
+        return Progress()
+    state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    if state["recipe"] != vars(recipe):
+        changed = [name for name, value in vars(recipe).items() if state["recipe"].get(name) != value]
+        raise TrainingError(
+            f"The run to resume was started with another {', '.join(changed)}; "
+            "resume with the same flags, or start a new run under another --run name."
+        )
+    network.load_state_dict(state["network"])
+    average.load_state_dict(state["average"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    return Progress(state["epochs_done"], state["rows"])
