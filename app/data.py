@@ -25,7 +25,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from app import numpy_pickle
+from app import images, numpy_pickle
 from app.checkpoint import CIFAR10_CLASSES
 from app.errors import DataError, RequestError
 from app.model import IMAGE_SIZE
@@ -102,7 +102,9 @@ def _recognise(folder: Path) -> Callable[[Path, int, str], Split]:
         return _read_binary
     if _find_batches(folder, "py", ""):
         return _read_python
-    if any(path.suffix.lower() in PICTURE_SUFFIXES for path in folder.glob("*/*")):
+    if any(
+        path.suffix.lower() in PICTURE_SUFFIXES for name in _class_names(folder) for path in (folder / name).iterdir()
+    ):
         return _read_class_folders
     raise DataError(f"The folder {folder} holds no data set that is recognised. {HOW_TO_GET}")
 
@@ -191,8 +193,12 @@ def _parse_pickle(path: Path, raw: bytearray) -> tuple[Tensor, Tensor]:
 # Class folders
 
 
+def _class_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
 def _read_class_folders(folder: Path, seed: int, part: str) -> Split:
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    names = _class_names(folder)
     if len(names) < 2:
         raise DataError(f"The folder {folder} has the one class folder {names[0]}; a classifier needs at least two.")
     generator = torch.Generator().manual_seed(seed)
@@ -229,24 +235,30 @@ def _shuffle(items: list[T], generator: torch.Generator) -> list[T]:
 def _decode(paths: list[Path], folder: Path) -> Tensor:
     """The pictures as uint8 (N, 3, 32, 32). Threads, because Pillow decodes without holding the interpreter's lock."""
     with ThreadPoolExecutor() as pool:
-        decoded = list(pool.map(_decode_or_none, paths))
-    broken = sorted(str(path.relative_to(folder)) for path, image in zip(paths, decoded, strict=True) if image is None)
+        decoded = list(pool.map(_decode_or_refuse, paths))
+    broken = {
+        str(path.relative_to(folder)): result
+        for path, result in sorted(zip(paths, decoded, strict=True), key=lambda pair: pair[0])
+        if isinstance(result, str)
+    }
     if broken:
+        named = [*broken][:NAMED_FILES]
         raise DataError(
-            f"Of the {len(paths):,} files read in {folder}, {len(broken):,} cannot be read as a picture: "
-            f"{', '.join(broken[:NAMED_FILES])}{', ...' if len(broken) > NAMED_FILES else ''}. Accepted are PNG, JPEG, "
-            "WebP and BMP. Repair these files or move them away."
+            f"Of the {len(paths):,} files read in {folder}, {len(broken):,} cannot be used: {', '.join(named)}"
+            f"{', ...' if len(broken) > NAMED_FILES else ''}. Of {named[0]}: {broken[named[0]]} "
+            "Repair these files or move them away."
         )
-    return torch.stack([image for image in decoded if image is not None])
+    return torch.stack([result for result in decoded if isinstance(result, Tensor)]).contiguous()
 
 
-def _decode_or_none(path: Path) -> Tensor | None:
-    from app import images  # here, because CIFAR-10 itself is read without Pillow
-
+def _decode_or_refuse(path: Path) -> Tensor | str:
+    """The picture, or the sentence that says what is wrong with it."""
     try:
         return images.decode(path.read_bytes(), resize="crop")
-    except (RequestError, OSError):
-        return None
+    except RequestError as error:
+        return str(error)
+    except OSError as error:
+        return f"It cannot be read: {error.strerror}."
 
 
 def _memory(tensor: Tensor) -> ctypes.Array[ctypes.c_char]:

@@ -1,0 +1,1 @@
+"""Training, evaluation and pictures. Imports app; app never imports this."""

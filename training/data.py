@@ -1,0 +1,54 @@
+"""Where the data is, what is held out of it, and how to fetch it. Reading it is `app.data`."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from app.data import Split
+from app.errors import DataError
+
+
+def locate(flag: str | None, environ: Mapping[str, str]) -> Path:
+    """The folder of the data set: --data if given, else CIFAR_DATA, else ./data. Whether it exists is not looked at."""
+    return Path(flag or environ.get("CIFAR_DATA") or "data")
+
+
+def hold_out(train: Split, share: float) -> tuple[Split, Split]:
+    """The first images to train on, and the last `share` of them to choose by: of CIFAR-10, 0.1 is the last 5,000.
+
+    Raises:
+        ValueError: `share` leaves one of the two without an image.
+    """
+    count = round(len(train) * share) if 0 < share < 1 else 0
+    if not 0 < count < len(train):
+        raise ValueError(
+            f"A share of {share} of {len(train):,} training images cannot be held out; give a number between 0 and 1 "
+            "that leaves at least one image on each side, for example 0.1."
+        )
+    first, last = slice(None, -count), slice(-count, None)
+    rest = replace(train, pixels_NCHW=train.pixels_NCHW[first], labels_N=train.labels_N[first])
+    held = replace(
+        train,
+        name=f"validation ({count:,} held-out training images)",
+        pixels_NCHW=train.pixels_NCHW[last],
+        labels_N=train.labels_N[last],
+    )
+    return rest, held
+
+
+def download(folder: Path) -> None:
+    """Fetch CIFAR-10 from its home page into `folder`, about 170 MB, unless it is there already.
+
+    Raises:
+        DataError: The network, the server or the disk failed, or what arrived has another checksum.
+    """
+    from torchvision.datasets import CIFAR10  # here, because it takes a second and only this command needs it
+
+    try:
+        CIFAR10(str(folder), download=True)
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"CIFAR-10 could not be downloaded into {folder} ({type(error).__name__}). Check the connection and "
+            "the free disk space and try again, or fetch cifar-10-binary.tar.gz by other means from "
+            "https://www.cs.toronto.edu/~kriz/cifar.html and unpack it there."
+        ) from error

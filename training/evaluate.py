@@ -1,0 +1,115 @@
+"""What a network says of a set of images, and the figures that come of it, as a table.
+
+Shape letters: N images, C = 3, H = W = 32, K classes.
+"""
+
+import datetime
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from app.checkpoint import Checkpoint
+from app.data import Split
+from app.errors import DataError
+from app.report import Evaluation, evaluate_probabilities
+
+BATCH_SIZE = 500
+
+
+@torch.inference_mode()
+def predict(
+    network: nn.Module,
+    pixels_NCHW: Tensor,
+    batch_size: int = BATCH_SIZE,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Probabilities (N, K), float32 on the CPU, of uint8 pixels (N, C, H, W).
+
+    Args:
+        network: In evaluation mode; it is moved to `device`.
+        batch_size: How many images at a time; it need not divide their number. Answers depend on it by rounding only.
+        dtype: What the network computes in; bfloat16 is faster where the hardware has it, and less exact.
+
+    Raises:
+        ValueError: `batch_size` is less than 1.
+    """
+    assert not network.training, "dropout and batch norm would make an image's answer depend on its batch"
+    if batch_size < 1:
+        raise ValueError(f"The batch size {batch_size} is not possible; give at least 1.")
+    network.to(device)
+    # oneDNN has its fast bfloat16 convolutions for channels_last; in float32 the order makes no such difference.
+    memory_format = torch.channels_last if dtype == torch.bfloat16 else torch.contiguous_format
+    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        logits = [
+            network(part_NCHW.to(device).contiguous(memory_format=memory_format)).float()
+            for part_NCHW in torch.split(pixels_NCHW, batch_size)
+        ]
+    return (torch.cat(logits) / temperature).softmax(dim=1).cpu()
+
+
+def evaluate(
+    checkpoint: Checkpoint, split: Split, device: torch.device | str = "cpu", batch_size: int = BATCH_SIZE
+) -> Evaluation:
+    """The figures of a checkpoint on a set of images, computed in float32 so that they can be reproduced.
+
+    Raises:
+        DataError: The classes of the images are not those of the checkpoint.
+        ValueError: `batch_size` is less than 1.
+    """
+    if split.classes != checkpoint.classes:
+        raise DataError(
+            f"The weights know the classes {', '.join(checkpoint.classes)}; the images ({split.name}) have the classes "
+            f"{', '.join(split.classes)}. Both must be the same, in the same order: use the data that the weights were "
+            "trained on, or train new weights on this data."
+        )
+    probabilities_NK = predict(
+        checkpoint.network(), split.pixels_NCHW, batch_size, device, temperature=checkpoint.temperature
+    )
+    return evaluate_probabilities(
+        probabilities_NK,
+        split.labels_N,
+        dataset=split.name,
+        digest=split.digest,
+        evaluated_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The report (`app.report.report`) as text: overall, per class, confusion matrix, calibration."""
+    dataset, calibration, rows = report["dataset"], report["calibration"], report["classes"]
+    width = max(len("class"), *(len(row["label"]) for row in rows))
+    lines = [
+        f"{dataset['name']}: {dataset['images']:,} images, sha256 {dataset['sha256'][:12]}",
+        f"accuracy {_percent(report['accuracy'])}  ({report['correct']:,} of {dataset['images']:,}; "
+        f"95 % Wilson interval {_interval(report['interval'])})",
+        "",
+        f"{'class':{width}}  correct  total  accuracy  precision      F1  95 % interval of accuracy",
+    ]
+    lines += [
+        f"{row['label']:{width}}  {row['correct']:7,}  {row['support']:5,}  {_percent(row['accuracy']):>8}  "
+        f"{_percent(row['precision']):>9}  {row['f1']:6.4f}  {_interval(row['interval'])}"
+        for row in rows
+    ]
+    cell = max(5, *(len(row["label"]) + 1 for row in rows), *(len(f"{row['support']:,}") + 1 for row in rows))
+    lines += ["", "confusion (row: true class, column: predicted class)"]
+    lines.append(" " * width + "".join(f"{row['label']:>{cell}}" for row in rows))
+    for row, counts in zip(rows, report["confusion"], strict=True):
+        lines.append(f"{row['label']:{width}}" + "".join(f"{count:{cell},}" for count in counts))
+    lines += [
+        "",
+        f"negative log likelihood     {calibration['nll']:.4f} nats",
+        f"Brier score                 {calibration['brier']:.4f} (0 to 2)",
+        f"expected calibration error  {calibration['ece']:.4f} ({calibration['ece_estimator']})",
+    ]
+    return "\n".join(lines)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def _interval(interval: tuple[float, float]) -> str:
+    return f"{100 * interval[0]:.2f} to {100 * interval[1]:.2f} %"

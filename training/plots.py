@@ -1,0 +1,221 @@
+"""Pictures of data and results. Each function makes a Figure; `save` and `show` put it out.
+
+Right is blue and wrong is vermilion throughout: colour-blind eyes tell the two apart (Okabe and Ito, 2008).
+Shape letters: N images, C = 3, H = W = 32, K classes.
+"""
+
+import io
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from PIL import Image, ImageShow
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from app.checkpoint import write_atomically
+from app.errors import AppError
+from app.model import IMAGE_SIZE
+from app.report import calibration_bins, calibration_error, per_class, wilson_interval
+
+BLUE, VERMILION, GREY = "#0072b2", "#d55e00", "#767676"
+DOTS_PER_INCH = 144
+COLUMNS = 8
+LABEL_PIXELS = 12
+"""Room under each image for two lines of text."""
+LONGEST_LABEL = 13
+MOST_NUMBERED_CLASSES = 30
+"""In a confusion matrix of more classes the counts would be too small to read; the colours remain."""
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG, as a whole or not at all."""
+    write_atomically(path, _png(figure))
+
+
+def show(figure: Figure) -> None:
+    """Open a window with the figure, by the system's own viewer of pictures.
+
+    Raises:
+        AppError: There is no viewer.
+    """
+    if not ImageShow.show(Image.open(io.BytesIO(_png(figure)))):
+        raise AppError(
+            "This system has no viewer of pictures that is known; write a file instead, with --out FILE.png."
+        )
+
+
+def has_display(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether a window could be seen."""
+    return sys.platform in ("darwin", "win32") or bool(environ.get("DISPLAY") or environ.get("WAYLAND_DISPLAY"))
+
+
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=DOTS_PER_INCH)
+    return file.getvalue()
+
+
+def image_grid(
+    pixels_NCHW: Tensor, labels_N: Tensor, classes: Sequence[str], predictions_N: Tensor | None = None
+) -> Figure:
+    """Images with their class beneath; with predictions, what the network says and, where it is wrong, what is true.
+
+    Raises:
+        ValueError: There is no image.
+    """
+    if not len(pixels_NCHW):
+        raise ValueError("There is no image to show; ask for at least one.")
+    columns = min(COLUMNS, len(pixels_NCHW))
+    tiles = F.pad(pixels_NCHW, (0, 0, 0, LABEL_PIXELS), value=255)  # white under each image, for its label
+    grid_CHW = make_grid(tiles, nrow=columns, padding=2, pad_value=255)
+    height, width = grid_CHW.shape[1:]
+    inches = 0.028  # a pixel: 32 of them are 0.9 inches
+    figure = Figure(figsize=(width * inches, height * inches))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    axes.imshow(grid_CHW.permute(1, 2, 0).tolist(), interpolation="nearest")
+    for index, label in enumerate(labels_N.tolist()):
+        predicted = label if predictions_N is None else int(predictions_N[index])
+        row, column = divmod(index, columns)
+        x = 2 + column * (IMAGE_SIZE + 2) + IMAGE_SIZE / 2 - 0.5
+        y = 2 + row * (IMAGE_SIZE + LABEL_PIXELS + 2) + IMAGE_SIZE
+        text, colour = _short(classes[predicted]), "black" if predictions_N is None else BLUE
+        if predicted != label:
+            text, colour = f"{text}?\nis {_short(classes[label])}", VERMILION
+        axes.text(x, y, text, color=colour, ha="center", va="top", fontsize=8, linespacing=1.0)
+    return figure
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= LONGEST_LABEL else label[: LONGEST_LABEL - 1] + "…"
+
+
+def learning_curves(rows: Sequence[Mapping[str, float]]) -> Figure:
+    """Loss, accuracy (where it was validated) and learning rate over epochs, from the rows of a run's log.jsonl."""
+    epochs = [row["epoch"] for row in rows]
+    validated = [row for row in rows if "validation_accuracy" in row]
+    figure = Figure(figsize=(12 if validated else 8, 3.6), layout="constrained")
+    panels = list(figure.subplots(1, 3 if validated else 2, squeeze=False)[0])
+    marker = "o" if len(rows) == 1 else ""  # a line of one point is invisible
+
+    loss = panels.pop(0)
+    loss.plot(epochs, [row["loss"] for row in rows], color=BLUE, marker=marker, label="training")
+    if validated:
+        seen = [row["epoch"] for row in validated]
+        loss.plot(
+            seen,
+            [row["validation_loss"] for row in validated],
+            color=VERMILION,
+            ls="--",
+            marker=marker,
+            label="validation",
+        )
+        loss.legend(frameon=False)
+        accuracy = panels.pop(0)
+        accuracy.plot(seen, [row["validation_accuracy"] for row in validated], color=VERMILION, ls="--", marker=marker)
+        last = validated[-1]["validation_accuracy"]
+        accuracy.set_title(f"validation accuracy: {last:.2%} at the end", fontsize=10)
+        accuracy.yaxis.set_major_formatter(PercentFormatter(1))
+    loss.set_title("loss", fontsize=10)
+    rate = panels.pop(0)
+    rate.plot(epochs, [row["learning_rate"] for row in rows], color=GREY, marker=marker)
+    rate.set_title("learning rate at the end of the epoch", fontsize=10)
+    for axes in figure.axes:
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _plain(axes)
+    return figure
+
+
+def confusion_matrix(confusion_KK: Tensor, classes: Sequence[str], dataset: str) -> Figure:
+    """Counts, coloured by their share of the true class."""
+    size = len(classes)
+    share_KK = confusion_KK / confusion_KK.sum(dim=1, keepdim=True).clamp_min(1)
+    figure = Figure(figsize=(max(4.5, 2 + 0.55 * size), max(4.0, 1.5 + 0.55 * size)), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(share_KK.tolist(), cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, shrink=0.7, format=PercentFormatter(1), label="share of the true class")
+    labels = [_short(name) for name in classes]
+    axes.set_xticks(range(size), labels, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(size), labels)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    axes.set_title(_accuracy_title(confusion_KK, dataset), fontsize=10)
+    if size <= MOST_NUMBERED_CLASSES:
+        for true, counts in enumerate(confusion_KK.tolist()):
+            for predicted, count in enumerate(counts):
+                light = share_KK[true, predicted] > 0.5
+                colour = "white" if light else "black" if count else GREY
+                axes.text(predicted, true, f"{count:,}", ha="center", va="center", fontsize=8, color=colour)
+    return figure
+
+
+def per_class_bars(confusion_KK: Tensor, classes: Sequence[str], dataset: str) -> Figure:
+    """Accuracy of each class with its 95 % Wilson interval; the line is the accuracy over all."""
+    rows = per_class(confusion_KK, tuple(classes))
+    accuracies = [row["accuracy"] for row in rows]
+    # Rounding can put the end of an interval a hair inside the bar's end, and a negative length is refused.
+    below = [max(0.0, row["accuracy"] - row["interval"][0]) for row in rows]
+    above = [max(0.0, row["interval"][1] - row["accuracy"]) for row in rows]
+    figure = Figure(figsize=(8, 1.4 + 0.34 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.barh(range(len(rows)), accuracies, height=0.7, color=BLUE, alpha=0.55)
+    axes.errorbar(accuracies, range(len(rows)), xerr=[below, above], fmt="none", ecolor="black", capsize=3, lw=1)
+    for index, row in enumerate(rows):
+        text = f"{row['accuracy']:.1%}  ({row['correct']:,} of {row['support']:,})"
+        axes.text(1.02, index, text, va="center", fontsize=8, transform=axes.get_yaxis_transform())
+    axes.axvline(float(confusion_KK.diagonal().sum() / confusion_KK.sum().clamp_min(1)), color=GREY, ls="--", lw=1)
+    axes.set_yticks(range(len(rows)), [_short(name) for name in classes])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_xlabel("accuracy, 95 % interval; dashed: all classes")
+    axes.set_title(_accuracy_title(confusion_KK, dataset), fontsize=10)
+    _plain(axes)
+    return figure
+
+
+def reliability_diagram(probabilities_NK: Tensor, labels_N: Tensor, dataset: str) -> Figure:
+    """How often the answer is right, against how sure the network says it is; on the diagonal it knows itself."""
+    bins = calibration_bins(probabilities_NK, labels_N)
+    confidences, accuracies = [part["confidence"] for part in bins], [part["accuracy"] for part in bins]
+    intervals = [wilson_interval(round(part["accuracy"] * part["count"]), int(part["count"])) for part in bins]
+    below = [max(0.0, accuracy - low) for accuracy, (low, _) in zip(accuracies, intervals, strict=True)]
+    above = [max(0.0, high - accuracy) for accuracy, (_, high) in zip(accuracies, intervals, strict=True)]
+    start = math.floor(10 * min([*confidences, *(low for low, _ in intervals)])) / 10
+    figure = Figure(figsize=(5.2, 5.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([start, 1], [start, 1], color=GREY, ls="--", lw=1, label="perfectly calibrated")
+    axes.errorbar(
+        confidences, accuracies, yerr=[below, above], fmt="o-", color=BLUE, lw=1, ms=4, capsize=3, label="measured"
+    )
+    margin = 0.02 * (1 - start)
+    axes.set_xlim(start - margin, 1 + margin)
+    axes.set_ylim(start - margin, 1 + margin)
+    axes.set_aspect("equal")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1))
+    axes.set_xlabel(f"confidence, mean of each of {len(bins)} equally large groups of images")
+    axes.set_ylabel("accuracy, 95 % interval")
+    axes.set_title(f"{dataset}: calibration error {calibration_error(probabilities_NK, labels_N):.4f}", fontsize=10)
+    axes.legend(frameon=False, loc="upper left")
+    _plain(axes)
+    return figure
+
+
+def _accuracy_title(confusion_KK: Tensor, dataset: str) -> str:
+    total, correct = int(confusion_KK.sum()), int(confusion_KK.diagonal().sum())
+    return f"{dataset}: {correct:,} of {total:,} right ({correct / max(1, total):.2%})"
+
+
+def _plain(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e5e5e5", lw=0.6)
+    axes.set_axisbelow(True)
