@@ -103,7 +103,7 @@ def learning_curves(rows: Sequence[Mapping[str, float]]) -> Figure:
     validated = [row for row in rows if "validation_accuracy" in row]
     figure = Figure(figsize=(12 if validated else 8, 3.6), layout="constrained")
     panels = list(figure.subplots(1, 3 if validated else 2, squeeze=False)[0])
-    marker = "o" if len(rows) == 1 else ""  # a line of one point is invisible
+    marker = "o" if len(rows) < 10 else ""  # a line of one point is invisible
 
     loss = panels.pop(0)
     loss.plot(epochs, [row["loss"] for row in rows], color=BLUE, marker=marker, label="training")
@@ -121,14 +121,15 @@ def learning_curves(rows: Sequence[Mapping[str, float]]) -> Figure:
         accuracy = panels.pop(0)
         accuracy.plot(seen, [row["validation_accuracy"] for row in validated], color=VERMILION, ls="--", marker=marker)
         last = validated[-1]["validation_accuracy"]
-        accuracy.set_title(f"validation accuracy: {last:.2%} at the end", fontsize=10)
-        accuracy.yaxis.set_major_formatter(PercentFormatter(1))
+        accuracy.set_title(f"validation accuracy: {100 * last:.2f} % at the end", fontsize=10)
+        accuracy.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     loss.set_title("loss", fontsize=10)
     rate = panels.pop(0)
     rate.plot(epochs, [row["learning_rate"] for row in rows], color=GREY, marker=marker)
     rate.set_title("learning rate at the end of the epoch", fontsize=10)
     for axes in figure.axes:
         axes.set_xlabel("epoch")
+        axes.set_xlim(0.5, max(epochs, default=1) + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _plain(axes)
     return figure
@@ -138,10 +139,12 @@ def confusion_matrix(confusion_KK: Tensor, classes: Sequence[str], dataset: str)
     """Counts, coloured by their share of the true class."""
     size = len(classes)
     share_KK = confusion_KK / confusion_KK.sum(dim=1, keepdim=True).clamp_min(1)
-    figure = Figure(figsize=(max(4.5, 2 + 0.55 * size), max(4.0, 1.5 + 0.55 * size)), layout="constrained")
+    figure = Figure(figsize=(max(4.5, 2 + 0.55 * size), max(4.0, 1 + 0.55 * size)), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(share_KK.tolist(), cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, ax=axes, shrink=0.7, format=PercentFormatter(1), label="share of the true class")
+    figure.colorbar(
+        image, ax=axes, shrink=0.7, format=PercentFormatter(1, symbol=" %"), label="share of the true class"
+    )
     labels = [_short(name) for name in classes]
     axes.set_xticks(range(size), labels, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(size), labels)
@@ -169,16 +172,17 @@ def per_class_bars(confusion_KK: Tensor, classes: Sequence[str], dataset: str) -
     axes.barh(range(len(rows)), accuracies, height=0.7, color=BLUE, alpha=0.55)
     axes.errorbar(accuracies, range(len(rows)), xerr=[below, above], fmt="none", ecolor="black", capsize=3, lw=1)
     for index, row in enumerate(rows):
-        text = f"{row['accuracy']:.1%}  ({row['correct']:,} of {row['support']:,})"
+        text = f"{100 * row['accuracy']:.1f} %  ({row['correct']:,} of {row['support']:,})"
         axes.text(1.02, index, text, va="center", fontsize=8, transform=axes.get_yaxis_transform())
     axes.axvline(float(confusion_KK.diagonal().sum() / confusion_KK.sum().clamp_min(1)), color=GREY, ls="--", lw=1)
     axes.set_yticks(range(len(rows)), [_short(name) for name in classes])
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     axes.set_xlabel("accuracy, 95 % interval; dashed: all classes")
     axes.set_title(_accuracy_title(confusion_KK, dataset), fontsize=10)
     _plain(axes)
+    axes.grid(visible=False, axis="y")
     return figure
 
 
@@ -201,10 +205,11 @@ def reliability_diagram(probabilities_NK: Tensor, labels_N: Tensor, dataset: str
     axes.set_ylim(start - margin, 1 + margin)
     axes.set_aspect("equal")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1))
+        axis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     axes.set_xlabel(f"confidence, mean of each of {len(bins)} equally large groups of images")
     axes.set_ylabel("accuracy, 95 % interval")
-    axes.set_title(f"{dataset}: calibration error {calibration_error(probabilities_NK, labels_N):.4f}", fontsize=10)
+    error = calibration_error(probabilities_NK, labels_N)
+    axes.set_title(f"{dataset}\nexpected calibration error {error:.4f}", fontsize=10)
     axes.legend(frameon=False, loc="upper left")
     _plain(axes)
     return figure
@@ -212,7 +217,7 @@ def reliability_diagram(probabilities_NK: Tensor, labels_N: Tensor, dataset: str
 
 def _accuracy_title(confusion_KK: Tensor, dataset: str) -> str:
     total, correct = int(confusion_KK.sum()), int(confusion_KK.diagonal().sum())
-    return f"{dataset}: {correct:,} of {total:,} right ({correct / max(1, total):.2%})"
+    return f"{dataset}: {correct:,} of {total:,} right ({100 * correct / max(1, total):.2f} %)"
 
 
 def _plain(axes: Any) -> None:
