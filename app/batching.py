@@ -1,0 +1,275 @@
+"""Concurrent requests -> batches. Knows neither HTTP nor torch.
+
+    event loop          decode thread        inference thread           event loop
+    submit ------------------------------->  take what has queued,
+       `--- large ones -> prepare -------->  prepare, run, settle --->  futures resolved, one call per batch
+
+A lone request runs at once and a batch never waits on a timer: what arrives while one batch runs is the next batch.
+All preparing of small items happens in the inference thread, because a hand-over to another thread costs more than the
+work. Large ones have a thread of their own, so that one big photo does not hold up a thousand thumbnails.
+
+The counters belong to the event loop and the queues are the only thing shared, so there is no lock.
+"""
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from queue import Empty, SimpleQueue
+from typing import Generic, TypeVar
+
+from app.errors import DeadlineExceeded, NotReady, Overloaded
+
+logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+Prepared = TypeVar("Prepared")
+Result = TypeVar("Result")
+
+QUIET_SECONDS = 0.005
+"""Idle work is done only after so long without a request, so that a client who asks one by one does not feel it."""
+SMOOTHING = 0.1
+"""Weight of the newest batch in the mean time per item."""
+
+
+class Signal(Enum):
+    WAKE = auto()
+    STOP = auto()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How much may be admitted, and how it is grouped."""
+
+    max_batch: int
+    max_waiting: int
+    """Items admitted and not yet answered."""
+    max_waiting_bytes: int
+    deadline_seconds: float
+    large_bytes: int = 64 * 1024
+    """Items larger than this are prepared in the decode thread."""
+
+
+class Entry(Generic[Item, Prepared, Result]):
+    """One admitted item on its way."""
+
+    __slots__ = ("deadline", "future", "item", "prepared", "size_bytes")
+
+    def __init__(self, item: Item, size_bytes: int, future: asyncio.Future[Result], deadline: float) -> None:
+        self.item = item
+        self.size_bytes = size_bytes
+        self.future = future
+        self.deadline = deadline
+        self.prepared: Prepared | None = None
+
+
+class Batcher(Generic[Item, Prepared, Result]):
+    """Runs items through a function that is built and called in one thread.
+
+    Args:
+        prepare: Item -> Prepared, in a worker thread. What it raises fails that item alone.
+        build: Called once, in the inference thread; returns the function that maps a batch to as many results.
+    """
+
+    def __init__(
+        self,
+        prepare: Callable[[Item], Prepared],
+        build: Callable[[], Callable[[list[Prepared]], Sequence[Result]]],
+        limits: Limits,
+    ) -> None:
+        self._prepare = prepare
+        self._build = build
+        self._limits = limits
+        self._queue: SimpleQueue[Entry[Item, Prepared, Result] | Signal] = SimpleQueue()
+        self._large: SimpleQueue[Entry[Item, Prepared, Result] | Signal] = SimpleQueue()
+        self._idle_work: deque[Iterator[object]] = deque()
+        self._waiting = 0
+        self._waiting_bytes = 0
+        self._seconds_per_item = 0.0
+        self._closing = False
+        self._inference_thread = threading.Thread(target=self._infer, name="inference", daemon=True)
+        self._decode_thread = threading.Thread(target=self._decode, name="decode", daemon=True)
+
+    # Event loop
+
+    async def start(self) -> None:
+        """Return when `build` has; raise what it raised."""
+        self._loop = asyncio.get_running_loop()
+        self._built: asyncio.Future[None] = self._loop.create_future()
+        self._inference_thread.start()
+        self._decode_thread.start()
+        await self._built
+
+    @property
+    def ready(self) -> bool:
+        return self._inference_thread.is_alive() and not self._closing
+
+    @property
+    def expected_wait_seconds(self) -> float:
+        """What an item admitted now would wait: those before it times the measured time for each."""
+        return self._waiting * self._seconds_per_item
+
+    def submit(self, item: Item, size_bytes: int) -> asyncio.Future[Result]:
+        """Admit an item. Cancel the future when nobody wants the answer any more.
+
+        Raises:
+            Overloaded: as many items or bytes wait as are accepted, or the answer would come too late.
+            NotReady: the service is stopping.
+        """
+        if not self.ready:
+            raise NotReady("The service is stopping. Try again, it may be back shortly.", retry_after_seconds=1)
+        limits, wait_seconds = self._limits, self.expected_wait_seconds
+        if (
+            self._waiting >= limits.max_waiting
+            or (self._waiting and self._waiting_bytes + size_bytes > limits.max_waiting_bytes)
+            or wait_seconds > limits.deadline_seconds
+        ):
+            retry = max(1, math.ceil(wait_seconds))
+            raise Overloaded(
+                f"The service has as much to do as it accepts: {self._waiting:,} requests wait. "
+                f"Try again in {retry} second{'s' * (retry > 1)}.",
+                retry_after_seconds=retry,
+            )
+        future: asyncio.Future[Result] = self._loop.create_future()
+        entry = Entry[Item, Prepared, Result](item, size_bytes, future, time.monotonic() + limits.deadline_seconds)
+        self._waiting += 1
+        self._waiting_bytes += size_bytes
+        (self._large if size_bytes > limits.large_bytes else self._queue).put(entry)
+        return future
+
+    def run_when_idle(self, work: Iterator[object]) -> None:
+        """Exhaust `work` in the inference thread, a step at a time, only when nothing is queued."""
+        self._idle_work.append(work)
+        self._queue.put(Signal.WAKE)
+
+    async def close(self) -> None:
+        """Refuse what comes from now on, answer all that was admitted, end the threads. Idle work is given up."""
+        self._closing = True
+        self._large.put(Signal.STOP)  # which the decode thread hands on, after the last large item
+        await asyncio.to_thread(self._inference_thread.join)
+
+    def _settle(self, outcomes: Sequence[tuple[Entry[Item, Prepared, Result], Result | Exception]]) -> None:
+        for entry, outcome in outcomes:
+            self._waiting -= 1
+            self._waiting_bytes -= entry.size_bytes
+            if entry.future.done():  # cancelled meanwhile
+                continue
+            if isinstance(outcome, Exception):
+                entry.future.set_exception(outcome)
+            else:
+                entry.future.set_result(outcome)
+
+    # Decode thread
+
+    def _decode(self) -> None:
+        while isinstance(entry := self._large.get(), Entry):
+            if (refusal := self._refusal(entry)) is None:
+                try:
+                    entry.prepared = self._prepare(entry.item)
+                except Exception as error:
+                    refusal = error
+            if refusal is None:
+                self._queue.put(entry)
+            else:
+                self._loop.call_soon_threadsafe(self._settle, [(entry, refusal)])
+        self._queue.put(Signal.STOP)
+
+    # Inference thread
+
+    def _infer(self) -> None:
+        try:
+            run = self._build()
+        except BaseException as error:
+            self._loop.call_soon_threadsafe(self._built.set_exception, error)
+            return
+        self._loop.call_soon_threadsafe(self._built.set_result, None)
+        stopping = False
+        while not stopping:
+            batch, stopping = self._take()
+            if batch:
+                self._loop.call_soon_threadsafe(self._settle, self._answer(batch, run))
+
+    def _take(self) -> tuple[list[Entry[Item, Prepared, Result]], bool]:
+        """Wait for one entry, then take along what else has queued; and whether it was the last time."""
+        batch: list[Entry[Item, Prepared, Result]] = []
+        taken = self._wait()
+        while True:
+            if taken is Signal.STOP:
+                return batch, True
+            if isinstance(taken, Entry):
+                batch.append(taken)
+            if len(batch) == self._limits.max_batch:
+                return batch, False
+            try:
+                taken = self._queue.get_nowait()
+            except Empty:
+                return batch, False
+
+    def _wait(self) -> Entry[Item, Prepared, Result] | Signal:
+        while self._idle_work:
+            try:
+                return self._queue.get(timeout=QUIET_SECONDS)
+            except Empty:
+                self._step(self._idle_work[0])
+        return self._queue.get()
+
+    def _step(self, work: Iterator[object]) -> None:
+        try:
+            next(work)
+        except StopIteration:
+            self._idle_work.popleft()
+        except Exception:
+            logger.exception("Work for idle times failed and was given up.")
+            self._idle_work.popleft()
+
+    def _answer(
+        self, batch: list[Entry[Item, Prepared, Result]], run: Callable[[list[Prepared]], Sequence[Result]]
+    ) -> list[tuple[Entry[Item, Prepared, Result], Result | Exception]]:
+        start = time.monotonic()
+        outcomes: list[tuple[Entry[Item, Prepared, Result], Result | Exception]] = []
+        wanted, prepared = [], []
+        for entry in batch:
+            if refusal := self._refusal(entry):
+                outcomes.append((entry, refusal))
+                continue
+            try:
+                prepared.append(self._prepare(entry.item) if entry.prepared is None else entry.prepared)
+                wanted.append(entry)
+            except Exception as error:
+                outcomes.append((entry, error))
+        if wanted:
+            outcomes += zip(wanted, _run(run, prepared), strict=True)
+            seconds = (time.monotonic() - start) / len(wanted)
+            known = self._seconds_per_item or seconds
+            self._seconds_per_item = known + SMOOTHING * (seconds - known)
+        return outcomes
+
+    def _refusal(self, entry: Entry[Item, Prepared, Result]) -> Exception | None:
+        """Why no work should be spent on the entry any more."""
+        if entry.future.cancelled():
+            return DeadlineExceeded("The client has left.")  # nobody will read it
+        if time.monotonic() > entry.deadline:
+            return DeadlineExceeded(
+                f"The request waited longer than {self._limits.deadline_seconds:g} seconds for its turn. "
+                "Try again later."
+            )
+        return None
+
+
+def _run(run: Callable[[list[Prepared]], Sequence[Result]], prepared: list[Prepared]) -> list[Result | Exception]:
+    """The results of a batch. If it fails, each item is tried alone, so that only the culprit fails."""
+    try:
+        results: list[Result | Exception] = list(run(prepared))
+        if len(results) != len(prepared):
+            raise AssertionError(f"{len(results)} results for a batch of {len(prepared)}")
+        return results
+    except Exception as error:
+        if len(prepared) == 1:
+            return [error]
+        logger.warning("A batch of %d failed and is tried item by item.", len(prepared), exc_info=True)
+        return [result for item in prepared for result in _run(run, [item])]

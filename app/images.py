@@ -1,0 +1,118 @@
+"""Bytes of a picture -> the pixels a network takes. The only file that knows Pillow.
+
+What is decided here, for every picture and every caller:
+
+    formats       PNG, JPEG, WebP, BMP and GIF (its first frame), recognised by their content, not by their name
+    orientation   as the EXIF tag says, so that a phone's portrait stands upright
+    transparency  laid over white
+    16 bit grey   divided by 257, so that 65535 becomes 255; never clipped
+    size          32x32, or with another size what `Resize` says; scaling is bicubic and antialiased
+
+Shape letters: C = 3 channels (red, green, blue), H = W = 32.
+"""
+
+import io
+import struct
+from typing import Literal
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from app.errors import BadRequest, BodyTooLarge, WrongSize
+from app.model import IMAGE_SIZE
+
+Resize = Literal["crop", "stretch", "pad"]
+"""crop: the centre square, scaled: keeps proportions, loses the edges. stretch: both sides scaled to 32: keeps
+everything but the proportions. pad: the longer side scaled to 32, centred on white: keeps all, at less resolution."""
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+ACCEPTED = "Accepted are PNG, JPEG, WebP, BMP and GIF."
+SIZE = (IMAGE_SIZE, IMAGE_SIZE)
+WHITE = (255, 255, 255)
+MAX_PIXELS = 50_000_000
+"""Enough for the cameras of today's phones."""
+METADATA = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
+"""Where Pillow keeps what may hold an orientation. Most small pictures have none; looking closer takes 13 us each."""
+
+# What Pillow raises for bad bytes: cut short or damaged (OSError), a field out of range (ValueError), a broken chunk
+# (SyntaxError), a header cut short (the others). tests/test_images.py damages pictures of every format to keep it true.
+DAMAGED = (OSError, ValueError, SyntaxError, IndexError, struct.error)
+
+# Our own limit is stricter, applies before any pixel is decoded, and refuses instead of warning.
+Image.MAX_IMAGE_PIXELS = None
+
+
+def decode(data: bytes, resize: Resize | None = None, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """The picture's pixels as uint8 (C, H, W), in memory channels last.
+
+    Args:
+        resize: What to do with a picture that is not 32x32; None refuses it.
+
+    Raises:
+        BadRequest: The bytes are no picture in one of the formats, or a damaged one.
+        BodyTooLarge: The picture has more than `max_pixels` pixels.
+        WrongSize: It is not 32x32 and `resize` is None.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            _check_size(picture, resize, max_pixels)
+            if resize and picture.format in ("JPEG", "MPO"):
+                # The decoder itself halves while both sides keep 4 x 32 pixels, which saves most of the time.
+                picture.draft(None, (4 * IMAGE_SIZE, 4 * IMAGE_SIZE))
+            picture.load()
+            rgb = _to_rgb(ImageOps.exif_transpose(picture) if METADATA & picture.info.keys() else picture)
+            pixels = _resize(rgb, resize).tobytes()
+    except DAMAGED:
+        raise BadRequest(
+            f"The {len(data):,} bytes are not a readable picture: another format, cut short or damaged. {ACCEPTED}"
+        ) from None
+    # A bytearray, because torch warns of tensors that share the memory of immutable bytes.
+    pixels_HWC = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(IMAGE_SIZE, IMAGE_SIZE, 3)
+    return pixels_HWC.permute(2, 0, 1)
+
+
+def _check_size(picture: Image.Image, resize: Resize | None, max_pixels: int) -> None:
+    """Only the header has been read so far: a picture of a few bytes may claim to be huge."""
+    width, height = picture.size
+    if width * height > max_pixels:
+        raise BodyTooLarge(
+            f"The picture is {width} x {height}; accepted are at most {max_pixels:,} pixels. Send a smaller one."
+        )
+    if resize is None and picture.size != SIZE:
+        raise WrongSize(
+            f"The picture is {width} x {height}; the network takes {IMAGE_SIZE} x {IMAGE_SIZE}. "
+            "Send that size, or add ?resize=crop, ?resize=stretch or ?resize=pad to have it resized.",
+            detail={"width": width, "height": height, "expected": list(SIZE)},
+        )
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode == "RGB" and "transparency" not in picture.info:
+        return picture
+    if picture.mode.startswith(("I", "F")):  # grey of more than 8 bits; Pillow's own conversion clips at 255
+        grey = picture.convert("F").point(lambda value: value * (1 / 257) + 0.5)  # a half, because "L" rounds down
+        return grey.convert("L").convert("RGB")
+    if picture.has_transparency_data:
+        coloured = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", coloured.size, WHITE), coloured).convert("RGB")
+    return picture.convert("RGB")
+
+
+def _resize(rgb: Image.Image, resize: Resize | None) -> Image.Image:
+    if rgb.size == SIZE:
+        return rgb
+    width, height = rgb.size
+    if resize == "crop":
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        return rgb.resize(SIZE, Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    if resize == "stretch":
+        return rgb.resize(SIZE, Image.Resampling.BICUBIC)
+    scale = IMAGE_SIZE / max(width, height)
+    inner = max(1, round(width * scale)), max(1, round(height * scale))
+    padded = Image.new("RGB", SIZE, WHITE)
+    padded.paste(
+        rgb.resize(inner, Image.Resampling.BICUBIC), ((IMAGE_SIZE - inner[0]) // 2, (IMAGE_SIZE - inner[1]) // 2)
+    )
+    return padded

@@ -1,0 +1,53 @@
+"""create_app(settings): wiring only."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.staticfiles import StaticFiles
+
+from app import boundary, checkpoint
+from app.device import choose_device
+from app.errors import SettingsError
+from app.routes import health, metrics, pages, predict
+from app.service import Service
+from app.settings import Settings
+
+DESCRIPTION = """Send a picture, get the probability of each class.
+
+Every error has the same body, `ErrorBody`; every answer has the header `X-Request-ID`, taken from the request if it
+has a well-formed one."""
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The application. Reads the weights file at once; builds and warms the network when the lifespan starts.
+
+    Raises:
+        StartError: the weights file or the device cannot be used.
+    """
+    try:
+        device = choose_device(settings.device)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    service = Service(settings, checkpoint.load(settings.weights), device)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        await service.start()
+        yield
+        await service.close()
+
+    app = FastAPI(
+        title="CIFAR classification",
+        description=DESCRIPTION,
+        version="0.1.0",
+        lifespan=lifespan,
+        docs_url=None,  # the framework's pages load their scripts from elsewhere; ours is in static
+        redoc_url=None,
+    )
+    app.state.service = service
+    for routes in (predict, metrics, health, pages):
+        app.include_router(routes.router)
+    app.mount("/static", StaticFiles(directory=pages.STATIC), name="static")
+    boundary.install(app, settings.max_body_bytes)
+    return app

@@ -1,0 +1,79 @@
+"""multipart/form-data, in memory. The framework's own form parser writes files above 1 MiB to disk, which a read-only
+container does not have, and takes twice the time; the body is bounded already."""
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from app.errors import BadRequest
+
+MAX_PARTS = 32
+"""A form of the web page or of curl has one; each costs time in the event loop."""
+
+
+class _Collector:
+    """Gathers the content of each part by the name of its field."""
+
+    def __init__(self) -> None:
+        self.fields: list[tuple[str, bytearray]] = []
+        self.complete = False
+        self._header_name = b""
+        self._header_value = b""
+
+    def on_part_begin(self) -> None:
+        if len(self.fields) == MAX_PARTS:
+            raise BadRequest(f"The form has more than {MAX_PARTS} fields; send one field `file` with the picture.")
+        self.fields.append(("", bytearray()))
+
+    def on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header_name += data[start:end]
+
+    def on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._header_value += data[start:end]
+
+    def on_header_end(self) -> None:
+        if self._header_name.lower() == b"content-disposition":
+            _, options = parse_options_header(self._header_value)
+            self.fields[-1] = (options.get(b"name", b"").decode("utf-8", "replace"), self.fields[-1][1])
+        self._header_name = self._header_value = b""
+
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        self.fields[-1][1].extend(memoryview(data)[start:end])
+
+    def on_end(self) -> None:
+        self.complete = True
+
+
+def read_field(body: bytes, content_type: str, name: str) -> bytes:
+    """The content of the one field `name` of a form.
+
+    Raises:
+        BadRequest: The form is malformed or cut short, or does not have exactly one such field.
+    """
+    _, options = parse_options_header(content_type)
+    collector = _Collector()
+    try:
+        parser = MultipartParser(
+            options.get(b"boundary", b""),
+            {
+                "on_part_begin": collector.on_part_begin,
+                "on_header_field": collector.on_header_field,
+                "on_header_value": collector.on_header_value,
+                "on_header_end": collector.on_header_end,
+                "on_part_data": collector.on_part_data,
+                "on_end": collector.on_end,
+            },
+        )
+        parser.write(body)
+        parser.finalize()
+    except FormParserError:
+        collector.complete = False
+    if not options.get(b"boundary") or not collector.complete:
+        raise BadRequest(
+            "The multipart body is malformed or cut short. Send it as `curl -F file=@picture.png` does, with the "
+            "boundary named in the Content-Type header, or send the picture itself as the body."
+        )
+    found = [bytes(content) for field, content in collector.fields if field == name]
+    if len(found) != 1:
+        names = ", ".join(repr(field) for field, _ in collector.fields) or "none"
+        raise BadRequest(f"The form must have exactly one field {name!r} with the picture; its fields are: {names}.")
+    return found[0]

@@ -1,0 +1,55 @@
+"""The loaded network, ready to answer: on its device, in its number format, folded and warm.
+
+Build it and call it in one and the same thread: from another one, torch's threads are made anew and a forward pass of
+two threads takes twice the time.
+
+Shape letters: N images, C = 3, H = W = 32, K classes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from app import model
+from app.checkpoint import Checkpoint
+from app.device import choose_dtype
+from app.model import IMAGE_SIZE
+
+
+class Predictor:
+    """Pixels in, probabilities out."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, *, threads: int, max_batch: int) -> None:
+        """Fold, move and warm the network; about a quarter of a second on a CPU.
+
+        Args:
+            threads: How many a forward pass uses on a CPU; not more than there are cores.
+            max_batch: Larger batches are split. Each size up to it is run once here, because the first run of a size
+                also chooses its kernels.
+        """
+        torch.set_num_threads(threads)
+        self.device = device
+        self.dtype = choose_dtype(device)
+        self._max_batch = max_batch
+        self._temperature = checkpoint.temperature
+        network = model.fold(checkpoint.network())
+        self._network = network.to(device, self.dtype).to(memory_format=torch.channels_last)
+        for size in range(1, max_batch + 1):
+            self.predict(torch.zeros(size, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8))
+
+    @torch.inference_mode()
+    def predict(self, pixels_NCHW: Tensor) -> Tensor:
+        """Probabilities (N, K), float64 on the CPU so that each row sums to 1, of uint8 pixels (N, C, H, W)."""
+        logits = [
+            self._network(part.to(self.device, memory_format=torch.channels_last))
+            for part in pixels_NCHW.split(self._max_batch)
+        ]
+        return (torch.cat(logits).cpu().double() / self._temperature).softmax(dim=1)
+
+    def predict_each(self, pictures: Sequence[Tensor]) -> list[list[float]]:
+        """The probabilities of each picture (C, H, W) in plain numbers."""
+        # Stacked as (N, H, W, C), the order they have in memory.
+        pixels_NHWC = torch.stack([pixels_CHW.permute(1, 2, 0) for pixels_CHW in pictures])
+        probabilities: list[list[float]] = self.predict(pixels_NHWC.permute(0, 3, 1, 2)).tolist()
+        return probabilities

@@ -1,0 +1,118 @@
+"""The bodies of all answers, each field described. This is what /docs shows; nothing here computes."""
+
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is not a success."""
+
+    error: str = Field(
+        description="What was given, what is accepted and what to do, in one or two sentences.",
+        examples=["The picture is 640 x 480; the network takes 32 x 32. Send that size, or add ?resize=crop, ..."],
+    )
+    detail: Any = Field(description="The same for programs, where there is more to say; otherwise null.")
+    request_id: str = Field(description="Also in the header X-Request-ID and in the log of the service.")
+
+
+class ModelInfo(BaseModel):
+    """Which weights answered."""
+
+    name: str = Field(description="The architecture.", examples=["cifar_net"])
+    sha256: str = Field(description="The first 12 hexadecimal digits of the weights file's sha256.")
+
+
+class Prediction(BaseModel):
+    """What the network makes of one picture."""
+
+    label: str = Field(description="The most probable class.", examples=["cat"])
+    class_id: int = Field(description="Its index in the order of the classes.", examples=[3])
+    confidence: float = Field(description="Its probability, from 0 to 1.", examples=[0.9316])
+    probabilities: dict[str, float] = Field(
+        description="The probability of every class by name, in the order of the classes, unrounded; they sum to 1. "
+        "With top_k only the k most probable, highest first."
+    )
+    model: ModelInfo
+
+
+class ClassReport(BaseModel):
+    """How well one class is recognised."""
+
+    class_id: int = Field(description="Index of the class.")
+    label: str = Field(description="Its name.")
+    support: int = Field(description="Images of this class.")
+    predicted: int = Field(description="Images taken for this class, rightly or wrongly.")
+    correct: int = Field(description="Images of this class recognised as such.")
+    accuracy: float = Field(description="correct / support, also called recall.")
+    precision: float = Field(description="correct / predicted.")
+    f1: float = Field(description="Harmonic mean of accuracy and precision.")
+    interval: tuple[float, float] = Field(description="95 % Wilson interval of the accuracy.")
+
+
+class DatasetInfo(BaseModel):
+    """What was evaluated on."""
+
+    name: str = Field(description="In words.", examples=["CIFAR-10 test"])
+    sha256: str = Field(description="Over its pixels and labels.")
+    images: int = Field(description="How many.")
+
+
+class Calibration(BaseModel):
+    """How far the probabilities can be taken at their word."""
+
+    nll: float = Field(description="Mean negative log likelihood of the true class, in nats.")
+    brier: float = Field(description="Mean squared distance of the probabilities from the truth, 0 to 2.")
+    ece: float = Field(description="Expected calibration error, 0 to 1.")
+    ece_estimator: str = Field(description="How it is estimated.")
+
+
+class WeightsInfo(BaseModel):
+    """Which weights the figures belong to."""
+
+    name: str = Field(description="The architecture.")
+    sha256: str = Field(description="Of the weights file, in full.")
+
+
+class Report(BaseModel):
+    """Figures per class and overall."""
+
+    source: str = Field(
+        description="`checkpoint`: found in the weights file, where training put them. `measured`: by this service, "
+        "with the loaded weights, on the test set it was given.",
+        examples=["checkpoint"],
+    )
+    weights: WeightsInfo
+    trained: dict[str, Any] = Field(description="Where the weights come from: recipe, seed, versions, device, time.")
+    dataset: DatasetInfo
+    evaluated_at: str = Field(description="UTC, ISO 8601.")
+    accuracy: float = Field(description="Share of images whose most probable class is the true one.")
+    correct: int = Field(description="Their number.")
+    interval: tuple[float, float] = Field(description="95 % Wilson interval of the accuracy.")
+    calibration: Calibration
+    classes: list[ClassReport] = Field(description="In the order of the classes.")
+    confusion: list[list[int]] = Field(description="Rows are true classes, columns predicted ones.")
+
+
+class Health(BaseModel):
+    """The process answers, or is ready for requests."""
+
+    status: str = Field(examples=["ok"])
+
+
+def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The documentation of error answers, for a route's `responses`."""
+    return {status: {"model": ErrorBody, "description": MEANINGS[status]} for status in statuses}
+
+
+MEANINGS = {
+    400: "No picture in the body, a damaged one, or a malformed form.",
+    404: "There is no such page, or no report.",
+    413: "The body has too many bytes or the picture too many pixels.",
+    415: "A content type or content encoding that the service does not read.",
+    422: "A picture that is not 32x32 without `resize`, or a parameter with a value that is not accepted.",
+    429: "The service has as much to do as it accepts. The header Retry-After says when to try again.",
+    500: "A defect of the service; its log has the details under the request_id.",
+    503: "The service is starting or stopping. The header Retry-After says when to try again.",
+    504: "The request waited too long for its turn.",
+}

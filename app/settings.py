@@ -1,0 +1,206 @@
+"""What can be set, where each value comes from, and what it may be.
+
+A flag of `python -m app` beats its environment variable, which beats the default. Flag and variable follow from the
+field's name: `max_body_bytes` is `--max-body-bytes` and CIFAR_MAX_BODY_BYTES. Nothing here reads the real environment:
+it is an argument.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, get_type_hints
+
+from app.errors import SettingsError
+
+PREFIX = "CIFAR_"
+PROJECT = Path(__file__).resolve().parent.parent
+MIB = 1024 * 1024
+DEVICES = ("cuda", "mps", "cpu")
+
+Parse = Callable[[str], Any]
+
+
+def whole(least: int, most: int) -> Parse:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= most:
+            raise ValueError(f"a whole number from {least:,} to {most:,}")
+        return value
+
+    return parse
+
+
+def seconds(least: float, most: float) -> Parse:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:  # false for nan, too
+            raise ValueError(f"a number of seconds from {least:g} to {most:g}")
+        return value
+
+    return parse
+
+
+def text(what: str) -> Parse:
+    def parse(value: str) -> str:
+        if not value.strip():
+            raise ValueError(what)
+        return value.strip()
+
+    return parse
+
+
+def path(value: str) -> Path:
+    if not value.strip():
+        raise ValueError("a path")
+    return Path(value).expanduser()
+
+
+def device(value: str) -> str:
+    kind, colon, index = value.partition(":")
+    if kind not in DEVICES or (colon and not (kind == "cuda" and index.isdigit())):
+        raise ValueError("cuda, cuda:0, cuda:1, ..., mps or cpu")
+    return value
+
+
+def available_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """How many cores this process may really use: its affinity, cut down to its control group's quota if there is one.
+
+    The host's core count is neither; more threads than this starve each other.
+    """
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:  # version 2: "200000 100000" or "max 100000"
+        quota, period = (cgroup / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:  # version 1; a quota of -1 means none
+            quota = (cgroup / "cpu" / "cpu.cfs_quota_us").read_text().strip()
+            period = (cgroup / "cpu" / "cpu.cfs_period_us").read_text().strip()
+        except OSError:
+            return cpus
+    if not (quota.isdigit() and period.isdigit() and int(period)):
+        return cpus
+    return max(1, min(cpus, math.ceil(int(quota) / int(period))))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known of a field besides its type and default."""
+
+    parse: Parse
+    help: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that can be set. The texts are what `python -m app --help` prints."""
+
+    weights: Annotated[Path, Setting(path, "the weights file to serve")] = PROJECT / "weights" / "cifar_net.pth"
+    data: Annotated[
+        Path | None,
+        Setting(path, "a data set; the weights are evaluated on its test part after start-up (default: none)"),
+    ] = None
+    host: Annotated[str, Setting(text("a host name or an address"), "where to listen; 0.0.0.0 is everywhere")] = (
+        "127.0.0.1"
+    )
+    port: Annotated[int, Setting(whole(0, 65_535), "the port; 0 takes a free one and prints it")] = 8000
+    device: Annotated[
+        str | None, Setting(device, "cuda, cuda:1, mps or cpu (default: the first of them that this machine has)")
+    ] = None
+    threads: Annotated[
+        int, Setting(whole(1, 1024), "torch threads for a forward pass on a CPU (default: the cores it may use)")
+    ] = dataclasses.field(default_factory=available_cpus)
+    max_body_bytes: Annotated[int, Setting(whole(1, 1024 * MIB), "a larger request body is refused")] = 8 * MIB
+    max_pixels: Annotated[
+        int, Setting(whole(1024, 1_000_000_000), "a picture with more is refused before it is decoded")
+    ] = 50_000_000
+    max_batch: Annotated[int, Setting(whole(1, 1024), "pictures per forward pass; those that wait run together")] = 16
+    max_waiting: Annotated[
+        int, Setting(whole(1, 1_000_000), "requests admitted and not yet answered; more get 429")
+    ] = 1024
+    max_waiting_bytes: Annotated[
+        int, Setting(whole(1, 64 * 1024 * MIB), "the same limit for the bytes of their bodies")
+    ] = 64 * MIB
+    deadline_seconds: Annotated[float, Setting(seconds(0.001, 3600), "who waits longer for a turn gets 504")] = 5.0
+    drain_seconds: Annotated[
+        float, Setting(seconds(0, 3600), "after SIGTERM: not ready, but still accepting for so long")
+    ] = 5.0
+
+
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(Settings)}
+KNOWN: dict[str, Setting] = {
+    name: hint.__metadata__[0] for name, hint in get_type_hints(Settings, include_extras=True).items()
+}
+
+
+def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
+    """Settings from the command line and the environment.
+
+    Raises:
+        SettingsError: a value is not accepted, or a flag or a CIFAR_ variable does not exist.
+        SystemExit: `--help` was asked for and printed.
+    """
+    values = {name: (f"{PREFIX}{name.upper()}", environment.get(f"{PREFIX}{name.upper()}")) for name in KNOWN}
+    for variable in environment:
+        if variable.startswith(PREFIX) and variable.removeprefix(PREFIX).lower() not in KNOWN:
+            raise SettingsError(
+                f"There is no setting {variable}. {_nearest(variable, [name for name, _ in values.values()])}"
+            )
+    flags = _parser().parse_args(arguments)
+    values |= {name: (_flag(name), value) for name, value in vars(flags).items() if value is not None}
+    return Settings(
+        **{name: _parse(name, source, value) for name, (source, value) in values.items() if value is not None}
+    )
+
+
+def _parse(name: str, source: str, value: str) -> Any:
+    try:
+        return KNOWN[name].parse(value)
+    except ValueError as error:
+        raise SettingsError(f"{source} is {value!r}; accepted is {error}.") from None
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _nearest(given: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(given, known, n=1)
+    return f"Did you mean {close[0]}?" if close else f"There are {', '.join(known)}."
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains by a sentence of ours instead of a usage text and an exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"The command line was not understood: {message}. See `python -m app --help`.")
+
+    def parse_args(self, arguments: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
+        flags, unknown = self.parse_known_args(arguments)
+        if unknown:
+            given = unknown[0].partition("=")[0]
+            raise SettingsError(f"There is no flag {given}. {_nearest(given, [_flag(name) for name in KNOWN])}")
+        return flags
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m app",
+        description="Serve the classifier over HTTP.",
+        epilog=f"Each flag is also an environment variable: --max-batch 8 is {PREFIX}MAX_BATCH=8. The flag wins.",
+        allow_abbrev=False,
+    )
+    for name, setting in KNOWN.items():
+        default = DEFAULTS[name]
+        shown = "" if default in (None, dataclasses.MISSING) else f" (default: {default})"
+        parser.add_argument(_flag(name), metavar="VALUE", help=setting.help + shown)
+    return parser
