@@ -15,7 +15,7 @@ Shape letters: N images, C = 3 channels, H = W = 32.
 import ctypes
 import hashlib
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -72,8 +72,9 @@ class Split:
 
         It depends on the content only: the binary and the python layout of the same images have the same digest.
         """
-        digest = hashlib.sha256(_memory(self.pixels_NCHW.contiguous()))
-        digest.update(_memory(self.labels_N.contiguous()))
+        digest = hashlib.sha256()
+        for tensor in (self.pixels_NCHW.contiguous(), self.labels_N.contiguous()):
+            digest.update(_memory(tensor))
         return digest.hexdigest()
 
 
@@ -86,16 +87,16 @@ def read(folder: Path, seed: int = 0) -> tuple[Split, Split]:
     Raises:
         DataError: There is no data set, or a part of it cannot be used.
     """
-    layout = _recognise(folder)
-    return layout(folder, seed, "training"), layout(folder, seed, "test")
+    train, test = _recognise(folder)(folder, seed, ("training", "test"))
+    return train, test
 
 
 def read_test(folder: Path, seed: int = 0) -> Split:
     """The test part only; like `read` otherwise."""
-    return _recognise(folder)(folder, seed, "test")
+    return _recognise(folder)(folder, seed, ("test",))[0]
 
 
-def _recognise(folder: Path) -> Callable[[Path, int, str], Split]:
+def _recognise(folder: Path) -> Callable[[Path, int, Sequence[str]], list[Split]]:
     if not folder.is_dir():
         raise DataError(f"There is no folder {folder}. {HOW_TO_GET}")
     if _find_batches(folder, "bin", ".bin"):
@@ -121,12 +122,14 @@ def _find_batches(folder: Path, layout: str, suffix: str) -> Path | None:
     return None
 
 
-def _read_binary(folder: Path, _seed: int, part: str) -> Split:
-    return _cifar10(part, _find_batches(folder, "bin", ".bin") or folder, ".bin", _parse_records)
+def _read_binary(folder: Path, _seed: int, parts: Sequence[str]) -> list[Split]:
+    found = _find_batches(folder, "bin", ".bin") or folder
+    return [_cifar10(part, found, ".bin", _parse_records) for part in parts]
 
 
-def _read_python(folder: Path, _seed: int, part: str) -> Split:
-    return _cifar10(part, _find_batches(folder, "py", "") or folder, "", _parse_pickle)
+def _read_python(folder: Path, _seed: int, parts: Sequence[str]) -> list[Split]:
+    found = _find_batches(folder, "py", "") or folder
+    return [_cifar10(part, found, "", _parse_pickle) for part in parts]
 
 
 def _cifar10(part: str, folder: Path, suffix: str, parse: Callable[[Path, bytearray], tuple[Tensor, Tensor]]) -> Split:
@@ -197,26 +200,31 @@ def _class_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _read_class_folders(folder: Path, seed: int, part: str) -> Split:
+def _read_class_folders(folder: Path, seed: int, parts: Sequence[str]) -> list[Split]:
     names = _class_names(folder)
     if len(names) < 2:
         raise DataError(f"The folder {folder} has the one class folder {names[0]}; a classifier needs at least two.")
     generator = torch.Generator().manual_seed(seed)
-    chosen: list[tuple[Path, int]] = []
+    chosen: dict[str, list[tuple[Path, int]]] = {"training": [], "test": []}
     for label, name in enumerate(names):
-        training, test = _divide(folder / name, generator)
-        chosen += [(path, label) for path in (test if part == "test" else training)]
-    chosen = _shuffle(chosen, generator)
-    return Split(
-        name=f"{folder.resolve().name} {part}",
-        classes=tuple(names),
-        pixels_NCHW=_decode([path for path, _ in chosen], folder),
-        labels_N=torch.tensor([label for _, label in chosen], dtype=torch.int64),
-    )
+        for part, paths in zip(chosen, _divide(folder / name, generator), strict=True):
+            chosen[part] += [(path, label) for path in paths]
+    chosen = {part: _shuffle(pictures, generator) for part, pictures in chosen.items()}
+    # All parts at once, so that everything unreadable is reported at once.
+    pixels_NCHW = _decode([path for part in parts for path, _ in chosen[part]], folder)
+    return [
+        Split(
+            name=f"{folder.resolve().name} {part}",
+            classes=tuple(names),
+            pixels_NCHW=part_NCHW,
+            labels_N=torch.tensor([label for _, label in chosen[part]], dtype=torch.int64),
+        )
+        for part, part_NCHW in zip(parts, torch.split(pixels_NCHW, [len(chosen[part]) for part in parts]), strict=True)
+    ]
 
 
 def _divide(class_folder: Path, generator: torch.Generator) -> tuple[list[Path], list[Path]]:
-    """All files but hidden ones: a file that is no picture is better reported than dropped."""
+    """The files of a class to train on and to test with. Hidden ones apart, a file that is no picture is reported."""
     paths = sorted(path for path in class_folder.iterdir() if path.is_file() and not path.name.startswith("."))
     if len(paths) < 2:
         raise DataError(
@@ -245,7 +253,7 @@ def _decode(paths: list[Path], folder: Path) -> Tensor:
         named = [*broken][:NAMED_FILES]
         raise DataError(
             f"Of the {len(paths):,} files read in {folder}, {len(broken):,} cannot be used: {', '.join(named)}"
-            f"{', ...' if len(broken) > NAMED_FILES else ''}. Of {named[0]}: {broken[named[0]]} "
+            f"{', ...' if len(broken) > NAMED_FILES else '.'} Of {named[0]}: {broken[named[0]]} "
             "Repair these files or move them away."
         )
     return torch.stack([result for result in decoded if isinstance(result, Tensor)]).contiguous()
@@ -262,5 +270,5 @@ def _decode_or_refuse(path: Path) -> Tensor | str:
 
 
 def _memory(tensor: Tensor) -> ctypes.Array[ctypes.c_char]:
-    """The bytes of a contiguous CPU tensor, not copied; torch offers this through numpy only."""
+    """The bytes of a contiguous CPU tensor, valid while it lives; torch itself offers them through numpy only."""
     return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())

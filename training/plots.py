@@ -130,7 +130,7 @@ def learning_curves(rows: Sequence[Mapping[str, float]]) -> Figure:
     for axes in figure.axes:
         axes.set_xlabel("epoch")
         axes.set_xlim(0.5, max(epochs, default=1) + 0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         _plain(axes)
     return figure
 

@@ -1,0 +1,326 @@
+"""Every layout of data is written here, read back, and broken in every way that has a sentence."""
+
+import contextlib
+import hashlib
+import os
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from app import data, numpy_pickle
+from app.checkpoint import CIFAR10_CLASSES
+from app.errors import DataError
+from training.data import download, hold_out, locate
+
+BATCHES = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch")
+
+
+def batch(seed: int, images: int = 7) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    pixels_NCHW = torch.randint(0, 256, (images, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    return pixels_NCHW, torch.randint(0, 10, (images,), generator=generator)
+
+
+def write_binary(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, name in enumerate(BATCHES):
+        pixels_NCHW, labels_N = batch(seed)
+        records = torch.cat([labels_N.to(torch.uint8)[:, None], pixels_NCHW.flatten(1)], dim=1)
+        (folder / f"{name}.bin").write_bytes(bytes(records.flatten().tolist()))
+    return folder
+
+
+def python_2_pickle(pixels: bytes, labels: list[int]) -> bytes:
+    """What Python 2 and numpy 1 wrote: texts and pixels as 8-bit strings, which Python 3 has no way to write."""
+
+    def text(value: bytes) -> bytes:
+        return b"T" + struct.pack("<i", len(value)) + value
+
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85" + text(b"b") + b"tR"
+    dtype = (
+        b"cnumpy\ndtype\n("
+        + text(b"u1")
+        + b"K\x00K\x01tR(K\x03"
+        + text(b"|")
+        + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    )
+    state = b"(K\x01K" + bytes([len(labels)]) + b"M\x00\x0c\x86" + dtype + b"\x89" + text(pixels) + b"tb"
+    listed = b"](" + b"".join(b"K" + bytes([label]) for label in labels) + b"e"
+    return b"\x80\x02}(" + text(b"data") + array + state + text(b"labels") + listed + b"u."
+
+
+def write_python(folder: Path) -> Path:
+    """Half of the files as Python 2 wrote them, half as today's numpy writes that protocol."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, name in enumerate(BATCHES):
+        pixels_NCHW, labels_N = batch(seed)
+        rows, labels = pixels_NCHW.flatten(1).numpy(), labels_N.tolist()
+        old = python_2_pickle(rows.tobytes(), labels)
+        new = pickle.dumps({b"data": rows, b"labels": labels, b"batch_label": b"one of six"}, protocol=2)
+        (folder / name).write_bytes(old if seed % 2 else new)
+    return folder
+
+
+def write_class_folders(folder: Path, counts: dict[str, int], size: tuple[int, int] = (32, 32)) -> Path:
+    """Each picture is of one colour that tells its class and its number."""
+    suffixes = ("png", "PNG", "bmp", "webp")
+    for label, (name, count) in enumerate(counts.items()):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            picture = Image.new("RGB", size, (40 * label, number, 0))
+            picture.save(folder / name / f"{number:03}.{suffixes[number % 4]}", lossless=True)  # for WebP
+    return folder
+
+
+@pytest.mark.parametrize("subfolder", ["", "cifar-10-batches-bin"])
+def test_reads_the_binary_layout(tmp_path: Path, subfolder: str) -> None:
+    write_binary(tmp_path / subfolder)
+    train, test = data.read(tmp_path)
+    assert torch.equal(train.pixels_NCHW, torch.cat([batch(seed)[0] for seed in range(5)]))
+    assert torch.equal(train.labels_N, torch.cat([batch(seed)[1] for seed in range(5)]))
+    assert torch.equal(test.pixels_NCHW, batch(5)[0])
+    assert torch.equal(test.labels_N, batch(5)[1])
+    assert train.classes == test.classes == CIFAR10_CLASSES
+    assert (train.pixels_NCHW.dtype, train.labels_N.dtype, len(train), len(test)) == (torch.uint8, torch.int64, 35, 7)
+
+
+@pytest.mark.parametrize("subfolder", ["", "cifar-10-batches-py"])
+def test_reads_the_python_layout_and_finds_the_same_data(tmp_path: Path, subfolder: str) -> None:
+    write_python(tmp_path / "py" / subfolder)
+    write_binary(tmp_path / "bin")
+    for pickled, binary in zip(data.read(tmp_path / "py"), data.read(tmp_path / "bin"), strict=True):
+        assert torch.equal(pickled.pixels_NCHW, binary.pixels_NCHW)
+        assert torch.equal(pickled.labels_N, binary.labels_N)
+        assert pickled.digest == binary.digest
+        assert pickled.name == binary.name
+
+
+def test_the_test_part_can_be_read_alone(tmp_path: Path) -> None:
+    write_binary(tmp_path)
+    (tmp_path / "data_batch_2.bin").unlink()
+    assert len(data.read_test(tmp_path)) == 7
+    with pytest.raises(DataError, match=r"lacks the file data_batch_2\.bin"):
+        data.read(tmp_path)
+
+
+def test_the_digest_is_sha256_of_pixels_then_labels() -> None:
+    pixels_NCHW, labels_N = batch(0)
+    split = data.Split(name="x", classes=CIFAR10_CLASSES, pixels_NCHW=pixels_NCHW, labels_N=labels_N)
+    content = pixels_NCHW.numpy().tobytes() + labels_N.numpy().astype("<i8").tobytes()
+    assert split.digest == hashlib.sha256(content).hexdigest()
+    channels_last = pixels_NCHW.contiguous(memory_format=torch.channels_last)
+    same = data.Split(name="y", classes=CIFAR10_CLASSES, pixels_NCHW=channels_last, labels_N=labels_N)
+    assert same.digest == split.digest
+
+
+def test_a_part_of_cifar10_does_not_pass_for_the_whole(tmp_path: Path) -> None:
+    train, test = data.read(write_binary(tmp_path))
+    assert (train.name, test.name) == ("CIFAR-10 training, 35 images", "CIFAR-10 test, 7 images")
+
+
+def test_a_known_copy_is_called_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_binary(tmp_path)
+    monkeypatch.setitem(data.KNOWN_COPIES, data.read_test(tmp_path).digest, "CIFAR-10 test, somehow changed")
+    assert data.read_test(tmp_path).name == "CIFAR-10 test, somehow changed"
+
+
+class Hostile:
+    """Pickled as a call of os.mkdir."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_hostile_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
+    write_python(tmp_path)
+    trap = tmp_path / "trap"
+    hostile = pickle.dumps({b"data": Hostile(trap), b"labels": []}, protocol=2)
+    (tmp_path / "test_batch").write_bytes(hostile)
+    with pytest.raises(DataError, match="Nothing in it was run"):
+        data.read_test(tmp_path)
+    assert not trap.exists()
+    pickle.loads(hostile)  # the file is indeed a trap for whoever reads it with pickle
+    assert trap.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["numpy\nndarray", "numpy\ndtype", "numpy.core.multiarray\n_reconstruct", "_codecs\nencode"]
+)
+def test_a_pickle_cannot_change_what_it_looks_up(name: str) -> None:
+    """BUILD with such a pair sets attributes of the object below it: here of the stand-ins for all later files."""
+    look_up = b"\x80\x02c" + name.encode() + b"\n"
+    with contextlib.suppress(TypeError):
+        numpy_pickle.load(look_up + b"N}X\x04\x00\x00\x00markK\x01s\x86b.")
+    assert not hasattr(numpy_pickle.load(look_up + b"."), "mark")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no pickle",
+        pickle.dumps([1, 2, 3], protocol=2),
+        pickle.dumps({b"labels": [1]}, protocol=2),
+        pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [1]}, protocol=2),
+        pickle.dumps({b"data": np.zeros((1, 3072), np.float32), b"labels": [1]}, protocol=2),
+        pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": ["cat"]}, protocol=2),
+        pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": [2**70]}, protocol=2),
+        python_2_pickle(bytes(3072), [1])[:-100],
+    ],
+    ids=["empty", "text", "list", "no data", "other number", "other type", "label text", "label huge", "cut short"],
+)
+def test_a_file_that_is_no_batch_is_refused(tmp_path: Path, content: bytes) -> None:
+    write_python(tmp_path)
+    (tmp_path / "test_batch").write_bytes(content)
+    with pytest.raises(DataError, match=rf"test_batch \({len(content):,} bytes\) is no batch of CIFAR-10's python"):
+        data.read_test(tmp_path)
+
+
+def test_a_truncated_file_says_bytes_expected_and_found(tmp_path: Path) -> None:
+    write_binary(tmp_path)
+    file = tmp_path / "data_batch_3.bin"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(
+        DataError, match=r"data_batch_3\.bin is cut short: it has 21,510 bytes; expected are 30,730,000"
+    ):
+        data.read(tmp_path)
+    file.write_bytes(b"")
+    with pytest.raises(DataError, match="it has 0 bytes"):
+        data.read(tmp_path)
+
+
+def test_a_label_out_of_range_says_which_image(tmp_path: Path) -> None:
+    write_binary(tmp_path)
+    file = tmp_path / "test_batch.bin"
+    content = bytearray(file.read_bytes())
+    content[4 * 3073] = 10
+    file.write_bytes(content)
+    with pytest.raises(DataError, match="image number 4 has the label 10; labels are 0 to 9"):
+        data.read_test(tmp_path)
+    write_python(tmp_path / "py")
+    (tmp_path / "py" / "test_batch").write_bytes(
+        pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": [-1]}, protocol=2)
+    )
+    with pytest.raises(DataError, match="image number 0 has the label -1"):
+        data.read_test(tmp_path / "py")
+
+
+@pytest.mark.parametrize("make", [False, True], ids=["missing", "empty"])
+def test_no_data_says_how_to_get_it(tmp_path: Path, make: bool) -> None:
+    folder = tmp_path / "nowhere"
+    if make:
+        (folder / ".hidden").mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(folder / ".hidden" / "picture.png")
+    with pytest.raises(DataError, match=r"(?s)nowhere.*--data DIR or CIFAR_DATA.*python -m training download"):
+        data.read(folder)
+
+
+def test_reads_class_folders_and_divides_each_class(tmp_path: Path) -> None:
+    counts = {"ant": 10, "bee": 25, "cow": 2}
+    write_class_folders(tmp_path, counts)
+    (tmp_path / "notes.txt").write_text("files beside the class folders do not matter")
+    (tmp_path / "ant" / ".DS_Store").write_text("nor do hidden ones")
+    train, test = data.read(tmp_path)
+    assert train.classes == test.classes == ("ant", "bee", "cow")
+    assert train.labels_N.bincount().tolist() == [8, 20, 1]
+    assert test.labels_N.bincount().tolist() == [2, 5, 1]
+    assert test.name == f"{tmp_path.name} test"
+    seen = set()
+    for split in (train, test):
+        for pixels_CHW, label in zip(split.pixels_NCHW, split.labels_N.tolist(), strict=True):
+            red, number, _ = pixels_CHW[:, 0, 0].tolist()
+            assert (pixels_CHW == pixels_CHW[:, :1, :1]).all()
+            assert red == 40 * label  # the picture is still with its label
+            seen.add((label, number))
+    assert len(seen) == 37  # each picture is in one part, once
+
+
+def test_the_seed_decides_the_parts_and_their_order(tmp_path: Path) -> None:
+    write_class_folders(tmp_path, {"ant": 30, "bee": 30})
+    first, again, other = data.read(tmp_path, seed=1), data.read(tmp_path, seed=1), data.read(tmp_path, seed=2)
+    assert [split.digest for split in first] == [split.digest for split in again]
+    assert first[1].digest == data.read_test(tmp_path, seed=1).digest
+    assert first[1].digest != other[1].digest
+    labels = first[0].labels_N.tolist()
+    assert labels != sorted(labels)  # so the last images, which `hold_out` takes, are of all classes
+
+
+def test_pictures_of_other_sizes_are_cut_to_their_centre(tmp_path: Path) -> None:
+    for name in ("ant", "bee"):
+        (tmp_path / name).mkdir()
+        for number in range(2):
+            picture = Image.new("RGB", (96, 64), "red")
+            picture.paste("blue", (16, 0, 80, 64))
+            picture.save(tmp_path / name / f"{number}.png")
+    train, _ = data.read(tmp_path)
+    assert train.pixels_NCHW.shape == (2, 3, 32, 32)
+    red, green, blue = train.pixels_NCHW[0].float().mean(dim=(1, 2)).tolist()
+    assert red < 3  # the antialiasing lets a trace of the edge in; all of the picture would be a third red
+    assert green == 0
+    assert blue > 250
+
+
+def test_unreadable_pictures_are_counted_and_named(tmp_path: Path) -> None:
+    write_class_folders(tmp_path, {"ant": 20, "bee": 20})
+    for number in range(6):
+        (tmp_path / "bee" / f"b{number}.jpg").write_bytes(b"\xff\xd8\xff no picture")
+    (tmp_path / "ant" / "notes.txt").write_text("no picture either")
+    with pytest.raises(DataError, match=r"Of the 47 files .* 7 cannot be used: ant/notes\.txt, bee/b0\.jpg") as caught:
+        data.read(tmp_path)
+    assert "bee/b3.jpg, ... Of ant/notes.txt: The 17 bytes are not a readable picture" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("counts", "sentence"),
+    [
+        ({"ant": 3, "bee": 0}, r"bee has no pictures; a class needs at least two"),
+        ({"ant": 3, "bee": 1}, r"bee has 1 picture; a class needs at least two"),
+        ({"ant": 3}, r"has the one class folder ant; a classifier needs at least two"),
+    ],
+)
+def test_too_few_pictures_or_classes_are_refused(tmp_path: Path, counts: dict[str, int], sentence: str) -> None:
+    with pytest.raises(DataError, match=sentence):
+        data.read(write_class_folders(tmp_path, counts))
+
+
+def test_locate_prefers_the_flag_then_the_environment() -> None:
+    assert locate("here", {"CIFAR_DATA": "there"}) == Path("here")
+    assert locate(None, {"CIFAR_DATA": "there"}) == Path("there")
+    assert locate(None, {}) == locate("", {"CIFAR_DATA": ""}) == Path("data")
+
+
+def test_hold_out_takes_the_last_images(tmp_path: Path) -> None:
+    train, _ = data.read(write_binary(tmp_path))
+    rest, held = hold_out(train, 0.2)
+    assert (len(rest), len(held)) == (28, 7)
+    assert torch.equal(held.pixels_NCHW, batch(4)[0])
+    assert torch.equal(held.labels_N, batch(4)[1])
+    assert torch.equal(torch.cat([rest.labels_N, held.labels_N]), train.labels_N)
+    assert held.name == "validation (7 held-out training images)"
+    assert len({train.digest, rest.digest, held.digest}) == 3
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 1.5, 0.001, 0.999, float("nan")])
+def test_hold_out_refuses_a_share_that_leaves_nothing(tmp_path: Path, share: float) -> None:
+    train, _ = data.read(write_binary(tmp_path))
+    with pytest.raises(ValueError, match=f"A share of {share} of 35 training images cannot be held out"):
+        hold_out(train, share)
+
+
+def test_a_failed_download_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_arguments: object, **_options: object) -> None:
+        raise ConnectionResetError("[Errno 104] reset by peer")
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", unreachable)
+    with pytest.raises(DataError, match=r"could not be downloaded into .* \(ConnectionResetError\)") as caught:
+        download(tmp_path)
+    assert "Errno" not in str(caught.value)
