@@ -14,9 +14,11 @@ The tutorial's own file, a bare state_dict of `Net`, is read as well.
 import dataclasses
 import hashlib
 import io
+import math
 import os
 import pickle
 import tempfile
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,24 +55,35 @@ class Checkpoint:
         Raises:
             CheckpointError: the weights do not fit the architecture.
         """
-        with torch.device("meta"):  # shapes are compared before any memory is taken
-            network = model.build(self.architecture, **self.arguments)
-        expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
-        for name, shape in expected.items():
+        try:
+            with torch.device("meta"):  # shapes are compared before any memory is taken
+                network = model.build(self.architecture, **self.arguments)
+        except (TypeError, ValueError, RuntimeError):
+            raise CheckpointError(
+                f"The weights file gives the network {self.architecture} arguments it does not take."
+            ) from None
+        expected = network.state_dict()
+        for name, tensor in expected.items():
             given = self.state_dict.get(name)
             if given is None:
                 raise CheckpointError(f"The weights file lacks the tensor {name} of the network {self.architecture}.")
-            if given.shape != shape:
+            if given.shape != tensor.shape:
                 raise CheckpointError(
                     f"In the weights file the tensor {name} has the shape {tuple(given.shape)}; "
-                    f"the network {self.architecture} needs {tuple(shape)}."
+                    f"the network {self.architecture} needs {tuple(tensor.shape)}."
+                )
+            if given.is_floating_point() != tensor.is_floating_point():
+                raise CheckpointError(
+                    f"In the weights file the tensor {name} holds {str(given.dtype).removeprefix('torch.')}; "
+                    f"the network {self.architecture} needs {str(tensor.dtype).removeprefix('torch.')}."
                 )
         if extra := self.state_dict.keys() - expected.keys():
             raise CheckpointError(
                 f"The weights file has a tensor {min(extra)} that the network {self.architecture} does not have."
             )
-        # A copy: training or moving the network must not reach back into the checkpoint.
-        network.load_state_dict({name: tensor.clone() for name, tensor in self.state_dict.items()}, assign=True)
+        # Copies: training or moving the network must not reach back into the checkpoint. Half becomes float32.
+        copies = {name: given.to(expected[name].dtype, copy=True) for name, given in self.state_dict.items()}
+        network.load_state_dict(copies, assign=True)
         return network.eval().requires_grad_(False)
 
 
@@ -132,7 +145,8 @@ def load(path: Path) -> Checkpoint:
     except OSError as error:
         raise CheckpointError(f"The weights file {path} cannot be read: {error.strerror}.") from None
     try:
-        content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of torch, about what it is about to refuse
+            content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise CheckpointError(
             f"The weights file {path} was refused: it is no PyTorch file, or it holds Python objects besides tensors "
@@ -147,6 +161,8 @@ def load(path: Path) -> Checkpoint:
         checkpoint.network()
     except CheckpointError as error:
         raise CheckpointError(f"{error} (File {path}.) {EXPECTED}") from None
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError):
+        raise CheckpointError(f"The weights file {path} has a field of a wrong kind. {EXPECTED}") from None
     return dataclasses.replace(checkpoint, sha256=hashlib.sha256(raw).hexdigest())
 
 
@@ -204,11 +220,24 @@ def _check(checkpoint: Checkpoint) -> None:
     for name, tensor in checkpoint.state_dict.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise CheckpointError(f"The weights file holds something else than a tensor under the name {name!r}.")
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise CheckpointError(f"In the weights file the tensor {name} is not an ordinary, dense one.")
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"In the weights file the tensor {name} has values that are not finite.")
-    if not checkpoint.temperature > 0:
-        raise CheckpointError(f"The weights file has the temperature {checkpoint.temperature}; it must be positive.")
-    evaluation = checkpoint.evaluation
-    size = len(checkpoint.classes)
-    if evaluation is not None and tuple(evaluation.confusion_KK.shape) != (size, size):
-        raise CheckpointError(f"In the weights file the confusion matrix is not {size} x {size}.")
+    if not (checkpoint.state_dict.get("std", torch.ones(3)) > 0).all():
+        raise CheckpointError("In the weights file a standard deviation of the normalisation is not positive.")
+    if not 0 < checkpoint.temperature < math.inf:
+        raise CheckpointError(
+            f"The weights file has the temperature {checkpoint.temperature}; it must be positive and finite."
+        )
+    if checkpoint.evaluation is not None:
+        _check_evaluation(checkpoint.evaluation, len(checkpoint.classes))
+
+
+def _check_evaluation(evaluation: Evaluation, size: int) -> None:
+    for entry in dataclasses.fields(evaluation):
+        value = getattr(evaluation, entry.name)
+        if type(value) is not entry.type:
+            raise CheckpointError(f"In the weights file {entry.name} of the evaluation is a {type(value).__name__}.")
+    if evaluation.confusion_KK.shape != (size, size) or evaluation.confusion_KK.dtype != torch.int64:
+        raise CheckpointError(f"In the weights file the confusion matrix is not {size} x {size} whole numbers.")
