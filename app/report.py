@@ -92,7 +92,8 @@ def wilson_interval(successes: int, total: int, z: float = 1.959964) -> tuple[fl
     scale = 1 / (1 + z * z / total)
     centre = scale * (share + z * z / (2 * total))
     half = scale * z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Rounding must not leave the share itself outside: 20 of 20 ends at exactly 1.
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
 def _ratio(part: int, whole: int) -> float:

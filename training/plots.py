@@ -164,9 +164,8 @@ def per_class_bars(confusion_KK: Tensor, classes: Sequence[str], dataset: str) -
     """Accuracy of each class with its 95 % Wilson interval; the line is the accuracy over all."""
     rows = per_class(confusion_KK, tuple(classes))
     accuracies = [row["accuracy"] for row in rows]
-    # Rounding can put the end of an interval a hair inside the bar's end, and a negative length is refused.
-    below = [max(0.0, row["accuracy"] - row["interval"][0]) for row in rows]
-    above = [max(0.0, row["interval"][1] - row["accuracy"]) for row in rows]
+    below = [row["accuracy"] - row["interval"][0] for row in rows]
+    above = [row["interval"][1] - row["accuracy"] for row in rows]
     figure = Figure(figsize=(8, 1.4 + 0.34 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     axes.barh(range(len(rows)), accuracies, height=0.7, color=BLUE, alpha=0.55)
@@ -189,10 +188,12 @@ def per_class_bars(confusion_KK: Tensor, classes: Sequence[str], dataset: str) -
 def reliability_diagram(probabilities_NK: Tensor, labels_N: Tensor, dataset: str) -> Figure:
     """How often the answer is right, against how sure the network says it is; on the diagonal it knows itself."""
     bins = calibration_bins(probabilities_NK, labels_N)
-    confidences, accuracies = [part["confidence"] for part in bins], [part["accuracy"] for part in bins]
-    intervals = [wilson_interval(round(part["accuracy"] * part["count"]), int(part["count"])) for part in bins]
-    below = [max(0.0, accuracy - low) for accuracy, (low, _) in zip(accuracies, intervals, strict=True)]
-    above = [max(0.0, high - accuracy) for accuracy, (_, high) in zip(accuracies, intervals, strict=True)]
+    counts, confidences = [int(part["count"]) for part in bins], [part["confidence"] for part in bins]
+    correct = [round(part["accuracy"] * part["count"]) for part in bins]
+    accuracies = [right / count for right, count in zip(correct, counts, strict=True)]
+    intervals = [wilson_interval(right, count) for right, count in zip(correct, counts, strict=True)]
+    below = [accuracy - low for accuracy, (low, _) in zip(accuracies, intervals, strict=True)]
+    above = [high - accuracy for accuracy, (_, high) in zip(accuracies, intervals, strict=True)]
     start = math.floor(10 * min([*confidences, *(low for low, _ in intervals)])) / 10
     figure = Figure(figsize=(5.2, 5.2), layout="constrained")
     axes = figure.add_subplot()

@@ -1,0 +1,247 @@
+"""What is saved comes back; what cannot be used is refused by a sentence; what is half written never appears."""
+
+import dataclasses
+import io
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from app import checkpoint, model
+from app.checkpoint import CIFAR10_CLASSES, Checkpoint, load, save, write_atomically
+from app.errors import CheckpointError
+from app.report import Evaluation
+
+EVALUATION = Evaluation(
+    dataset="CIFAR-10 test",
+    digest="0" * 64,
+    evaluated_at="2026-01-01T00:00:00+00:00",
+    confusion_KK=torch.arange(100).reshape(10, 10),
+    nll=0.25,
+    brier=0.125,
+    ece=0.0625,
+)
+
+
+def example(name: str = "net") -> Checkpoint:
+    torch.manual_seed(0)
+    return Checkpoint(
+        architecture=name,
+        arguments={"num_classes": 10},
+        state_dict=model.build(name).state_dict(),
+        classes=CIFAR10_CLASSES,
+        temperature=1.25,
+        evaluation=EVALUATION,
+        trained={"recipe": "debug", "seed": 3, "versions": {"torch": "2"}},
+    )
+
+
+def content(**changes: object) -> dict[str, Any]:
+    """What a file holds, field by field."""
+    given = example()
+    return {
+        "format": checkpoint.FORMAT,
+        "architecture": {"name": given.architecture, "arguments": given.arguments},
+        "state_dict": given.state_dict,
+        "classes": list(given.classes),
+        "temperature": given.temperature,
+        "evaluation": vars(EVALUATION),
+        "trained": given.trained,
+    } | changes
+
+
+def tensors(**changes: object) -> dict[str, Any]:
+    return content(state_dict={**example().state_dict, **changes})
+
+
+def evaluated(**changes: object) -> dict[str, Any]:
+    return content(evaluation={**vars(EVALUATION), **changes})
+
+
+@pytest.mark.parametrize("name", model.NETWORKS)
+def test_round_trip(tmp_path: Path, name: str) -> None:
+    saved = example(name)
+    sha256 = save(saved, tmp_path / "new" / "weights.pth")
+    loaded = load(tmp_path / "new" / "weights.pth")
+    assert loaded.sha256 == sha256
+    for field in ("architecture", "arguments", "classes", "temperature", "trained"):
+        assert getattr(loaded, field) == getattr(saved, field)
+    assert loaded.evaluation is not None
+    assert torch.equal(loaded.evaluation.confusion_KK, EVALUATION.confusion_KK)
+    assert dataclasses.replace(loaded.evaluation, confusion_KK=EVALUATION.confusion_KK) == EVALUATION
+    assert loaded.state_dict.keys() == saved.state_dict.keys()
+    assert all(torch.equal(loaded.state_dict[key], tensor) for key, tensor in saved.state_dict.items())
+    network = loaded.network()
+    assert not network.training
+    pixels_NCHW = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    fresh = model.build(name)
+    fresh.load_state_dict(saved.state_dict)
+    assert torch.equal(network(pixels_NCHW), fresh.eval()(pixels_NCHW))
+
+
+def test_changing_the_network_does_not_change_the_checkpoint() -> None:
+    given = example()
+    before = given.state_dict["conv1.weight"].clone()
+    parameter = next(given.network().parameters())
+    parameter.zero_()
+    assert torch.equal(given.state_dict["conv1.weight"], before)
+
+
+def test_half_precision_is_read_as_float32(tmp_path: Path) -> None:
+    torch.save({name: tensor.half() for name, tensor in example().state_dict.items()}, tmp_path / "half.pth")
+    network = load(tmp_path / "half.pth").network()
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+
+
+class TutorialNet(nn.Module):
+    """As in the tutorial; it has no buffers for the normalisation, which is done outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 5)
+        self.pool = nn.MaxPool2d(2, 2)
+        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.fc1 = nn.Linear(16 * 5 * 5, 120)
+        self.fc2 = nn.Linear(120, 84)
+        self.fc3 = nn.Linear(84, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(torch.relu(self.conv1(x)))
+        x = self.pool(torch.relu(self.conv2(x)))
+        x = torch.flatten(x, 1)
+        x = torch.relu(self.fc1(x))
+        x = torch.relu(self.fc2(x))
+        return self.fc3(x)  # type: ignore[no-any-return]
+
+
+def test_the_tutorials_state_dict_is_read(tmp_path: Path) -> None:
+    net = TutorialNet()
+    torch.save(net.state_dict(), tmp_path / "cifar_net.pth")
+    loaded = load(tmp_path / "cifar_net.pth")
+    assert loaded.classes == CIFAR10_CLASSES
+    assert loaded.evaluation is None
+    pixels_NCHW = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    normalized = (pixels_NCHW / 255 - 0.5) / 0.5  # ToTensor and Normalize of the tutorial
+    torch.testing.assert_close(loaded.network()(pixels_NCHW), net(normalized).detach(), atol=1e-5, rtol=1e-4)
+
+
+class Hostile:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path) -> None:
+    trap, file = tmp_path / "trap", tmp_path / "weights.pth"
+    torch.save({"conv1.weight": Hostile(trap)}, file)
+    with pytest.raises(CheckpointError, match="Python objects besides tensors and plain values, which could run code"):
+        load(file)
+    file.write_bytes(pickle.dumps(Hostile(trap)))
+    with pytest.raises(CheckpointError, match=r"no PyTorch file"):
+        load(file)
+    assert not trap.exists()
+
+
+def test_a_missing_file_says_how_to_get_one(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no weights file .*w\.pth\. Train one with `python -m training train`"):
+        load(tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match="cannot be read: Is a directory"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 10, 1_000, 100_000, -1])
+def test_a_truncated_file_is_refused(tmp_path: Path, keep: int) -> None:
+    file = tmp_path / "weights.pth"
+    save(example(), file)
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=rf"cut short \({file.stat().st_size:,} bytes\)|no PyTorch file"):
+        load(file)
+
+
+REFUSED: dict[str, tuple[object, str]] = {
+    "a tensor": (torch.zeros(3), "holds a Tensor where a dict belongs"),
+    "a list": ([1, 2], "holds a list where a dict belongs"),
+    "nothing": ({}, "lacks the tensor conv1.weight of the network net"),
+    "another model": ({"features.0.weight": torch.zeros(3)}, "lacks the tensor conv1.weight of the network net"),
+    "one tensor more": (tensors(extra=torch.zeros(1)), "has a tensor extra that the network net does not have"),
+    "another shape": (
+        tensors(**{"fc3.weight": torch.zeros(100, 84)}),
+        r"the tensor fc3.weight has the shape \(100, 84\); the network net needs \(10, 84\)",
+    ),
+    "not a number": (tensors(**{"fc1.bias": torch.full((120,), torch.nan)}), "fc1.bias has values that are not finite"),
+    "infinite": (tensors(**{"fc1.bias": torch.full((120,), torch.inf)}), "fc1.bias has values that are not finite"),
+    "whole numbers": (
+        tensors(**{"fc1.bias": torch.zeros(120).int()}),
+        "fc1.bias holds int32; the network net needs float32",
+    ),
+    "sparse": (tensors(**{"fc1.bias": torch.ones(120).to_sparse()}), "fc1.bias is not an ordinary, dense one"),
+    "without content": (tensors(**{"fc1.bias": torch.ones(120, device="meta")}), "fc1.bias is not an ordinary"),
+    "no tensor": (tensors(**{"fc1.bias": [0.0]}), "something else than a tensor under the name 'fc1.bias'"),
+    "zero deviation": (tensors(std=torch.zeros(3)), "standard deviation of the normalisation is not positive"),
+    "newer format": (content(format=2), "has the format 2; this version reads format 1"),
+    "missing field": ({"format": 1}, "lacks a field of the format"),
+    "unknown network": (
+        content(architecture={"name": "vgg", "arguments": {"num_classes": 10}}),
+        "is for a network 'vgg'; known are net, cifar_net",
+    ),
+    "unknown argument": (
+        content(architecture={"name": "net", "arguments": {"num_classes": 10, "depth": 3}}),
+        "gives the network net arguments it does not take",
+    ),
+    "fewer names": (content(classes=["cat", "dog"]), "number of class names differs from the number of outputs"),
+    "same names": (content(classes=["cat"] * 10), "class names are not distinct texts"),
+    "names that are none": (content(classes=[*range(10)]), "class names are not distinct texts"),
+    "negative temperature": (content(temperature=-1.0), r"temperature -1.0; it must be positive"),
+    "no temperature": (content(temperature=float("nan")), r"temperature nan; it must be positive"),
+    "small matrix": (evaluated(confusion_KK=torch.zeros(2, 2).long()), "confusion matrix is not 10 x 10"),
+    "no matrix": (evaluated(confusion_KK=3), "confusion_KK of the evaluation is a int"),
+    "text for a figure": (evaluated(nll="low"), "nll of the evaluation is a str"),
+    "list for tensors": (content(state_dict=[1]), "has a field of a wrong kind"),
+}
+
+
+@pytest.mark.parametrize(("given", "sentence"), REFUSED.values(), ids=REFUSED.keys())
+def test_refusals(tmp_path: Path, given: object, sentence: str) -> None:
+    file = tmp_path / "weights.pth"
+    torch.save(given, file)
+    with pytest.raises(CheckpointError, match=sentence) as caught:
+        load(file)
+    assert "weights.pth" in str(caught.value)
+    assert str(caught.value).endswith(checkpoint.EXPECTED)
+
+
+def test_the_content_that_the_refusals_vary_is_itself_accepted(tmp_path: Path) -> None:
+    torch.save(content(), tmp_path / "weights.pth")
+    assert load(tmp_path / "weights.pth").temperature == 1.25
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_failing_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    file = tmp_path / "weights.pth"
+    write_atomically(file, b"old")
+
+    def interrupt(*_arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, failing, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(file, b"new")
+    assert file.read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["weights.pth"]
+    monkeypatch.undo()
+    write_atomically(file, b"new")
+    assert file.read_bytes() == b"new"
+    assert file.stat().st_mode & 0o777 == 0o644
+
+
+def test_the_file_holds_only_what_weights_only_reads(tmp_path: Path) -> None:
+    save(example(), tmp_path / "weights.pth")
+    raw = io.BytesIO((tmp_path / "weights.pth").read_bytes())
+    read = torch.load(raw, weights_only=True)
+    assert list(read) == ["format", "architecture", "state_dict", "classes", "temperature", "evaluation", "trained"]

@@ -1,0 +1,156 @@
+"""Predictions in batches, the figures from them, and the table."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from app import model
+from app.checkpoint import CIFAR10_CLASSES, Checkpoint
+from app.data import Split
+from app.errors import DataError
+from app.report import report
+from training.evaluate import evaluate, format_report, predict
+
+IMAGES = 23
+
+
+def split() -> Split:
+    generator = torch.Generator().manual_seed(0)
+    return Split(
+        name="noise test",
+        classes=CIFAR10_CLASSES,
+        pixels_NCHW=torch.randint(0, 256, (IMAGES, 3, 32, 32), dtype=torch.uint8, generator=generator),
+        labels_N=torch.randint(0, 10, (IMAGES,), generator=generator),
+    )
+
+
+def checkpoint(temperature: float = 1.0, name: str = "cifar_net") -> Checkpoint:
+    torch.manual_seed(0)
+    return Checkpoint(
+        architecture=name,
+        arguments={"num_classes": 10},
+        state_dict=model.build(name).state_dict(),
+        classes=CIFAR10_CLASSES,
+        temperature=temperature,
+    )
+
+
+class BatchSizes(nn.Module):
+    """Answers with the first pixel of each image, and remembers what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def forward(self, pixels_NCHW: Tensor) -> Tensor:
+        self.seen.append(len(pixels_NCHW))
+        first_N = pixels_NCHW[:, 0, 0, 0].float() / 255
+        return torch.stack([first_N, -first_N], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "seen"), [(1, [1] * 23), (4, [4] * 5 + [3]), (23, [23]), (22, [22, 1]), (1000, [23])]
+)
+def test_every_image_is_predicted_once_in_order_whatever_the_batch_size(batch_size: int, seen: list[int]) -> None:
+    network = BatchSizes().eval()
+    pixels_NCHW = split().pixels_NCHW
+    probabilities_NK = predict(network, pixels_NCHW, batch_size)
+    assert network.seen == seen
+    first_N = pixels_NCHW[:, 0, 0, 0].float() / 255
+    torch.testing.assert_close(probabilities_NK[:, 0], torch.sigmoid(2 * first_N))
+
+
+@pytest.mark.parametrize("name", model.NETWORKS)
+def test_the_batch_size_changes_no_figure(name: str) -> None:
+    figures = [evaluate(checkpoint(name=name), split(), batch_size=batch_size) for batch_size in (1, 7, 23, 1000)]
+    for other in figures[1:]:
+        assert torch.equal(other.confusion_KK, figures[0].confusion_KK)
+        assert other.nll == pytest.approx(figures[0].nll, abs=1e-5)
+        assert other.ece == pytest.approx(figures[0].ece, abs=1e-5)
+
+
+def test_the_same_twice_is_the_same_to_the_last_digit() -> None:
+    first, second = evaluate(checkpoint(), split()), evaluate(checkpoint(), split())
+    assert (first.nll, first.brier, first.ece) == (second.nll, second.brier, second.ece)
+
+
+@pytest.mark.parametrize("batch_size", [0, -5])
+def test_an_impossible_batch_size_is_refused(batch_size: int) -> None:
+    with pytest.raises(ValueError, match=f"batch size {batch_size} is not possible"):
+        predict(BatchSizes().eval(), split().pixels_NCHW, batch_size)
+
+
+def test_bfloat16_is_close_to_float32() -> None:
+    exact_NK = predict(checkpoint().network(), split().pixels_NCHW)
+    fast_NK = predict(checkpoint().network(), split().pixels_NCHW, dtype=torch.bfloat16)
+    assert fast_NK.dtype == torch.float32
+    assert not torch.equal(fast_NK, exact_NK)
+    torch.testing.assert_close(fast_NK, exact_NK, atol=0.02, rtol=0)
+
+
+def test_the_temperature_of_the_checkpoint_is_applied() -> None:
+    logits_NK = checkpoint().network()(split().pixels_NCHW)
+    expected_NK = (logits_NK / 0.25).softmax(dim=1)
+    true_N = expected_NK[torch.arange(IMAGES), split().labels_N]
+    assert evaluate(checkpoint(temperature=0.25), split()).nll == pytest.approx(-true_N.log().mean().item(), rel=1e-5)
+
+
+def test_the_evaluation_says_on_what_it_was_made() -> None:
+    figures = evaluate(checkpoint(), split())
+    assert (figures.dataset, figures.digest) == ("noise test", split().digest)
+    assert figures.confusion_KK.sum(dim=1).tolist() == split().labels_N.bincount(minlength=10).tolist()
+    assert figures.evaluated_at.endswith("+00:00")
+
+
+def test_other_classes_are_refused() -> None:
+    official = ("airplane", "automobile", *CIFAR10_CLASSES[2:])
+    with pytest.raises(DataError, match=r"know the classes plane, car, .* have the classes airplane, automobile, "):
+        evaluate(checkpoint(), dataclasses.replace(split(), classes=official))
+    with pytest.raises(DataError, match="in the same order"):
+        evaluate(checkpoint(), dataclasses.replace(split(), classes=CIFAR10_CLASSES[::-1]))
+
+
+def test_the_table_shows_the_figures_of_the_report() -> None:
+    figures = dataclasses.replace(evaluate(checkpoint(), split()), nll=1.23456, brier=0.51239, ece=0.08714)
+    confusion_KK = torch.diag(torch.arange(1000, 1010))
+    confusion_KK[3, 5] = 1003  # every second cat is called a dog
+    text = format_report(report(dataclasses.replace(figures, confusion_KK=confusion_KK), CIFAR10_CLASSES))
+    lines = {line.split()[0]: line.split() for line in text.splitlines() if line}
+    assert "noise test: 11,048 images, sha256 " + split().digest[:12] in text
+    assert "accuracy 90.92 %  (10,045 of 11,048; 95 % Wilson interval 90.37 to 91.44 %)" in text
+    per_class = [line.split() for line in text.splitlines() if line.startswith(("cat", "dog"))]
+    assert per_class[0] == ["cat", "1,003", "2,006", "50.00", "%", "100.00", "%", "0.6667", "47.81", "to", "52.19", "%"]
+    assert per_class[1] == [
+        "dog",
+        "1,005",
+        "1,005",
+        "100.00",
+        "%",
+        "50.05",
+        "%",
+        "0.6671",
+        "99.62",
+        "to",
+        "100.00",
+        "%",
+    ]
+    assert lines["cat"][1:] == ["0", "0", "0", "1,003", "0", "1,003", "0", "0", "0", "0"]  # of the confusion matrix
+    assert "1.2346 nats" in text
+    assert "0.5124 (0 to 2)" in text
+    assert "0.0871 (15 equal-mass bins of the highest probability)" in text
+
+
+def test_the_table_keeps_its_columns_with_long_names() -> None:
+    names = ("a", "a class with a very long name")
+    two = dataclasses.replace(split(), classes=names, labels_N=split().labels_N % 2)
+    given = Checkpoint(
+        architecture="net",
+        arguments={"num_classes": 2},
+        state_dict=model.build("net", num_classes=2).state_dict(),
+        classes=names,
+    )
+    lines = format_report(report(evaluate(given, two), names)).splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("confusion"))
+    assert len({len(line) for line in lines[start + 1 : start + 4]}) == 1
