@@ -47,7 +47,7 @@ def log_rows(folder: Path, name: str) -> list[dict[str, float]]:
 
 
 def test_a_run_leaves_weights_log_and_curves(data_folder: Path) -> None:
-    done = run("--recipe", "debug", "--data", ".", "--run", "first", "--out", "out/net.pth", folder=data_folder)
+    done = run("--recipe", "debug", "--data", ".", "--name", "first", "--out", "out/net.pth", folder=data_folder)
     assert done.returncode == 0, done.stderr
     folder = data_folder / "runs" / "first"
     assert {"cifar_net.pth", "log.jsonl", "curves.png", "state.pt"} <= {path.name for path in folder.iterdir()}
@@ -68,7 +68,7 @@ def test_a_run_leaves_weights_log_and_curves(data_folder: Path) -> None:
 
 
 def test_held_out_images_replace_the_test_images(data_folder: Path) -> None:
-    done = run("--recipe", "debug", "--data", ".", "--run", "held", "--validation", "0.1", folder=data_folder)
+    done = run("--recipe", "debug", "--data", ".", "--name", "held", "--validation", "0.1", folder=data_folder)
     assert done.returncode == 0, done.stderr
     checkpoint = load(data_folder / "runs" / "held" / "cifar_net.pth")
     assert checkpoint.evaluation is not None
@@ -82,12 +82,12 @@ def test_held_out_images_replace_the_test_images(data_folder: Path) -> None:
 def test_two_processes_reach_the_loss_of_one(data_folder: Path) -> None:
     """Same global batch, same pictures: only the order of additions differs (the debug network has no batch norm)."""
     flags = ["--recipe", "debug", "--data", ".", "--epochs", "3", "--precision", "float32", "--device", "cpu"]
-    alone = run(*flags, "--run", "one", folder=data_folder)
+    alone = run(*flags, "--name", "one", folder=data_folder)
     assert alone.returncode == 0, alone.stderr
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     pair = subprocess.run(
-        [*torchrun, *TRAIN[1:], *flags, "--run", "two"],
+        [*torchrun, *TRAIN[1:], *flags, "--name", "two"],
         cwd=data_folder,
         env=environment,
         capture_output=True,
@@ -107,7 +107,7 @@ def test_two_processes_reach_the_loss_of_one(data_folder: Path) -> None:
 
 
 def test_interrupting_leaves_no_half_written_file_and_resuming_goes_on(data_folder: Path) -> None:
-    flags = ["--recipe", "debug", "--data", ".", "--run", "long", "--epochs", "400"]
+    flags = ["--recipe", "debug", "--data", ".", "--name", "long", "--epochs", "400"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen([*TRAIN, *flags], cwd=data_folder, env=environment, stderr=subprocess.PIPE) as process:
         state_file = data_folder / "runs" / "long" / "state.pt"
@@ -165,7 +165,7 @@ def test_evaluate_agrees_with_the_file_and_prints_only_json(
     data_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(data_folder)
-    assert cli.main(["train", "--recipe", "debug", "--data", ".", "--run", "a", "--epochs", "6"]) == 0
+    assert cli.main(["train", "--recipe", "debug", "--data", ".", "--name", "a", "--epochs", "6"]) == 0
     capsys.readouterr()
     weights = "runs/a/cifar_net.pth"
     assert cli.main(["evaluate", "--weights", weights, "--data", ".", "--json", "--batch-size", "7"]) == 0
@@ -176,11 +176,24 @@ def test_evaluate_agrees_with_the_file_and_prints_only_json(
     assert figures["calibration"]["nll"] == pytest.approx(evaluation.nll, rel=1e-4)
 
 
+def test_the_card_says_what_the_file_says(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(data_folder)
+    assert cli.main(["train", "--recipe", "debug", "--data", ".", "--name", "a"]) == 0
+    assert cli.main(["card", "--folder", "runs/a"]) == 0
+    text = Path("runs/a/README.md").read_text()
+    checkpoint = load(Path("runs/a/cifar_net.pth"))
+    assert checkpoint.evaluation is not None
+    assert checkpoint.sha256 in text
+    assert "62,006 parameters" in text
+    right = int(checkpoint.evaluation.confusion_KK.diagonal().sum())
+    assert f"**{right / 30:.2%}** of 30 images right" in text
+
+
 def test_pictures_are_written(
     data_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(data_folder)
-    assert cli.main(["train", "--recipe", "debug", "--data", ".", "--run", "a"]) == 0
+    assert cli.main(["train", "--recipe", "debug", "--data", ".", "--name", "a"]) == 0
     weights = "runs/a/cifar_net.pth"
     assert cli.main(["show", "--data", ".", "--weights", weights, "--count", "8", "--out", "grid.png"]) == 0
     assert cli.main(["plot", "--data", ".", "--weights", weights, "--out", "plots"]) == 0

@@ -23,12 +23,13 @@ import torch
 from torch import nn
 
 from app import data, model
-from app.checkpoint import Checkpoint, load, save
+from app.checkpoint import Checkpoint, load, save, write_atomically
 from app.data import Split
 from app.device import choose_device, choose_dtype, describe
 from app.errors import AppError
 from app.report import report
 from training import plots
+from training.card import card
 from training.config import RECIPES, Recipe, add_flags, override
 from training.data import download, hold_out, locate
 from training.evaluate import evaluate, format_report, predict
@@ -52,9 +53,9 @@ def train_command(options: argparse.Namespace) -> None:
     workers = join_workers(device)
     torch.manual_seed(recipe.seed)
 
-    run = RUNS / (options.run or f"{options.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+    run = RUNS / (options.name or f"{options.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
     if workers.is_first and not options.resume and (run / "state.pt").exists():
-        raise ValueError(f"{run} already holds a run; add --resume to continue it, or choose another name with --run.")
+        raise ValueError(f"{run} already holds a run; add --resume to continue it, or choose another one with --name.")
     train, test = data.read(locate(options.data, os.environ))
     held_out = None
     if recipe.validation:
@@ -65,7 +66,7 @@ def train_command(options: argparse.Namespace) -> None:
     log = RunLog(run, resume=options.resume) if workers.is_first else None
     if log:
         dtype = choose_dtype(device) if recipe.precision == "auto" else torch.float32
-        log.say(f"{options.recipe}: {recipe}")
+        log.say(f"Recipe {options.recipe}: " + ", ".join(f"{name} {value}" for name, value in vars(recipe).items()))
         log.say(f"{len(train):,} images of {train.name} on {describe(device)}, {str(dtype).removeprefix('torch.')}")
 
     network, progress = fit(
@@ -185,6 +186,11 @@ def summary_command(options: argparse.Namespace) -> None:
     print(summarize(model.build(options.network)))
 
 
+def card_command(options: argparse.Namespace) -> None:
+    write_atomically(options.folder / "README.md", card(options.folder).encode())
+    print(f"Wrote {options.folder / 'README.md'}.")
+
+
 def download_command(options: argparse.Namespace) -> None:
     folder = Path(options.data or os.environ.get("CIFAR_DATA", "data"))
     download(folder)
@@ -207,7 +213,7 @@ def parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", parents=[where, compute], help="train a network", allow_abbrev=False)
     train.add_argument("--recipe", choices=RECIPES, default="default")
-    train.add_argument("--run", help="name of the folder under runs/; recipe and time by default")
+    train.add_argument("--name", help="of the folder under runs/; recipe and time by default")
     train.add_argument("--resume", action="store_true", help="continue the run of this name where it stopped")
     train.add_argument("--out", type=Path, help="write the weights here as well, e.g. weights/cifar_net.pth")
     train.add_argument("--threads", type=int, help="CPU threads; torch's choice by default")
@@ -235,6 +241,10 @@ def parser() -> argparse.ArgumentParser:
     summary = commands.add_parser("summary", help="a network, layer by layer")
     summary.add_argument("--network", choices=model.NETWORKS, default="cifar_net")
     summary.set_defaults(command=summary_command)
+
+    describe_weights = commands.add_parser("card", help="write the model card of the weights in a folder")
+    describe_weights.add_argument("--folder", type=Path, default=DEFAULT_WEIGHTS.parent)
+    describe_weights.set_defaults(command=card_command)
 
     fetch = commands.add_parser("download", parents=[where], help="download CIFAR-10")
     fetch.set_defaults(command=download_command)

@@ -200,7 +200,7 @@ def _load_state(
         changed = [name for name, value in vars(recipe).items() if state["recipe"].get(name) != value]
         raise TrainingError(
             f"The run to resume was started with another {', '.join(changed)}; "
-            "resume with the same flags, or start a new run under another --run name."
+            "resume with the same flags, or start a new run under another --name."
         )
     network.load_state_dict(state["network"])
     average.load_state_dict(state["average"])

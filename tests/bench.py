@@ -1,0 +1,210 @@
+"""`make bench`: training speed, requests per second, start-up time and memory on this machine, as one table.
+
+Speed does not depend on what the pictures show, so it needs no data set. Requests are made by wrk, from the same
+machine: install it from your system's packages. Run it while nothing else runs.
+"""
+
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torchvision.transforms as transforms
+from PIL import Image
+from torch import Tensor, nn, optim
+from torch.utils.data import DataLoader, Dataset
+
+from app import model
+from app.data import Split
+from app.device import choose_device, describe
+from training.config import RECIPES
+from training.fit import fit, initialize
+
+ROOT = Path(__file__).parent.parent
+CONNECTIONS = (1, 16, 64)
+SECONDS = 8
+
+# wrk sends each body in turn; `done` prints what the table needs.
+LUA = """
+local bodies, next = {}, 0
+init = function(args)
+  for name in io.lines(args[1]) do
+    local file = io.open(name, "rb")
+    bodies[#bodies + 1] = wrk.format("POST", nil, {["Content-Type"] = args[2]}, file:read("*a"))
+    file:close()
+  end
+end
+request = function() next = next % #bodies + 1; return bodies[next] end
+done = function(summary, latency)
+  local e = summary.errors
+  print(string.format('RESULT {"rate": %f, "p50": %f, "p99": %f, "errors": %d}',
+    summary.requests / summary.duration * 1e6, latency:percentile(50) / 1e3, latency:percentile(99) / 1e3,
+    e.connect + e.read + e.write + e.status + e.timeout))
+end
+"""
+
+
+def pictures(count: int) -> Tensor:
+    """Smooth random pictures, uint8 (N, 3, 32, 32), about as compressible as photographs."""
+    generator = torch.Generator().manual_seed(0)
+    coarse_NCHW = torch.rand(count, 3, 6, 6, generator=generator) * 255
+    smooth_NCHW = nn.functional.interpolate(coarse_NCHW, size=(32, 32), mode="bicubic")
+    grain_NCHW = torch.randn(count, 3, 32, 32, generator=generator) * 2
+    return (smooth_NCHW + grain_NCHW).clamp(0, 255).to(torch.uint8)
+
+
+def split(count: int) -> Split:
+    classes = tuple("0123456789")
+    return Split(name="random", classes=classes, pixels_NCHW=pictures(count), labels_N=torch.arange(count) % 10)
+
+
+class TutorialDataset(Dataset[tuple[Tensor, int]]):
+    """What torchvision's CIFAR10 does for each image, on random ones."""
+
+    def __init__(self, images: Split) -> None:
+        self.pixels_NHWC = images.pixels_NCHW.permute(0, 2, 3, 1).numpy()
+        self.targets = images.labels_N.tolist()
+        self.transform = transforms.Compose(
+            [transforms.ToTensor(), transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))]
+        )
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.pixels_NHWC[index])), self.targets[index]
+
+
+def tutorial_as_written(images: Split) -> float:
+    """Images per second of the tutorial's own loop: DataLoader with two workers, batches of 4."""
+    loader = DataLoader(TutorialDataset(images), batch_size=4, shuffle=True, num_workers=2)
+    net = model.build("net")
+    # Its Net does not normalise, its loader does; make ours skip what is done already.
+    net.mean.zero_()
+    net.std.fill_(1 / 255)
+    criterion, optimizer = nn.CrossEntropyLoss(), optim.SGD(net.parameters(), lr=0.001, momentum=0.9)
+    iterator = iter(loader)
+    next(iterator)  # the workers have started
+    start, count, running_loss = time.perf_counter(), 0, 0.0
+    for inputs, labels in iterator:
+        optimizer.zero_grad()
+        loss = criterion(net(inputs), labels)
+        loss.backward()
+        optimizer.step()
+        running_loss += loss.item()
+        count += len(labels)
+    return count / (time.perf_counter() - start)
+
+
+def recipe_speed(name: str, images: Split) -> float:
+    """Images per second of one epoch under a recipe, after a first one that warms up."""
+    recipe = RECIPES[name]
+    network = model.build(recipe.network)
+    initialize(network, recipe, images.pixels_NCHW)
+    two_epochs = type(recipe)(**{**vars(recipe), "epochs": 2})
+    _, progress = fit(network, images, two_epochs, device=choose_device())
+    return progress.rows[-1]["images_per_second"]
+
+
+@contextmanager
+def service() -> Iterator[tuple[int, int, float]]:
+    """`python -m app` on a free port: (port, process id, seconds until it was ready)."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "app", "--port", str(port)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=1).close()
+                break
+            except OSError:
+                if process.poll() is not None:
+                    sys.exit("The service did not start; `make serve` says why.")
+                time.sleep(0.02)
+        yield port, process.pid, time.perf_counter() - start
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def resident_megabytes(pid: int) -> float:
+    status = Path(f"/proc/{pid}/status").read_text()
+    match = re.search(r"VmRSS:\s+(\d+) kB", status)
+    assert match
+    return int(match[1]) / 1024
+
+
+def write_bodies(folder: Path, kind: str) -> tuple[Path, str]:
+    """128 request bodies of that kind and their content type."""
+    names = []
+    boundary = "boundary7d1f3c"
+    for index, image in enumerate(pictures(128)):
+        file = io.BytesIO()
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "PNG")
+        body = file.getvalue()
+        if kind == "multipart":
+            head = f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\n\r\n'
+            body = head.encode() + body + f"\r\n--{boundary}--\r\n".encode()
+        path = folder / f"{kind}-{index}"
+        path.write_bytes(body)
+        names.append(str(path))
+    listing = folder / f"{kind}.txt"
+    listing.write_text("\n".join(names) + "\n")
+    return listing, "image/png" if kind == "raw" else f"multipart/form-data; boundary={boundary}"
+
+
+def load(port: int, connections: int, script: Path, listing: Path, content_type: str, seconds: int) -> dict[str, float]:
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "20s", "-s", str(script)]
+    command += [f"http://127.0.0.1:{port}/predict", "--", str(listing), content_type]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return dict(json.loads(next(line for line in output.splitlines() if line.startswith("RESULT"))[7:]))
+
+
+def main() -> None:
+    if shutil.which("wrk") is None:
+        sys.exit("wrk is missing, the program that makes the requests: install it from your system's packages.")
+    print(f"{describe(choose_device())}, {os.cpu_count()} cores, torch {torch.__version__}\n")
+    print("| measured | value |\n| --- | --- |")
+    small, large = split(6_000), split(4_096)
+    print(f"| training, the tutorial's loop as written | {tutorial_as_written(small):,.0f} images/s |")
+    print(f"| training, recipe `tutorial` | {recipe_speed('tutorial', small):,.0f} images/s |")
+    print(f"| training, recipe `default` | {recipe_speed('default', large):,.0f} images/s |", flush=True)
+    with service() as (port, pid, ready_seconds), tempfile.TemporaryDirectory() as name:
+        script = Path(name) / "post.lua"
+        script.write_text(LUA)
+        print(f"| start-up, command to ready | {ready_seconds:.1f} s |")
+        print(f"| memory when ready | {resident_megabytes(pid):,.0f} MB |")
+        for kind in ("raw", "multipart"):
+            listing, content_type = write_bodies(Path(name), kind)
+            load(port, 16, script, listing, content_type, 2)
+            for connections in CONNECTIONS:
+                result = load(port, connections, script, listing, content_type, SECONDS)
+                failed = f", {result['errors']:.0f} errors" if result["errors"] else ""
+                print(
+                    f"| `/predict`, {kind} PNG, {connections} connections | {result['rate']:,.0f} requests/s, "
+                    f"p50 {result['p50']:.1f} ms, p99 {result['p99']:.1f} ms{failed} |",
+                    flush=True,
+                )
+        print(f"| memory after the load | {resident_megabytes(pid):,.0f} MB |")
+
+
+if __name__ == "__main__":
+    main()
