@@ -14,7 +14,7 @@ from app.data import Split
 from app.errors import DataError
 from app.report import Evaluation, evaluate_probabilities
 
-BATCH_SIZE = 500
+BATCH_SIZE = 250
 
 
 @torch.inference_mode()
@@ -40,11 +40,11 @@ def predict(
     if batch_size < 1:
         raise ValueError(f"The batch size {batch_size} is not possible; give at least 1.")
     network.to(device)
-    # oneDNN has its fast bfloat16 convolutions for channels_last; in float32 the order makes no such difference.
-    memory_format = torch.channels_last if dtype == torch.bfloat16 else torch.contiguous_format
-    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+    # By default NVIDIA's convolutions round float32 to 10 bits (TF32), and may differ from run to run.
+    exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+    with exact, torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         logits = [
-            network(part_NCHW.to(device).contiguous(memory_format=memory_format)).float()
+            network(part_NCHW.to(device, memory_format=torch.channels_last)).float()  # what convolutions are fastest in
             for part_NCHW in torch.split(pixels_NCHW, batch_size)
         ]
     return (torch.cat(logits) / temperature).softmax(dim=1).cpu()
