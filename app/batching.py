@@ -15,12 +15,12 @@ import asyncio
 import logging
 import math
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from queue import Empty, SimpleQueue
+from time import monotonic
 from typing import Generic, TypeVar
 
 from app.errors import DeadlineExceeded, NotReady, Overloaded
@@ -136,7 +136,7 @@ class Batcher(Generic[Item, Prepared, Result]):
                 retry_after_seconds=retry,
             )
         future: asyncio.Future[Result] = self._loop.create_future()
-        entry = Entry[Item, Prepared, Result](item, size_bytes, future, time.monotonic() + limits.deadline_seconds)
+        entry = Entry[Item, Prepared, Result](item, size_bytes, future, monotonic() + limits.deadline_seconds)
         self._waiting += 1
         self._waiting_bytes += size_bytes
         (self._large if size_bytes > limits.large_bytes else self._queue).put(entry)
@@ -230,7 +230,7 @@ class Batcher(Generic[Item, Prepared, Result]):
     def _answer(
         self, batch: list[Entry[Item, Prepared, Result]], run: Callable[[list[Prepared]], Sequence[Result]]
     ) -> list[tuple[Entry[Item, Prepared, Result], Result | Exception]]:
-        start = time.monotonic()
+        start = monotonic()
         outcomes: list[tuple[Entry[Item, Prepared, Result], Result | Exception]] = []
         wanted, prepared = [], []
         for entry in batch:
@@ -244,7 +244,7 @@ class Batcher(Generic[Item, Prepared, Result]):
                 outcomes.append((entry, error))
         if wanted:
             outcomes += zip(wanted, _run(run, prepared), strict=True)
-            seconds = (time.monotonic() - start) / len(wanted)
+            seconds = (monotonic() - start) / len(wanted)
             known = self._seconds_per_item or seconds
             self._seconds_per_item = known + SMOOTHING * (seconds - known)
         return outcomes
@@ -253,7 +253,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         """Why no work should be spent on the entry any more."""
         if entry.future.cancelled():
             return DeadlineExceeded("The client has left.")  # nobody will read it
-        if time.monotonic() > entry.deadline:
+        if monotonic() > entry.deadline:
             return DeadlineExceeded(
                 f"The request waited longer than {self._limits.deadline_seconds:g} seconds for its turn. "
                 "Try again later."

@@ -4,8 +4,8 @@ Pure ASGI: the framework's own middleware class costs several times as much for 
 """
 
 import logging
+import random
 import re
-import secrets
 from http import HTTPStatus
 from typing import Any
 
@@ -39,7 +39,7 @@ class Boundary:
             return
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"")
-        request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8).encode()
+        request_id = given if REQUEST_ID.fullmatch(given) else b"%016x" % random.getrandbits(64)
         scope.setdefault("state", {})["request_id"] = request_id.decode()
         received = 0
         started = False
@@ -62,11 +62,12 @@ class Boundary:
         try:
             length = headers.get(b"content-length", b"")
             if length.isdigit() and int(length) > self.max_body_bytes:
-                await error_response(scope, self._too_large())(scope, receive, send_with_id)
-                return
+                raise self._too_large()
             await self.app(scope, receive_within_limit, send_with_id)
         except ClientDisconnect:
             return  # nobody is there to be answered
+        except RequestError as error:
+            await error_response(scope, error)(scope, receive, send_with_id)
         except Exception:
             logger.exception("Request %s, %s %s:", request_id.decode(), scope["method"], scope["path"])
             if started:
@@ -91,10 +92,6 @@ def error_response(scope: Scope, error: RequestError, headers: dict[str, str] | 
 def install(app: FastAPI, max_body_bytes: int) -> None:
     """Put `app` behind the boundary. The framework's own errors take the same shape as ours."""
 
-    async def on_request_error(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestError)
-        return error_response(request.scope, error)
-
     async def on_http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         return error_response(request.scope, _translate(request, error), dict(error.headers or {}))
@@ -103,7 +100,6 @@ def install(app: FastAPI, max_body_bytes: int) -> None:
         assert isinstance(error, RequestValidationError)
         return error_response(request.scope, _explain(error.errors()))
 
-    app.add_exception_handler(RequestError, on_request_error)
     app.add_exception_handler(HTTPException, on_http_exception)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_middleware(Boundary, max_body_bytes=max_body_bytes)

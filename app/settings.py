@@ -51,7 +51,7 @@ def seconds(least: float, most: float) -> Parse:
     return parse
 
 
-def text(what: str) -> Parse:
+def nonempty(what: str) -> Parse:
     def parse(value: str) -> str:
         if not value.strip():
             raise ValueError(what)
@@ -60,13 +60,13 @@ def text(what: str) -> Parse:
     return parse
 
 
-def path(value: str) -> Path:
+def location(value: str) -> Path:
     if not value.strip():
         raise ValueError("a path")
     return Path(value).expanduser()
 
 
-def device(value: str) -> str:
+def device_name(value: str) -> str:
     kind, colon, index = value.partition(":")
     if kind not in DEVICES or (colon and not (kind == "cuda" and index.isdigit())):
         raise ValueError("cuda, cuda:0, cuda:1, ..., mps or cpu")
@@ -104,17 +104,17 @@ class Setting:
 class Settings:
     """Everything that can be set. The texts are what `python -m app --help` prints."""
 
-    weights: Annotated[Path, Setting(path, "the weights file to serve")] = PROJECT / "weights" / "cifar_net.pth"
+    weights: Annotated[Path, Setting(location, "the weights file to serve")] = PROJECT / "weights" / "cifar_net.pth"
     data: Annotated[
         Path | None,
-        Setting(path, "a data set; the weights are evaluated on its test part after start-up (default: none)"),
+        Setting(location, "a data set; the weights are evaluated on its test part after start-up (default: none)"),
     ] = None
-    host: Annotated[str, Setting(text("a host name or an address"), "where to listen; 0.0.0.0 is everywhere")] = (
+    host: Annotated[str, Setting(nonempty("a host name or an address"), "where to listen; 0.0.0.0 is everywhere")] = (
         "127.0.0.1"
     )
     port: Annotated[int, Setting(whole(0, 65_535), "the port; 0 takes a free one and prints it")] = 8000
     device: Annotated[
-        str | None, Setting(device, "cuda, cuda:1, mps or cpu (default: the first of them that this machine has)")
+        str | None, Setting(device_name, "cuda, cuda:1, mps or cpu (default: the first of them that this machine has)")
     ] = None
     threads: Annotated[
         int, Setting(whole(1, 1024), "torch threads for a forward pass on a CPU (default: the cores it may use)")
@@ -123,7 +123,7 @@ class Settings:
     max_pixels: Annotated[
         int, Setting(whole(1024, 1_000_000_000), "a picture with more is refused before it is decoded")
     ] = 50_000_000
-    max_batch: Annotated[int, Setting(whole(1, 1024), "pictures per forward pass; those that wait run together")] = 16
+    max_batch: Annotated[int, Setting(whole(1, 1024), "pictures per forward pass; those that wait run together")] = 32
     max_waiting: Annotated[
         int, Setting(whole(1, 1_000_000), "requests admitted and not yet answered; more get 429")
     ] = 1024

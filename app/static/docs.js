@@ -1,0 +1,70 @@
+// Shows /openapi.json: each operation with its parameters, bodies and answers, then the fields of each body.
+// The usual viewer is megabytes fetched from elsewhere; without the internet it is a blank page.
+function element(tag, ...children) {
+  const made = document.createElement(tag);
+  made.append(...children);
+  return made;
+}
+
+// `code` between backquotes, as in the descriptions.
+const prose = (text = "") =>
+  text.split("`").map((part, index) => (index % 2 ? element("code", part) : part));
+
+function table(heads, rows) {
+  const head = element("tr", ...heads.map((text) => element("th", text)));
+  const lines = rows.map((cells) => element("tr", ...cells.map((cell) => element("td", ...[cell].flat()))));
+  return element("table", element("thead", head), element("tbody", ...lines));
+}
+
+function type(schema) {
+  if (!schema) return "";
+  if (schema.$ref) {
+    const name = schema.$ref.split("/").pop();
+    const link = element("a", name);
+    link.href = `#${name}`;
+    return link;
+  }
+  if (schema.enum) return schema.enum.join(" | ");
+  if (schema.anyOf) return schema.anyOf.flatMap((each, index) => (index ? [" | ", type(each)] : [type(each)]));
+  if (schema.type === "array") return ["list of ", type(schema.items ?? schema.prefixItems?.[0])].flat();
+  return schema.format ?? schema.type ?? "any";
+}
+
+function operation(path, method, spec) {
+  const verb = element("span", method.toUpperCase());
+  verb.className = "method";
+  const parts = [element("h2", verb, ` ${path}`), element("p", element("strong", spec.summary))];
+  if (spec.description) parts.push(element("p", ...prose(spec.description)));
+  if (spec.parameters)
+    parts.push(
+      element("h3", "Parameters"),
+      table(["name", "type", "meaning"], spec.parameters.map((p) => [element("code", p.name), type(p.schema), prose(p.description)])),
+    );
+  if (spec.requestBody)
+    parts.push(
+      element("h3", "Body"),
+      element("p", ...prose(spec.requestBody.description)),
+      element("p", "Content types: ", Object.keys(spec.requestBody.content).join(", "), "."),
+    );
+  const answers = Object.entries(spec.responses).map(([status, answer]) => [
+    status, type(answer.content?.["application/json"]?.schema), prose(answer.description),
+  ]);
+  parts.push(element("h3", "Answers"), table(["status", "body", "when"], answers));
+  return element("section", ...parts);
+}
+
+function body(name, schema) {
+  const heading = element("h2", name);
+  heading.id = name;
+  const fields = Object.entries(schema.properties ?? {}).map(([field, of]) => [
+    element("code", field), type(of.allOf?.[0] ?? of), prose(of.description),
+  ]);
+  return element("section", heading, element("p", ...prose(schema.description)), table(["field", "type", "meaning"], fields));
+}
+
+const api = await (await fetch("/openapi.json")).json();
+const docs = document.getElementById("docs");
+docs.append(...api.info.description.split("\n\n").map((text) => element("p", ...prose(text))));
+for (const [path, operations] of Object.entries(api.paths))
+  for (const [method, spec] of Object.entries(operations)) docs.append(operation(path, method, spec));
+docs.append(...Object.entries(api.components.schemas).map(([name, schema]) => body(name, schema)));

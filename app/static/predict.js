@@ -1,0 +1,66 @@
+// Sends the chosen or dropped picture to /predict and draws the answer.
+const $ = (id) => document.getElementById(id);
+const form = $("form"), button = form.querySelector("button");
+
+function bar(label, probability) {
+  const item = document.createElement("li");
+  const name = document.createElement("span"), track = document.createElement("span"), share = document.createElement("span");
+  const fill = document.createElement("i");
+  track.className = "track";
+  track.ariaHidden = "true";
+  fill.style.width = `${100 * probability}%`;
+  track.append(fill);
+  name.textContent = label;
+  share.textContent = `${(100 * probability).toFixed(1)} %`;
+  item.append(name, track, share);
+  return item;
+}
+
+function showAnswer(answer, picture) {
+  URL.revokeObjectURL($("preview").src);
+  $("preview").src = URL.createObjectURL(picture);
+  $("verdict").textContent = `${answer.label}, ${(100 * answer.confidence).toFixed(1)} %`;
+  $("bars").replaceChildren(...Object.entries(answer.probabilities).map(([label, p]) => bar(label, p)));
+  $("answer").hidden = false;
+}
+
+function showError(sentence) {
+  $("error").textContent = sentence;
+  $("error").hidden = false;
+  $("answer").hidden = true;
+}
+
+async function classify(picture) {
+  const body = new FormData();
+  body.append("file", picture);
+  const resize = $("resize").value;
+  button.disabled = true;
+  $("error").hidden = true;
+  try {
+    const response = await fetch("/predict" + (resize && `?resize=${resize}`), { method: "POST", body });
+    const answer = await response.json();
+    if (response.ok) showAnswer(answer, picture);
+    else showError(answer.error);
+  } catch {
+    showError("The service did not answer. Is it still running?");
+  } finally {
+    button.disabled = false;
+  }
+}
+
+form.addEventListener("submit", (event) => {
+  event.preventDefault();
+  classify($("file").files[0]);
+});
+document.addEventListener("dragover", (event) => {
+  event.preventDefault();
+  document.body.classList.add("dropping");
+});
+document.addEventListener("dragleave", () => document.body.classList.remove("dropping"));
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  document.body.classList.remove("dropping");
+  if (event.dataTransfer.files.length === 0) return;
+  $("file").files = event.dataTransfer.files;
+  classify(event.dataTransfer.files[0]);
+});

@@ -1,0 +1,91 @@
+"""What several test files share: small checkpoints of random weights, pictures drawn by code, a running service."""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from app import checkpoint, model
+from app.checkpoint import CIFAR10_CLASSES, Checkpoint
+from app.main import create_app
+from app.report import Evaluation, evaluate_probabilities
+from app.settings import Settings
+
+
+def random_checkpoint(architecture: str = "net", evaluation: Evaluation | None = None) -> Checkpoint:
+    """Of the same random weights each time."""
+    torch.manual_seed(7)
+    network = model.build(architecture, num_classes=10)
+    return Checkpoint(
+        architecture=architecture,
+        arguments={"num_classes": 10},
+        state_dict=network.state_dict(),
+        classes=CIFAR10_CLASSES,
+        evaluation=evaluation,
+        trained={"recipe": "random", "seed": 7},
+    )
+
+
+def random_evaluation() -> Evaluation:
+    probabilities_NK = torch.rand(200, 10, generator=torch.Generator().manual_seed(3))
+    labels_N = torch.randint(0, 10, (200,), generator=torch.Generator().manual_seed(4))
+    return evaluate_probabilities(
+        probabilities_NK / probabilities_NK.sum(1, keepdim=True),
+        labels_N,
+        dataset="random test",
+        digest="d" * 64,
+        evaluated_at="2026-01-01T00:00:00+00:00",
+    )
+
+
+def drawing(width: int = 32, height: int = 32) -> Image.Image:
+    """A smooth colour gradient, different in every pixel's neighbourhood, so that turning or cutting it shows."""
+    picture = Image.new("RGB", (width, height))
+    picture.putdata(
+        [
+            (255 * x // max(1, width - 1), 255 * y // max(1, height - 1), (x * 5 + y * 3) % 256)
+            for y in range(height)
+            for x in range(width)
+        ]
+    )
+    return picture
+
+
+def encode(picture: Image.Image, format: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def png() -> bytes:
+    return encode(drawing())
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of the tutorial's network with an evaluation inside."""
+    path = tmp_path_factory.mktemp("weights") / "net.pth"
+    checkpoint.save(random_checkpoint(evaluation=random_evaluation()), path)
+    return path
+
+
+@pytest.fixture
+def settings(weights: Path) -> Settings:
+    return Settings(weights=weights, device="cpu", threads=1, max_batch=4, max_body_bytes=200_000)
+
+
+@pytest.fixture
+def client(settings: Settings) -> Iterator[TestClient]:
+    with TestClient(create_app(settings), raise_server_exceptions=False) as client:
+        yield client
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """What uvicorn runs on."""
+    return "asyncio"

@@ -1,0 +1,281 @@
+"""Grouping, limits and endings, with numbers for pictures. Gates instead of sleeping: nothing depends on speed."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+
+from app import batching
+from app.batching import Batcher, Limits
+from app.errors import DeadlineExceeded, NotReady, Overloaded
+
+pytestmark = pytest.mark.anyio
+
+LIMITS = Limits(max_batch=4, max_waiting=100, max_waiting_bytes=10_000, deadline_seconds=60, large_bytes=1000)
+
+
+class Doubler:
+    """Prepares a text to a number and doubles it; keeps what it saw. A closed gate holds the inference thread."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.threads: dict[str, set[str]] = {"prepare": set(), "run": set(), "build": set()}
+        self.gate = threading.Event()
+        self.gate.set()
+        self.running = threading.Event()
+
+    def prepare(self, text: str) -> int:
+        self.threads["prepare"].add(threading.current_thread().name)
+        return int(text)
+
+    def build(self) -> Callable[[list[int]], Sequence[int]]:
+        self.threads["build"].add(threading.current_thread().name)
+        return self.run
+
+    def run(self, numbers: list[int]) -> list[int]:
+        self.threads["run"].add(threading.current_thread().name)
+        self.batches.append(list(numbers))
+        self.running.set()
+        self.gate.wait()
+        if 13 in numbers:
+            raise RuntimeError("an unlucky number")
+        return [2 * number for number in numbers]
+
+
+async def start(doubler: Doubler, limits: Limits = LIMITS) -> Batcher[str, int, int]:
+    batcher = Batcher(doubler.prepare, doubler.build, limits)
+    await batcher.start()
+    return batcher
+
+
+async def hold(doubler: Doubler, batcher: Batcher[str, int, int]) -> "asyncio.Future[int]":
+    """Submit one item and return when it runs and cannot finish, so that what follows has to queue."""
+    doubler.gate.clear()
+    doubler.running.clear()
+    held = batcher.submit("0", 1)
+    await asyncio.to_thread(doubler.running.wait)
+    return held
+
+
+async def test_a_lone_item_runs_at_once_and_alone() -> None:
+    doubler = Doubler()
+    batcher = await start(doubler)
+    assert await batcher.submit("21", 1) == 42
+    assert doubler.batches == [[21]]
+    await batcher.close()
+
+
+async def test_what_queues_meanwhile_runs_together_in_order_up_to_the_limit() -> None:
+    doubler = Doubler()
+    batcher = await start(doubler)
+    held = await hold(doubler, batcher)
+    futures = [batcher.submit(str(number), 1) for number in range(1, 10)]
+    doubler.gate.set()
+    assert await asyncio.gather(held, *futures) == [2 * number for number in range(10)]
+    assert doubler.batches == [[0], [1, 2, 3, 4], [5, 6, 7, 8], [9]]
+    await batcher.close()
+
+
+async def test_one_thread_builds_prepares_and_runs_and_it_is_not_the_event_loops() -> None:
+    doubler = Doubler()
+    batcher = await start(doubler)
+    await batcher.submit("1", 1)
+    assert doubler.threads == {"prepare": {"inference"}, "run": {"inference"}, "build": {"inference"}}
+    assert threading.current_thread().name != "inference"
+    await batcher.close()
+
+
+async def test_large_items_are_prepared_in_a_thread_of_their_own() -> None:
+    doubler = Doubler()
+    batcher = await start(doubler)
+    assert await batcher.submit("4", 1001) == 8
+    assert doubler.threads == {"prepare": {"decode"}, "run": {"inference"}, "build": {"inference"}}
+    await batcher.close()
+
+
+@pytest.mark.parametrize("size_bytes", [1, 1001])
+async def test_an_item_that_cannot_be_prepared_fails_alone(size_bytes: int) -> None:
+    doubler = Doubler()
+    batcher = await start(doubler)
+    held = await hold(doubler, batcher)
+    futures = [batcher.submit(text, size_bytes) for text in ("1", "x", "3")]
+    doubler.gate.set()
+    one, broken, three = await asyncio.gather(*futures, return_exceptions=True)
+    assert (await held, one, three) == (0, 2, 6)
+    assert isinstance(broken, ValueError)
+    await batcher.close()
+
+
+async def test_a_batch_that_fails_is_tried_item_by_item() -> None:
+    doubler = Doubler()
+    batcher = await start(doubler)
+    held = await hold(doubler, batcher)
+    futures = [batcher.submit(text, 1) for text in ("1", "13", "3")]
+    doubler.gate.set()
+    one, unlucky, three = await asyncio.gather(*futures, return_exceptions=True)
+    assert (await held, one, three) == (0, 2, 6)
+    assert isinstance(unlucky, RuntimeError)
+    assert doubler.batches == [[0], [1, 13, 3], [1], [13], [3]]
+    await batcher.close()
+
+
+async def test_more_items_than_may_wait_are_refused_and_the_sentence_says_when_to_return() -> None:
+    doubler = Doubler()
+    batcher = await start(doubler, Limits(max_batch=4, max_waiting=3, max_waiting_bytes=10_000, deadline_seconds=60))
+    held = await hold(doubler, batcher)
+    admitted = [batcher.submit("1", 1), batcher.submit("2", 1)]
+    with pytest.raises(Overloaded, match=r"3 requests wait\. Try again in 1 second\.") as refusal:
+        batcher.submit("3", 1)
+    assert refusal.value.retry_after_seconds == 1
+    doubler.gate.set()
+    assert await asyncio.gather(held, *admitted) == [0, 2, 4]
+    assert await batcher.submit("3", 1) == 6  # there is room again
+    await batcher.close()
+
+
+async def test_more_bytes_than_may_wait_are_refused() -> None:
+    doubler = Doubler()
+    batcher = await start(doubler, Limits(max_batch=4, max_waiting=100, max_waiting_bytes=100, deadline_seconds=60))
+    held = await hold(doubler, batcher)  # 1 byte
+    admitted = batcher.submit("1", 99)
+    with pytest.raises(Overloaded):
+        batcher.submit("2", 1)
+    doubler.gate.set()
+    assert [await held, await admitted] == [0, 2]
+    assert await batcher.submit("2", 1000) == 4  # alone, any admitted size is served
+    await batcher.close()
+
+
+async def test_retry_after_is_depth_times_measured_time_and_hopeless_requests_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    doubler = Doubler()
+    clock = 0.0
+    monkeypatch.setattr(batching, "monotonic", lambda: clock)
+    batcher = await start(doubler, Limits(max_batch=1, max_waiting=100, max_waiting_bytes=10_000, deadline_seconds=20))
+    held = await hold(doubler, batcher)
+    clock = 8.0
+    doubler.gate.set()
+    await held  # one item took 8 seconds
+    held = await hold(doubler, batcher)
+    admitted = [batcher.submit("1", 1), batcher.submit("2", 1)]
+    assert batcher.expected_wait_seconds == pytest.approx(24)
+    with pytest.raises(Overloaded, match="Try again in 24 seconds") as refusal:
+        batcher.submit("3", 1)
+    assert refusal.value.retry_after_seconds == 24
+    doubler.gate.set()
+    await asyncio.gather(held, *admitted)
+    await batcher.close()
+
+
+@pytest.mark.parametrize("size_bytes", [1, 1001])
+async def test_after_the_deadline_nothing_is_run(size_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    doubler = Doubler()
+    clock = 0.0
+    monkeypatch.setattr(batching, "monotonic", lambda: clock)
+    batcher = await start(doubler)
+    held = await hold(doubler, batcher)
+    late = batcher.submit("1", size_bytes)
+    clock = 61.0
+    doubler.gate.set()
+    assert await held == 0
+    with pytest.raises(DeadlineExceeded, match="waited longer than 60 seconds for its turn"):
+        await late
+    assert doubler.batches == [[0]]
+    await batcher.close()
+
+
+@pytest.mark.parametrize("size_bytes", [1, 1001])
+async def test_nothing_is_run_for_a_client_that_has_left(size_bytes: int) -> None:
+    doubler = Doubler()
+    batcher = await start(doubler)
+    held = await hold(doubler, batcher)
+    leaving, staying = batcher.submit("1", size_bytes), batcher.submit("2", size_bytes)
+    leaving.cancel()
+    doubler.gate.set()
+    assert [await held, await staying] == [0, 4]
+    assert [number for batch in doubler.batches for number in batch] == [0, 2]
+    assert batcher.expected_wait_seconds == 0  # it no longer counts
+    await batcher.close()
+
+
+async def test_closing_answers_all_that_was_admitted_and_refuses_the_rest() -> None:
+    doubler = Doubler()
+    batcher = await start(doubler)
+    held = await hold(doubler, batcher)
+    futures = [batcher.submit(str(number), 1001 if number % 3 == 0 else 1) for number in range(1, 13)]
+    closing = asyncio.create_task(batcher.close())
+    await asyncio.sleep(0)
+    assert not batcher.ready
+    with pytest.raises(NotReady):
+        batcher.submit("1", 1)
+    doubler.gate.set()
+    await closing
+    assert [future.result() for future in (held, *futures)] == [2 * number for number in range(13)]
+
+
+async def test_a_failed_build_is_the_starters_problem() -> None:
+    def build() -> Callable[[list[int]], list[int]]:
+        raise RuntimeError("no such device")
+
+    batcher: Batcher[str, int, int] = Batcher(int, build, LIMITS)
+    with pytest.raises(RuntimeError, match="no such device"):
+        await batcher.start()
+
+
+async def test_idle_work_waits_until_nothing_is_queued_and_runs_in_the_inference_thread() -> None:
+    doubler = Doubler()
+    batcher = await start(doubler)
+    seen: list[tuple[str, int]] = []
+    done = threading.Event()
+
+    def work() -> Iterator[None]:
+        for _ in range(3):
+            seen.append((threading.current_thread().name, len(doubler.batches)))
+            yield
+        done.set()
+
+    held = await hold(doubler, batcher)
+    futures = [batcher.submit(str(number), 1) for number in range(8)]
+    batcher.run_when_idle(work())
+    doubler.gate.set()
+    await asyncio.gather(held, *futures)
+    await asyncio.to_thread(done.wait)
+    assert seen == [("inference", 3)] * 3  # after the held item and two batches of four
+    assert await batcher.submit("5", 1) == 10
+    await batcher.close()
+
+
+async def test_idle_work_that_fails_stops_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+    doubler = Doubler()
+    batcher = await start(doubler)
+    done = threading.Event()
+
+    def failing() -> Iterator[None]:
+        yield
+        raise RuntimeError("broken")
+
+    def working() -> Iterator[None]:
+        yield
+        done.set()
+
+    batcher.run_when_idle(failing())
+    batcher.run_when_idle(working())
+    await asyncio.to_thread(done.wait)
+    assert "was given up" in caplog.text
+    assert await batcher.submit("5", 1) == 10
+    await batcher.close()
+
+
+async def test_closing_does_not_wait_for_idle_work() -> None:
+    doubler = Doubler()
+    batcher = await start(doubler)
+
+    def endless() -> Iterator[None]:
+        while True:
+            yield
+
+    batcher.run_when_idle(endless())
+    assert await batcher.submit("5", 1) == 10
+    await batcher.close()

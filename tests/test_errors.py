@@ -1,0 +1,201 @@
+"""One body for every error, the right status, a sentence that helps; and nothing of the inside leaks."""
+
+import asyncio
+import gzip
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from conftest import drawing, encode
+from fastapi.testclient import TestClient
+
+from app import batching, boundary
+from app.main import create_app
+from app.predictor import Predictor
+from app.routes import predict
+from app.service import Service
+from app.settings import Settings
+
+OCTETS = {"content-type": "application/octet-stream"}
+
+
+def refused(response: Any, status: int, sentence: str) -> dict[str, Any]:
+    assert response.status_code == status
+    assert response.headers["content-type"] == "application/json"
+    body: dict[str, Any] = response.json()
+    assert list(body) == ["error", "detail", "request_id"]
+    assert body["request_id"] == response.headers["x-request-id"]
+    assert sentence in body["error"]
+    return body
+
+
+def form(*fields: tuple[str, bytes], end: bytes = b"--x--\r\n") -> bytes:
+    parts = (
+        b'--x\r\nContent-Disposition: form-data; name="%s"; filename="a"\r\n\r\n%s\r\n' % (name.encode(), content)
+        for name, content in fields
+    )
+    return b"".join(parts) + end
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "content_type", "status", "sentence"),
+    [
+        ("/predict", b"", "image/png", 400, "The picture is empty."),
+        ("/predict", b"abc", "image/png", 400, "The 3 bytes are not a readable picture"),
+        ("/predict", b"abc", "multipart/form-data", 400, "The multipart body is malformed or cut short."),
+        ("/predict", b"abc", "multipart/form-data; boundary=x", 400, "The multipart body is malformed"),
+        ("/predict", form(("file", b"a"), end=b""), "multipart/form-data; boundary=x", 400, "malformed or cut short"),
+        ("/predict", form(("file", b"")), "multipart/form-data; boundary=x", 400, "The picture is empty."),
+        (
+            "/predict",
+            form(("picture", b"a"), ("b", b"")),
+            "multipart/form-data; boundary=x",
+            400,
+            "exactly one field 'file' with the picture; its fields are: 'picture', 'b'.",
+        ),
+        ("/predict", form(("file", b"a"), ("file", b"b")), "multipart/form-data; boundary=x", 400, "exactly one field"),
+        ("/predict", form(*[("a", b"")] * 40), "multipart/form-data; boundary=x", 400, "more than 32 fields"),
+        ("/predict", b"a=b", "application/x-www-form-urlencoded", 415, "'application/x-www-form-urlencoded'. Accepted"),
+        ("/predict", b"{}", "application/json", 415, "The body has the content type 'application/json'. Accepted"),
+        ("/predict", encode(drawing(40, 40)), "image/png", 422, "The picture is 40 x 40; the network takes 32 x 32."),
+        ("/predict?resize=zoom", b"", "image/png", 422, "The parameter resize is 'zoom'. Input should be 'crop', 'str"),
+        (
+            "/predict?top_k=0",
+            b"",
+            "image/png",
+            422,
+            "The parameter top_k is '0'. Input should be greater than",
+        ),
+        ("/predict?top_k=many", b"", "image/png", 422, "The parameter top_k is 'many'."),
+        ("/nowhere", b"", "image/png", 404, "There is no page /nowhere. The page /docs lists what there is."),
+        ("/static/nothing.js", b"", "image/png", 405, "does not take POST"),
+        ("/healthz", b"", "image/png", 405, "The page /healthz does not take POST; it takes GET."),
+    ],
+)
+def test_refusals(client: TestClient, path: str, body: bytes, content_type: str, status: int, sentence: str) -> None:
+    refused(client.post(path, content=body, headers={"content-type": content_type}), status, sentence)
+
+
+def test_a_missing_file_has_the_same_body(client: TestClient) -> None:
+    refused(client.get("/static/nothing.js"), 404, "There is no page /static/nothing.js.")
+
+
+def test_wrong_method_names_the_right_one(client: TestClient) -> None:
+    response = client.get("/predict")
+    refused(response, 405, "The page /predict does not take GET; it takes POST.")
+    assert response.headers["allow"] == "POST"
+
+
+def test_a_compressed_body_is_refused(client: TestClient, png: bytes) -> None:
+    headers = {**OCTETS, "content-encoding": "gzip"}
+    refused(client.post("/predict", content=gzip.compress(png), headers=headers), 415, "content encoding 'gzip'")
+
+
+def chunks(total: int) -> Iterator[bytes]:
+    for _ in range(0, total, 1000):
+        yield b"x" * 1000
+
+
+@pytest.mark.parametrize("path", ["/predict", "/predict?top_k=1"])
+@pytest.mark.parametrize("content_type", ["image/png", "multipart/form-data; boundary=x"])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_above_the_limit_is_refused_however_it_is_sent(
+    client: TestClient, path: str, content_type: str, chunked: bool
+) -> None:
+    content = chunks(201_000) if chunked else b"x" * 200_001
+    response = client.post(path, content=content, headers={"content-type": content_type})
+    assert ("content-length" not in response.request.headers) is chunked
+    body = refused(response, 413, "The request body is too large; accepted are at most 200,000 bytes.")
+    assert body["detail"] == {"max_body_bytes": 200_000}
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_of_just_the_limit_is_read(client: TestClient, chunked: bool) -> None:
+    content = chunks(200_000) if chunked else b"x" * 200_000
+    refused(
+        client.post("/predict", content=content, headers=OCTETS), 400, "The 200,000 bytes are not a readable picture"
+    )
+
+
+def test_too_many_pixels(settings: Settings) -> None:
+    app = create_app(Settings(weights=settings.weights, device="cpu", threads=1, max_pixels=1024))
+    with TestClient(app) as client:
+        response = client.post("/predict?resize=crop", content=encode(drawing(33, 32)), headers=OCTETS)
+        refused(response, 413, "The picture is 33 x 32; accepted are at most 1,024 pixels.")
+
+
+@pytest.mark.parametrize("path", ["/predict", "/predict?top_k=1"])
+def test_a_defect_is_one_fixed_sentence_and_a_line_in_the_log(
+    client: TestClient, png: bytes, path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_args: object) -> None:
+        raise RuntimeError("secret of the inside")
+
+    monkeypatch.setattr(Predictor, "predict", broken)
+    response = client.post(path, content=png, headers=OCTETS)
+    body = refused(response, 500, boundary.DEFECT)
+    assert body["detail"] is None
+    assert "secret" not in response.text
+    assert "secret of the inside" in caplog.text
+    assert body["request_id"] in caplog.text
+    monkeypatch.undo()
+    assert client.post(path, content=png, headers=OCTETS).status_code == 200
+
+
+def test_full_is_429_with_the_time_to_come_back(settings: Settings, png: bytes) -> None:
+    app = create_app(Settings(weights=settings.weights, device="cpu", threads=1, max_waiting=1))
+    with TestClient(app) as client:
+        service: Service = app.state.service
+        service._batcher._waiting = 1  # as if one were being answered
+        response = client.post("/predict", content=png, headers=OCTETS)
+        refused(response, 429, "The service has as much to do as it accepts")
+        assert int(response.headers["retry-after"]) >= 1
+        service._batcher._waiting = 0
+        assert client.post("/predict", content=png, headers=OCTETS).status_code == 200
+
+
+def test_too_late_is_504(client: TestClient, png: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(0, 10_000, 1000))
+    monkeypatch.setattr(batching, "monotonic", lambda: next(now))
+    refused(client.post("/predict", content=png, headers=OCTETS), 504, "waited longer than 5 seconds for its turn")
+
+
+@pytest.mark.parametrize("given", ["abc", "7d1f-00:9_x.Y", "a" * 128])
+def test_a_wellformed_request_id_is_kept(client: TestClient, given: str) -> None:
+    assert client.get("/healthz", headers={"x-request-id": given}).headers["x-request-id"] == given
+
+
+@pytest.mark.parametrize("given", ["", "a b", "a" * 129, "a\tb", "{}"])
+def test_any_other_is_replaced(client: TestClient, given: str) -> None:
+    made = [client.get("/healthz", headers={"x-request-id": given}).headers["x-request-id"] for _ in range(2)]
+    assert all(len(each) == 16 and each != given for each in made)
+    assert made[0] != made[1]
+
+
+@pytest.mark.anyio
+async def test_a_client_that_leaves_while_it_waits_cancels_its_work(
+    settings: Settings, png: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = create_app(settings)
+    service: Service = app.state.service
+    futures: list[asyncio.Future[list[float]]] = []
+
+    def never(_body: bytes, _resize: object) -> "asyncio.Future[list[float]]":
+        futures.append(asyncio.get_running_loop().create_future())
+        return futures[-1]
+
+    monkeypatch.setattr(service, "predict", never)
+    monkeypatch.setattr(predict, "WATCH_SECONDS", -1)
+    messages = iter([{"type": "http.request", "body": png, "more_body": False}, {"type": "http.disconnect"}])
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return next(messages)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/predict", "query_string": b"", "headers": []}
+    await app(scope, receive, send)
+    assert futures[0].cancelled()
+    assert sent == []

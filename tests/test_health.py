@@ -1,0 +1,54 @@
+"""Probes and pages."""
+
+import re
+
+import pytest
+from fastapi.testclient import TestClient
+
+from app.main import create_app
+from app.routes.pages import STATIC
+from app.service import Service
+from app.settings import Settings
+
+
+def test_alive_and_ready(client: TestClient) -> None:
+    assert (client.get("/healthz").status_code, client.get("/healthz").json()) == (200, {"status": "ok"})
+    assert (client.get("/readyz").status_code, client.get("/readyz").json()) == (200, {"status": "ready"})
+
+
+def test_a_draining_service_is_not_ready_but_answers(settings: Settings, png: bytes) -> None:
+    app = create_app(settings)
+    service: Service = app.state.service
+    with TestClient(app) as client:
+        service.draining = True
+        response = client.get("/readyz")
+        assert response.status_code == 503
+        assert response.headers["retry-after"] == "1"
+        assert response.json()["error"] == "The service is stopping. Send requests elsewhere."
+        assert client.get("/healthz").status_code == 200
+        assert client.post("/predict", content=png).status_code == 200
+
+
+@pytest.mark.anyio
+async def test_not_ready_before_the_start_nor_after_the_end(settings: Settings) -> None:
+    service: Service = create_app(settings).state.service
+    assert not service.ready
+    await service.start()
+    assert service.ready
+    await service.close()
+    assert not service.ready
+
+
+@pytest.mark.parametrize("path", ["/", "/docs"])
+def test_pages_and_all_they_name_are_there(client: TestClient, path: str) -> None:
+    page = client.get(path)
+    assert page.status_code == 200
+    assert page.headers["content-type"].startswith("text/html")
+    links = re.findall(r'(?:href|src)="(/[^"]*)"', page.text)
+    assert "/static/style.css" in links
+    assert [client.get(link).status_code for link in links] == [200] * len(links)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in STATIC.iterdir()))
+def test_nothing_is_fetched_from_elsewhere(name: str) -> None:
+    assert not re.search(r"https?:|//[a-z]+\.|@import", (STATIC / name).read_text())

@@ -1,0 +1,58 @@
+"""Imports point one way: training -> app -> nothing of ours. The deployed side needs neither torchvision nor numpy."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+APP = sorted((ROOT / "app").rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Every module a file imports, wherever the import stands."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def tops(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imports(path)}
+
+
+@pytest.mark.parametrize("path", APP, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_app_imports_neither_training_nor_its_libraries(path: Path) -> None:
+    assert not tops(path) & {"training", "tests", "torchvision", "numpy", "matplotlib", "tqdm"}
+
+
+@pytest.mark.parametrize("name", ["model", "report", "device", "checkpoint", "images", "predictor", "batching", "data"])
+def test_the_core_knows_nothing_of_http(name: str) -> None:
+    assert not tops(ROOT / "app" / f"{name}.py") & {"fastapi", "starlette", "uvicorn", "pydantic"}
+
+
+def test_only_one_file_knows_pillow() -> None:
+    assert [path.name for path in APP if "PIL" in tops(path)] == ["images.py"]
+
+
+def test_the_batcher_knows_no_torch_and_the_leaves_import_nothing_of_ours() -> None:
+    assert "torch" not in tops(ROOT / "app" / "batching.py")
+    for leaf in ("errors", "model", "report", "device"):
+        assert "app" not in tops(ROOT / "app" / f"{leaf}.py")
+
+
+def test_the_running_service_loads_none_of_them() -> None:
+    """Neither directly nor through another library. (Torch itself takes numpy and tqdm where it finds them.)"""
+    code = "import sys, app.main; print(sorted({'training', 'torchvision', 'matplotlib'} & set(sys.modules)))"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
+
+
+def test_weights_holds_data_and_never_code() -> None:
+    assert {path.suffix for path in (ROOT / "weights").rglob("*") if path.is_file()} <= {".pth", ".md", ".json"}

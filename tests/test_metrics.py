@@ -1,0 +1,132 @@
+"""GET /metrics/per-class: from the checkpoint, or measured on a data set."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import drawing, encode, random_checkpoint, random_evaluation
+from fastapi.testclient import TestClient
+
+from app import checkpoint, data
+from app.checkpoint import CIFAR10_CLASSES
+from app.data import Split
+from app.errors import DataError
+from app.main import create_app
+from app.report import report
+from app.schemas import Report
+from app.settings import Settings
+
+
+def split(count: int = 50, classes: tuple[str, ...] = CIFAR10_CLASSES) -> Split:
+    generator = torch.Generator().manual_seed(5)
+    return Split(
+        name="made test",
+        classes=classes,
+        pixels_NCHW=torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator),
+        labels_N=torch.randint(0, len(classes), (count,), generator=generator),
+    )
+
+
+def settings_with_data(settings: Settings) -> Settings:
+    return Settings(weights=settings.weights, device="cpu", threads=1, data=Path("anywhere"))
+
+
+def eventually(client: TestClient, source: str) -> dict[str, Any]:
+    """The report as soon as it is from there."""
+    for _ in range(1000):
+        body: dict[str, Any] = client.get("/metrics/per-class").json()
+        if body.get("source") == source:
+            return body
+        time.sleep(0.01)
+    raise AssertionError(f"no report with the source {source!r} within 10 seconds")
+
+
+def test_the_report_in_the_checkpoint_is_the_answer(client: TestClient, weights: Path) -> None:
+    body = client.get("/metrics/per-class").json()
+    loaded = checkpoint.load(weights)
+    expected = Report.model_validate(
+        {
+            "source": "checkpoint",
+            "weights": {"name": "net", "sha256": loaded.sha256},
+            "trained": {"recipe": "random", "seed": 7},
+            **report(random_evaluation(), CIFAR10_CLASSES),
+        }
+    )
+    assert body == expected.model_dump(mode="json")
+    assert [row["label"] for row in body["classes"]] == list(CIFAR10_CLASSES)
+    assert sum(row["support"] for row in body["classes"]) == body["dataset"]["images"] == 200
+
+
+def test_every_figure_of_the_report_is_in_the_schema() -> None:
+    figures = report(random_evaluation(), CIFAR10_CLASSES)
+    assert figures.keys() | {"source", "weights", "trained"} == Report.model_fields.keys()
+    assert (
+        figures["classes"][0].keys()
+        == Report.model_validate({"source": "", "weights": {"name": "", "sha256": ""}, "trained": {}, **figures})
+        .classes[0]
+        .model_dump()
+        .keys()
+    )
+
+
+def test_with_data_the_loaded_weights_are_measured(
+    settings: Settings, weights: Path, monkeypatch: pytest.MonkeyPatch, png: bytes
+) -> None:
+    monkeypatch.setattr(data, "read_test", lambda _folder: split())
+    with TestClient(create_app(settings_with_data(settings))) as client:
+        assert client.post("/predict", content=png).status_code == 200
+        body = eventually(client, "measured")
+    assert body["dataset"] == {"name": "made test", "sha256": split().digest, "images": 50}
+    predicted_N = checkpoint.load(weights).network()(split().pixels_NCHW).argmax(dim=1)
+    assert body["correct"] == pytest.approx(int((predicted_N == split().labels_N).sum()), abs=2)  # bfloat16 may tip one
+    assert [sum(row) for row in body["confusion"]] == torch.bincount(split().labels_N, minlength=10).tolist()
+
+
+def test_without_figures_in_the_file_and_without_data_it_is_404(tmp_path: Path) -> None:
+    checkpoint.save(random_checkpoint(), tmp_path / "bare.pth")
+    with TestClient(create_app(Settings(weights=tmp_path / "bare.pth", device="cpu", threads=1))) as client:
+        response = client.get("/metrics/per-class")
+    assert response.status_code == 404
+    assert response.json()["error"].startswith("These weights carry no evaluation. Start the service with a data set")
+
+
+def refuse(_folder: Path) -> Split:
+    raise DataError("There is no folder anywhere.")
+
+
+@pytest.mark.parametrize(
+    ("read", "sentence"),
+    [
+        (refuse, "The weights are not evaluated here. There is no folder anywhere."),
+        (
+            lambda _folder: split(classes=("cat", "dog")),
+            "The data set has the classes cat, dog; the weights were",
+        ),
+    ],
+)
+def test_data_that_cannot_be_used_are_a_line_in_the_log_and_the_checkpoint_answers(
+    settings: Settings, read: Any, sentence: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(data, "read_test", read)
+    with TestClient(create_app(settings_with_data(settings))) as client:
+        for _ in range(1000):
+            if sentence in caplog.text:
+                break
+            time.sleep(0.01)
+        assert sentence in caplog.text
+        assert client.get("/metrics/per-class").json()["source"] == "checkpoint"
+
+
+def test_a_folder_of_pictures_is_read_and_measured(tmp_path: Path) -> None:
+    for label in CIFAR10_CLASSES:
+        (tmp_path / label).mkdir()
+        for index in range(5):
+            (tmp_path / label / f"{index}.png").write_bytes(encode(drawing(32 + index, 40)))
+    path = tmp_path.parent / "sorted.pth"
+    classes = tuple(sorted(CIFAR10_CLASSES))  # the order in which folders are read
+    checkpoint.save(dataclasses.replace(random_checkpoint(), classes=classes), path)
+    with TestClient(create_app(Settings(weights=path, device="cpu", threads=1, data=tmp_path))) as client:
+        assert eventually(client, "measured")["dataset"]["images"] == 10

@@ -1,0 +1,62 @@
+"""The documentation says everything: each field, each parameter, each status that is really answered."""
+
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from app.images import Resize
+from app.schemas import ErrorBody
+
+
+@pytest.fixture
+def openapi(client: TestClient) -> dict[str, Any]:
+    document: dict[str, Any] = client.get("/openapi.json").json()
+    return document
+
+
+def test_the_paths_are_these(openapi: dict[str, Any]) -> None:
+    assert {path: list(operations) for path, operations in openapi["paths"].items()} == {
+        "/predict": ["post"],
+        "/metrics/per-class": ["get"],
+        "/healthz": ["get"],
+        "/readyz": ["get"],
+    }
+
+
+def test_the_statuses_are_these(openapi: dict[str, Any]) -> None:
+    assert {path: set(next(iter(of.values()))["responses"]) for path, of in openapi["paths"].items()} == {
+        "/predict": {"200", "400", "413", "415", "422", "429", "500", "503", "504"},
+        "/metrics/per-class": {"200", "404", "500"},
+        "/healthz": {"200"},
+        "/readyz": {"200", "503"},
+    }
+
+
+def test_every_refusal_has_the_one_body_and_says_when(openapi: dict[str, Any]) -> None:
+    for operations in openapi["paths"].values():
+        for operation in operations.values():
+            for status, answer in operation["responses"].items():
+                if status != "200":
+                    schema = answer["content"]["application/json"]["schema"]
+                    assert schema == {"$ref": f"#/components/schemas/{ErrorBody.__name__}"}
+                    assert answer["description"].endswith(".")
+
+
+def test_every_field_and_parameter_is_described(openapi: dict[str, Any]) -> None:
+    schemas = openapi["components"]["schemas"]
+    assert "HTTPValidationError" not in schemas
+    for name, schema in schemas.items():
+        assert schema.get("description"), name
+        for field, of in schema["properties"].items():
+            assert of.get("description") or "$ref" in of or of.get("examples"), f"{name}.{field}"
+    for parameter in openapi["paths"]["/predict"]["post"]["parameters"]:
+        assert parameter["description"]
+
+
+def test_the_body_and_the_parameters_of_predict(openapi: dict[str, Any]) -> None:
+    operation = openapi["paths"]["/predict"]["post"]
+    assert set(operation["requestBody"]["content"]) == {"multipart/form-data", "image/*", "application/octet-stream"}
+    resize, top_k = operation["parameters"]
+    assert resize["schema"]["anyOf"][0]["enum"] == list(Resize.__args__)  # type: ignore[attr-defined]
+    assert (resize["name"], top_k["name"]) == ("resize", "top_k")

@@ -1,0 +1,68 @@
+"""The loaded network answers what the plain network says, for any number of pictures."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import random_checkpoint
+from torch import Tensor
+
+from app.device import choose_dtype
+from app.predictor import Predictor
+
+CPU = torch.device("cpu")
+
+
+def some_pixels(count: int) -> Tensor:
+    return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("architecture", ["net", "cifar_net"])
+def test_probabilities_are_those_of_the_plain_network(architecture: str) -> None:
+    checkpoint, pixels_NCHW = random_checkpoint(architecture), some_pixels(11)
+    expected_NK = checkpoint.network()(pixels_NCHW).softmax(dim=1)
+    probabilities_NK = Predictor(checkpoint, CPU, threads=1, max_batch=4).predict(pixels_NCHW)
+    tolerance = 1e-5 if choose_dtype(CPU) is torch.float32 else 0.01
+    assert torch.allclose(probabilities_NK.float(), expected_NK, atol=tolerance)
+
+
+def test_rows_sum_to_one() -> None:
+    probabilities_NK = Predictor(random_checkpoint(), CPU, threads=1, max_batch=8).predict(some_pixels(8))
+    assert probabilities_NK.dtype == torch.float64
+    assert (probabilities_NK.sum(dim=1) - 1).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("max_batch", [1, 3, 64])
+def test_the_batch_a_picture_is_in_makes_no_difference(max_batch: int) -> None:
+    predictor, pixels_NCHW = Predictor(random_checkpoint(), CPU, threads=1, max_batch=max_batch), some_pixels(10)
+    alone = torch.cat([predictor.predict(pixel_1CHW) for pixel_1CHW in pixels_NCHW.split(1)])
+    assert torch.allclose(predictor.predict(pixels_NCHW), alone, atol=0.003)
+
+
+def test_pictures_one_by_one_keep_their_order() -> None:
+    predictor, pixels_NCHW = Predictor(random_checkpoint(), CPU, threads=1, max_batch=8), some_pixels(5)
+    pictures = list(pixels_NCHW)
+    assert predictor.predict_each(pictures) == predictor.predict(pixels_NCHW).tolist()
+
+
+def test_the_temperature_divides_the_logits() -> None:
+    checkpoint = random_checkpoint()
+    hot = dataclasses.replace(checkpoint, temperature=3.0)
+    cold_NK, hot_NK = (
+        Predictor(each, CPU, threads=1, max_batch=4).predict(some_pixels(4)) for each in (checkpoint, hot)
+    )
+    assert torch.allclose((cold_NK.log() / 3).softmax(dim=1), hot_NK)
+
+
+def test_nothing_can_be_trained_by_accident() -> None:
+    probabilities_NK = Predictor(random_checkpoint(), CPU, threads=1, max_batch=1).predict(some_pixels(1))
+    assert probabilities_NK.is_inference()
+
+
+def test_the_number_of_threads_is_kept() -> None:
+    before = torch.get_num_threads()
+    try:
+        Predictor(random_checkpoint(), CPU, threads=1, max_batch=1)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,79 @@
+"""Where values come from, and the sentence for each bad one."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from app.errors import SettingsError
+from app.settings import KNOWN, Settings, available_cpus, parse_settings
+
+
+def test_every_field_can_be_set_and_has_a_help_text() -> None:
+    assert list(KNOWN) == [field.name for field in dataclasses.fields(Settings)]
+    assert all(setting.help for setting in KNOWN.values())
+
+
+def test_defaults_when_nothing_is_given() -> None:
+    assert parse_settings([], {}) == Settings()
+    assert Settings().weights.parts[-2:] == ("weights", "cifar_net.pth")
+    assert Settings().host == "127.0.0.1"
+
+
+def test_the_environment_beats_the_default_and_a_flag_beats_the_environment() -> None:
+    environment = {"CIFAR_PORT": "9000", "CIFAR_MAX_BATCH": "3", "HOME": "/"}
+    settings = parse_settings(["--port", "9001", "--data=/pictures"], environment)
+    assert (settings.port, settings.max_batch, settings.data) == (9001, 3, Path("/pictures"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "sentence"),
+    [
+        (["--port", "x"], {}, "--port is 'x'; accepted is a whole number from 0 to 65,535."),
+        ([], {"CIFAR_PORT": "65536"}, "CIFAR_PORT is '65536'; accepted is a whole number from 0 to 65,535."),
+        ([], {"CIFAR_PORT": ""}, "CIFAR_PORT is ''; accepted is a whole number from 0 to 65,535."),
+        ([], {"CIFAR_DEADLINE_SECONDS": "nan"}, "accepted is a number of seconds from 0.001 to 3600."),
+        ([], {"CIFAR_DRAIN_SECONDS": "-1"}, "CIFAR_DRAIN_SECONDS is '-1'; accepted is a number of seconds from 0"),
+        ([], {"CIFAR_DEVICE": "gpu"}, "CIFAR_DEVICE is 'gpu'; accepted is cuda, cuda:0, cuda:1, ..., mps or cpu."),
+        ([], {"CIFAR_DEVICE": "cpu:1"}, "CIFAR_DEVICE is 'cpu:1'"),
+        ([], {"CIFAR_DEVICE": "cuda:"}, "CIFAR_DEVICE is 'cuda:'"),
+        ([], {"CIFAR_WEIGHTS": " "}, "CIFAR_WEIGHTS is ' '; accepted is a path."),
+        ([], {"CIFAR_HOST": ""}, "CIFAR_HOST is ''; accepted is a host name or an address."),
+        ([], {"CIFAR_PROT": "1"}, "There is no setting CIFAR_PROT. Did you mean CIFAR_PORT?"),
+        ([], {"CIFAR_QQQQQQQQ": "1"}, "There is no setting CIFAR_QQQQQQQQ. There are CIFAR_WEIGHTS, CIFAR_DATA"),
+        (["--prot=1"], {}, "There is no flag --prot. Did you mean --port?"),
+        (["--por", "1"], {}, "There is no flag --por. Did you mean --port?"),
+        (["--port"], {}, "The command line was not understood: argument --port: expected one argument."),
+    ],
+)
+def test_a_bad_value_is_refused_by_a_sentence(arguments: list[str], environment: dict[str, str], sentence: str) -> None:
+    with pytest.raises(SettingsError) as refusal:
+        parse_settings(arguments, environment)
+    assert sentence in str(refusal.value)
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps", "cuda", "cuda:3"])
+def test_devices_by_name(device: str) -> None:
+    assert parse_settings([], {"CIFAR_DEVICE": device}).device == device
+
+
+@pytest.mark.parametrize(
+    ("files", "cpus"),
+    [
+        ({"cpu.max": "150000 100000\n"}, 2),
+        ({"cpu.max": "20000 100000\n"}, 1),
+        ({"cpu.max": "max 100000\n"}, 5),
+        ({"cpu.max": "9900000 100000\n"}, 5),
+        ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 5),
+        ({}, 5),
+    ],
+)
+def test_cores_by_affinity_and_control_group(
+    files: dict[str, str], cpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: {0, 1, 2, 3, 7}, raising=False)
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert available_cpus(tmp_path) == cpus

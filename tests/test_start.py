@@ -1,0 +1,166 @@
+"""`python -m app` as a person or a container starts it: real processes, real sockets, real signals."""
+
+import json
+import os
+import pickle
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_checkpoint
+
+from app import checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 60
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "app", "--port", "0", "--threads", "1", "--device", "cpu", *arguments]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("CIFAR_")} | variables
+
+
+@contextmanager
+def serving(*arguments: str, **variables: str) -> Iterator[tuple["subprocess.Popen[str]", str, str]]:
+    """A running service, its address, and the line it printed."""
+    process = subprocess.Popen(
+        command(*arguments),
+        cwd=ROOT,
+        env=environment(**variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()  # empty when the process ends, so this waits for no longer than it lives
+        found = re.search(r"http://\S+", line)
+        assert found, process.communicate(timeout=SECONDS)
+        yield process, found[0], line
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def get(url: str, data: bytes | None = None) -> tuple[int, dict[str, object]]:
+    request = urllib.request.Request(url, data, {"content-type": "image/png"})
+    try:
+        with urllib.request.urlopen(request, timeout=SECONDS) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)
+
+
+def refusal(*arguments: str, **variables: str) -> str:
+    ran = subprocess.run(
+        command(*arguments), cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=SECONDS
+    )
+    assert ran.returncode == 1
+    assert ran.stdout == ""
+    assert ran.stderr.count("\n") == 1
+    return ran.stderr.strip()
+
+
+def test_it_serves_says_so_and_ends_cleanly(weights: Path, png: bytes) -> None:
+    with serving("--drain-seconds", "0", CIFAR_WEIGHTS=str(weights)) as (process, url, line):
+        sha256 = checkpoint.load(weights).sha256[:12]
+        assert re.fullmatch(
+            rf"Serving .*net\.pth: net {sha256} \(.*% on random test\), (bfloat16|float32) on .*\n", line
+        )
+        assert get(f"{url}/readyz")[0] == 200
+        status, answer = get(f"{url}/predict", png)
+        assert status == 200
+        assert answer["model"] == {"name": "net", "sha256": sha256}
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=SECONDS)
+        assert (process.returncode, out, err) == (0, "", "")
+
+
+def test_after_sigterm_it_is_not_ready_but_serves_and_a_second_signal_ends_it(weights: Path, png: bytes) -> None:
+    with serving("--drain-seconds", "600", "--weights", str(weights)) as (process, url, _):
+        process.send_signal(signal.SIGTERM)
+        while get(f"{url}/readyz")[0] == 200:  # until the process has seen the signal
+            time.sleep(0.01)
+        assert get(f"{url}/readyz")[0] == 503
+        assert get(f"{url}/predict", png)[0] == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(SECONDS) == 0
+
+
+def test_ctrl_c_ends_it_at_once_and_cleanly(weights: Path) -> None:
+    with serving("--drain-seconds", "600", "--weights", str(weights)) as (process, _, _):
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=SECONDS)
+        assert (process.returncode, out, err) == (0, "", "")
+
+
+def test_weights_that_are_missing(tmp_path: Path) -> None:
+    sentence = refusal(CIFAR_WEIGHTS=str(tmp_path / "none.pth"))
+    assert sentence.startswith(f"There is no weights file {tmp_path / 'none.pth'}.")
+    assert "python -m training train" in sentence
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("echo harm > harm.txt",)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "hostile", "foreign", "text", "wrong shape"])
+def test_weights_that_cannot_be_used(kind: str, tmp_path: Path, weights: Path) -> None:
+    path = tmp_path / "bad.pth"
+    if kind == "truncated":
+        path.write_bytes(weights.read_bytes()[:-5000])
+    elif kind == "hostile":
+        path.write_bytes(pickle.dumps(Hostile()))
+    elif kind == "foreign":
+        torch.save({"layer.weight": torch.zeros(3)}, path)
+    elif kind == "text":
+        path.write_text("not a network")
+    else:
+        given = random_checkpoint()
+        given.state_dict["fc3.weight"] = torch.zeros(11, 84)
+        checkpoint.save(given, path)
+    sentence = refusal("--weights", str(path))
+    assert str(path) in sentence
+    assert "Expected is a file written by" in sentence
+    assert not (ROOT / "harm.txt").exists()
+
+
+def test_settings_that_are_not_accepted() -> None:
+    assert refusal(CIFAR_PORTS="1") == "There is no setting CIFAR_PORTS. Did you mean CIFAR_PORT?"
+    assert refusal("--port", "many").startswith("--port is 'many'; accepted is a whole number")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device that the test must miss")
+def test_a_device_that_is_not_there(weights: Path) -> None:
+    sentence = refusal("--device", "cuda", "--weights", str(weights))
+    assert sentence.startswith("The device 'cuda' is not available on this machine; it has:")
+
+
+def test_a_port_that_is_taken(weights: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        sentence = refusal("--port", str(port), "--weights", str(weights))
+    assert sentence.startswith(f"The service cannot listen on 127.0.0.1, port {port}: Address already in use.")
+
+
+def test_help_needs_no_weights() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "app", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, check=True
+    )
+    assert "--max-body-bytes" in ran.stdout
+    assert ran.stderr == ""
