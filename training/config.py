@@ -109,13 +109,15 @@ RECIPES = {
         shift=2,
         precision="float32",
     ),
+    # JPEG compression as augmentation costs little on exact pixels and keeps the answers to posted JPEGs right.
     "default": Recipe(
         network="cifar_net",
-        epochs=24,
+        epochs=20,
         batch_size=512,
         optimizer="muon",
         learning_rate=0.1,
-        muon_learning_rate=0.24,
+        # 0.24, which suits batches of 2,000, made the first epochs useless at 512: 36 % against 74 % after five.
+        muon_learning_rate=0.08,
         weight_decay=5e-4,
         label_smoothing=0.1,
         flip=True,
@@ -128,7 +130,7 @@ RECIPES = {
 }
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: argparse._ActionsContainer) -> None:
     """One flag for each field of `Recipe`, named after it: `--batch-size 64`, `--no-flip`."""
     for field in dataclasses.fields(Recipe):
         kind = get_type_hints(Recipe)[field.name]
