@@ -15,7 +15,7 @@ from torch import Tensor
 from app.model import IMAGE_SIZE
 from training.config import Recipe
 
-JPEG_QUALITIES = (30, 95)
+JPEG_QUALITIES = (50, 95)
 
 
 @dataclass(frozen=True, kw_only=True)
