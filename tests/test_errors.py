@@ -109,6 +109,22 @@ def test_a_body_above_the_limit_is_refused_however_it_is_sent(
     assert body["detail"] == {"max_body_bytes": 200_000}
 
 
+@pytest.mark.anyio
+async def test_a_body_that_announces_too_much_is_refused_unread(settings: Settings) -> None:
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        raise AssertionError("the body was read")
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"content-length", b"200001"), (b"content-type", b"image/png")]
+    scope = {"type": "http", "method": "POST", "path": "/predict", "query_string": b"", "headers": headers}
+    await create_app(settings)(scope, receive, send)
+    assert sent[0]["status"] == 413
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_body_of_just_the_limit_is_read(client: TestClient, chunked: bool) -> None:
     content = chunks(200_000) if chunked else b"x" * 200_000

@@ -93,10 +93,14 @@ def test_it_serves_says_so_and_ends_cleanly(weights: Path, png: bytes) -> None:
 def test_after_sigterm_it_is_not_ready_but_serves_and_a_second_signal_ends_it(weights: Path, png: bytes) -> None:
     with serving("--drain-seconds", "600", "--weights", str(weights)) as (process, url, _):
         process.send_signal(signal.SIGTERM)
-        while get(f"{url}/readyz")[0] == 200:  # until the process has seen the signal
-            time.sleep(0.01)
-        assert get(f"{url}/readyz")[0] == 503
-        assert get(f"{url}/predict", png)[0] == 200
+        for _ in range(1000):
+            if get(f"{url}/readyz")[0] == 503:
+                break
+            time.sleep(0.01)  # until the process has seen the signal
+        for _ in range(10):  # half a second, some ticks of the server: it would have closed by now if it meant to
+            assert get(f"{url}/readyz")[0] == 503
+            assert get(f"{url}/predict", png)[0] == 200
+            time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         assert process.wait(SECONDS) == 0
 

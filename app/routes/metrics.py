@@ -14,6 +14,7 @@ router = APIRouter(tags=["metrics"])
     "/metrics/per-class",
     summary="How well each class is recognised",
     response_model=Report,
+    response_description="The report.",
     responses=refusals(404, 500),
 )
 async def per_class(service: ServiceDep) -> dict[str, Any]:
