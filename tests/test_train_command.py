@@ -77,6 +77,8 @@ def test_held_out_images_replace_the_test_images(data_folder: Path) -> None:
     # The log's figure may come in bfloat16, the checkpoint's is float32; on 12 images they agree but for a borderline.
     measured = checkpoint.evaluation.confusion_KK.diagonal().sum().item() / 12
     assert rows[-1]["validation_accuracy"] == pytest.approx(measured, abs=1 / 12 + 1e-9)
+    assert f"is {checkpoint.temperature:.4f}" in done.stdout
+    assert checkpoint.temperature != 1.0
 
 
 def test_two_processes_reach_the_loss_of_one(data_folder: Path) -> None:

@@ -29,6 +29,7 @@ from app.device import choose_device, choose_dtype, describe
 from app.errors import AppError
 from app.report import report
 from training import plots
+from training.calibrate import fit_temperature
 from training.card import card
 from training.config import RECIPES, Recipe, add_flags, override
 from training.data import download, hold_out, locate
@@ -84,11 +85,17 @@ def train_command(options: argparse.Namespace) -> None:
     if not log:
         return
 
+    temperature = recipe.temperature
+    if held_out:
+        network.eval()
+        temperature = fit_temperature(predict(network, held_out.pixels_NCHW, device=device), held_out.labels_N)
+        log.say(f"The temperature that suits the held-out images best is {temperature:.4f}.")
     untested = Checkpoint(
         architecture=recipe.network,
         arguments={"num_classes": len(train.classes)},
         state_dict=network.state_dict(),
         classes=train.classes,
+        temperature=temperature,
         trained={
             "recipe": options.recipe,
             **dataclasses.asdict(recipe),
