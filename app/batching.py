@@ -20,10 +20,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from queue import Empty, SimpleQueue
-from time import monotonic
+from time import monotonic, time
 from typing import Generic, TypeVar
 
 from app.errors import DeadlineExceeded, NotReady, Overloaded
+from app.statistics import Execution, Statistics
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ Result = TypeVar("Result")
 QUIET_SECONDS = 0.005
 """Idle work is done only after so long without a request, so that a client who asks one by one does not feel it."""
 SMOOTHING = 0.1
-"""Weight of the newest batch in the mean time per item."""
+"""Weight of the newest batch in the mean time per picture."""
 
 
 class Signal(Enum):
@@ -48,23 +49,27 @@ class Limits:
 
     max_batch: int
     max_waiting: int
-    """Items admitted and not yet answered."""
+    """Pictures admitted and not yet answered."""
     max_waiting_bytes: int
     deadline_seconds: float
     large_bytes: int = 64 * 1024
-    """Items larger than this are prepared in the decode thread."""
+    """Items with more for each picture are prepared in the decode thread."""
 
 
 class Entry(Generic[Item, Prepared, Result]):
-    """One admitted item on its way."""
+    """One admitted item of `count` pictures on its way."""
 
-    __slots__ = ("deadline", "future", "item", "prepared", "size_bytes")
+    __slots__ = ("admitted_at", "count", "deadline_seconds", "future", "item", "prepared", "size_bytes")
 
-    def __init__(self, item: Item, size_bytes: int, future: asyncio.Future[Result], deadline: float) -> None:
+    def __init__(
+        self, item: Item, size_bytes: int, count: int, future: asyncio.Future[Result], deadline_seconds: float
+    ) -> None:
         self.item = item
         self.size_bytes = size_bytes
+        self.count = count
         self.future = future
-        self.deadline = deadline
+        self.admitted_at = monotonic()
+        self.deadline_seconds = deadline_seconds
         self.prepared: Prepared | None = None
 
 
@@ -85,12 +90,13 @@ class Batcher(Generic[Item, Prepared, Result]):
         self._prepare = prepare
         self._build = build
         self._limits = limits
+        self.statistics = Statistics()
         self._queue: SimpleQueue[Entry[Item, Prepared, Result] | Signal] = SimpleQueue()
         self._large: SimpleQueue[Entry[Item, Prepared, Result] | Signal] = SimpleQueue()
         self._idle_work: deque[Iterator[object]] = deque()
         self._waiting = 0
         self._waiting_bytes = 0
-        self._seconds_per_item = 0.0
+        self._seconds_per_picture = 0.0
         self._closing = False
         self._inference_thread = threading.Thread(target=self._infer, name="inference", daemon=True)
         self._decode_thread = threading.Thread(target=self._decode, name="decode", daemon=True)
@@ -111,35 +117,57 @@ class Batcher(Generic[Item, Prepared, Result]):
 
     @property
     def expected_wait_seconds(self) -> float:
-        """What an item admitted now would wait: those before it times the measured time for each."""
-        return self._waiting * self._seconds_per_item
+        """What an item admitted now would wait: the pictures before it times the measured time for each."""
+        return self._waiting * self._seconds_per_picture
 
     def submit(self, item: Item, size_bytes: int) -> asyncio.Future[Result]:
-        """Admit an item. Cancel the future when nobody wants the answer any more.
+        """Admit an item of one picture. Cancel the future when nobody wants the answer any more.
 
         Raises:
-            Overloaded: as many items or bytes wait as are accepted, or the answer would come too late.
+            Overloaded: as many pictures or bytes wait as are accepted, or the answer would come too late.
             NotReady: the service is stopping.
         """
+        deadline_seconds = self._limits.deadline_seconds
+        self._check(size_bytes, 1, deadline_seconds)
+        return self._admit(item, size_bytes, 1, deadline_seconds)
+
+    def submit_all(
+        self, items: Sequence[tuple[Item, int, int]], deadline_seconds: float | None = None
+    ) -> list[asyncio.Future[Result]]:
+        """Admit all of several items, each with its size in bytes and its number of pictures, or none.
+
+        Args:
+            deadline_seconds: Shorter than the one in the limits, where the client says so.
+
+        Raises:
+            Overloaded, NotReady: as `submit`.
+        """
+        deadline_seconds = min(deadline_seconds or math.inf, self._limits.deadline_seconds)
+        self._check(sum(size for _, size, _ in items), sum(count for _, _, count in items), deadline_seconds)
+        return [self._admit(item, size_bytes, count, deadline_seconds) for item, size_bytes, count in items]
+
+    def _check(self, size_bytes: int, count: int, deadline_seconds: float) -> None:
         if not self.ready:
             raise NotReady("The service is stopping. Try again, it may be back shortly.", retry_after_seconds=1)
         limits, wait_seconds = self._limits, self.expected_wait_seconds
-        if (
-            self._waiting >= limits.max_waiting
-            or (self._waiting and self._waiting_bytes + size_bytes > limits.max_waiting_bytes)
-            or wait_seconds > limits.deadline_seconds
+        if self._waiting and (  # alone, everything is admitted
+            self._waiting + count > limits.max_waiting
+            or self._waiting_bytes + size_bytes > limits.max_waiting_bytes
+            or wait_seconds > deadline_seconds
         ):
             retry = max(1, math.ceil(wait_seconds))
             raise Overloaded(
-                f"The service has as much to do as it accepts: {self._waiting:,} requests wait. "
+                f"The service has as much to do as it accepts: {self._waiting:,} pictures wait. "
                 f"Try again in {retry} second{'s' * (retry > 1)}.",
                 retry_after_seconds=retry,
             )
+
+    def _admit(self, item: Item, size_bytes: int, count: int, deadline_seconds: float) -> asyncio.Future[Result]:
         future: asyncio.Future[Result] = self._loop.create_future()
-        entry = Entry[Item, Prepared, Result](item, size_bytes, future, monotonic() + limits.deadline_seconds)
-        self._waiting += 1
+        entry = Entry[Item, Prepared, Result](item, size_bytes, count, future, deadline_seconds)
+        self._waiting += count
         self._waiting_bytes += size_bytes
-        (self._large if size_bytes > limits.large_bytes else self._queue).put(entry)
+        (self._large if size_bytes > self._limits.large_bytes * count else self._queue).put(entry)
         return future
 
     def run_when_idle(self, work: Iterator[object]) -> None:
@@ -153,15 +181,24 @@ class Batcher(Generic[Item, Prepared, Result]):
         self._large.put(Signal.STOP)  # which the decode thread hands on, after the last large item
         await asyncio.to_thread(self._inference_thread.join)
 
-    def _settle(self, outcomes: Sequence[tuple[Entry[Item, Prepared, Result], Result | Exception]]) -> None:
+    def _settle(
+        self,
+        outcomes: Sequence[tuple[Entry[Item, Prepared, Result], Result | Exception]],
+        execution: Execution | None = None,
+    ) -> None:
+        now = monotonic()
+        if execution is not None:
+            self.statistics.record(execution, time())
         for entry, outcome in outcomes:
-            self._waiting -= 1
+            self._waiting -= entry.count
             self._waiting_bytes -= entry.size_bytes
             if entry.future.done():  # cancelled meanwhile
                 continue
             if isinstance(outcome, Exception):
+                self.statistics.fail.add(now - entry.admitted_at)
                 entry.future.set_exception(outcome)
             else:
+                self.statistics.success.add(now - entry.admitted_at)
                 entry.future.set_result(outcome)
 
     # Decode thread
@@ -192,18 +229,20 @@ class Batcher(Generic[Item, Prepared, Result]):
         while not stopping:
             batch, stopping = self._take()
             if batch:
-                self._loop.call_soon_threadsafe(self._settle, self._answer(batch, run))
+                self._loop.call_soon_threadsafe(self._settle, *self._answer(batch, run))
 
     def _take(self) -> tuple[list[Entry[Item, Prepared, Result]], bool]:
         """Wait for one entry, then take along what else has queued; and whether it was the last time."""
         batch: list[Entry[Item, Prepared, Result]] = []
+        count = 0
         taken = self._wait()
         while True:
             if taken is Signal.STOP:
                 return batch, True
             if isinstance(taken, Entry):
                 batch.append(taken)
-            if len(batch) == self._limits.max_batch:
+                count += taken.count
+            if count >= self._limits.max_batch:
                 return batch, False
             try:
                 taken = self._queue.get_nowait()
@@ -229,7 +268,7 @@ class Batcher(Generic[Item, Prepared, Result]):
 
     def _answer(
         self, batch: list[Entry[Item, Prepared, Result]], run: Callable[[list[Prepared]], Sequence[Result]]
-    ) -> list[tuple[Entry[Item, Prepared, Result], Result | Exception]]:
+    ) -> tuple[list[tuple[Entry[Item, Prepared, Result], Result | Exception]], Execution | None]:
         start = monotonic()
         outcomes: list[tuple[Entry[Item, Prepared, Result], Result | Exception]] = []
         wanted, prepared = [], []
@@ -242,21 +281,31 @@ class Batcher(Generic[Item, Prepared, Result]):
                 wanted.append(entry)
             except Exception as error:
                 outcomes.append((entry, error))
-        if wanted:
-            outcomes += zip(wanted, _run(run, prepared), strict=True)
-            seconds = (monotonic() - start) / len(wanted)
-            known = self._seconds_per_item or seconds
-            self._seconds_per_item = known + SMOOTHING * (seconds - known)
-        return outcomes
+        if not wanted:
+            return outcomes, None
+        run_start = monotonic()
+        outcomes += zip(wanted, _run(run, prepared), strict=True)
+        end = monotonic()
+        pictures = sum(entry.count for entry in wanted)
+        seconds = (end - start) / pictures
+        known = self._seconds_per_picture or seconds
+        self._seconds_per_picture = known + SMOOTHING * (seconds - known)
+        return outcomes, Execution(
+            requests=len(wanted),
+            pictures=pictures,
+            forward_passes=math.ceil(pictures / self._limits.max_batch),
+            queue_seconds=sum(start - entry.admitted_at for entry in wanted),
+            prepare_seconds=run_start - start,
+            run_seconds=end - run_start,
+        )
 
     def _refusal(self, entry: Entry[Item, Prepared, Result]) -> Exception | None:
         """Why no work should be spent on the entry any more."""
         if entry.future.cancelled():
             return DeadlineExceeded("The client has left.")  # nobody will read it
-        if monotonic() > entry.deadline:
+        if monotonic() > entry.admitted_at + entry.deadline_seconds:
             return DeadlineExceeded(
-                f"The request waited longer than {self._limits.deadline_seconds:g} seconds for its turn. "
-                "Try again later."
+                f"The request waited longer than {entry.deadline_seconds:g} seconds for its turn. Try again later."
             )
         return None
 

@@ -82,7 +82,7 @@ class Boundary:
 
 
 def error_response(scope: Scope, error: RequestError, headers: dict[str, str] | None = None) -> Response:
-    headers = dict(headers or {})
+    headers = {**(headers or {}), **error.headers}
     if error.retry_after_seconds is not None:
         headers["Retry-After"] = str(error.retry_after_seconds)
     body = {"error": str(error), "detail": error.detail, "request_id": scope["state"]["request_id"]}

@@ -18,6 +18,7 @@
         |-- UnsupportedMedia   415
         |-- WrongSize          422
         |-- Overloaded         429
+        |-- NotOffered         501
         |-- NotReady           503
         `-- DeadlineExceeded   504
 
@@ -47,14 +48,25 @@ class DataError(AppError):
 
 
 class RequestError(AppError):
-    """A request is refused. `status` is the HTTP status, `detail` an optional machine-readable explanation."""
+    """A request is refused.
+
+    `status` is the HTTP status, `detail` an optional machine-readable explanation, `headers` what else HTTP wants said.
+    """
 
     status = 500
 
-    def __init__(self, sentence: str, *, detail: object = None, retry_after_seconds: int | None = None) -> None:
+    def __init__(
+        self,
+        sentence: str,
+        *,
+        detail: object = None,
+        retry_after_seconds: int | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
         super().__init__(sentence)
         self.detail = detail
         self.retry_after_seconds = retry_after_seconds
+        self.headers = headers or {}
 
 
 class BadRequest(RequestError):
@@ -91,6 +103,12 @@ class Overloaded(RequestError):
     """The queue is full; trying again later helps."""
 
     status = 429
+
+
+class NotOffered(RequestError):
+    """A part of a protocol that exists but not here."""
+
+    status = 501
 
 
 class NotReady(RequestError):

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from app.errors import BadRequest, BodyTooLarge, WrongSize
-from app.model import IMAGE_SIZE
+from app.model import IMAGE_BYTES, IMAGE_SIZE
 
 Resize = Literal["crop", "stretch", "pad"]
 """crop: the centre square, scaled: keeps proportions, loses the edges. stretch: both sides scaled to 32: keeps
@@ -32,6 +32,8 @@ SIZE = (IMAGE_SIZE, IMAGE_SIZE)
 WHITE = (255, 255, 255)
 MAX_PIXELS = 50_000_000
 """Enough for the cameras of today's phones."""
+OWN_FAULTS = (BadRequest, BodyTooLarge, WrongSize)
+"""What `decode` raises: it concerns this picture and none beside it."""
 METADATA = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
 """Where Pillow keeps what may hold an orientation. Most small pictures have none; looking closer takes 13 us each."""
 
@@ -70,6 +72,21 @@ def decode(data: bytes, resize: Resize | None = None, max_pixels: int = MAX_PIXE
     # A bytearray, because torch warns of tensors that share the memory of immutable bytes.
     pixels_HWC = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(IMAGE_SIZE, IMAGE_SIZE, 3)
     return pixels_HWC.permute(2, 0, 1)
+
+
+def from_raw(pixels: bytes | bytearray) -> Tensor:
+    """Raw pixels of N pictures (N, H, W, C), as they are in memory -> uint8 (N, C, H, W).
+
+    Raises:
+        BadRequest: They are not a whole number of pictures, at least one.
+    """
+    if not pixels or len(pixels) % IMAGE_BYTES:
+        raise BadRequest(
+            f"The raw pixels have {len(pixels):,} bytes; accepted is a multiple of {IMAGE_BYTES:,}: for each picture "
+            f"{IMAGE_SIZE} rows of {IMAGE_SIZE} pixels of red, green and blue."
+        )
+    owned = pixels if isinstance(pixels, bytearray) else bytearray(pixels)
+    return torch.frombuffer(owned, dtype=torch.uint8).view(-1, IMAGE_SIZE, IMAGE_SIZE, 3).permute(0, 3, 1, 2)
 
 
 def _check_size(picture: Image.Image, resize: Resize | None, max_pixels: int) -> None:

@@ -11,7 +11,8 @@ from starlette.staticfiles import StaticFiles
 from app import boundary, checkpoint
 from app.device import choose_device
 from app.errors import SettingsError
-from app.routes import health, metrics, pages, predict
+from app.routes import batch, health, metrics, open_inference, pages, predict
+from app.routes.fast_lane import FastLane
 from app.service import Service
 from app.settings import Settings
 
@@ -55,9 +56,10 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
     )
     app.state.service = service
-    for routes in (predict, metrics, health, pages):
+    for routes in (predict, batch, open_inference, metrics, health, pages):
         app.include_router(routes.router)
     app.mount("/static", StaticFiles(directory=pages.STATIC), name="static")
-    app.add_middleware(predict.FastLane, service=service)
+    lanes = {"/predict": predict.respond, f"/v2{open_inference.MODEL}/infer": open_inference.respond}
+    app.add_middleware(FastLane, service=service, lanes=lanes)
     boundary.install(app, settings.max_body_bytes)
     return app

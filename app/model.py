@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 IMAGE_SIZE = 32
+IMAGE_BYTES = IMAGE_SIZE * IMAGE_SIZE * 3
 
 
 class Normalized(nn.Module):

@@ -4,24 +4,26 @@ container does not have, and takes twice the time; the body is bounded already."
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from app.errors import BadRequest
+from app.errors import BadRequest, RequestError
 
 MAX_PARTS = 32
-"""A form of the web page or of curl has one; each costs time in the event loop."""
+"""A form of the web page or of curl for one picture has one; each costs time in the event loop."""
 
 
 class _Collector:
     """Gathers the content of each part by the name of its field."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_parts: int, refusal: RequestError) -> None:
+        self._max_parts = max_parts
+        self._refusal = refusal
         self.fields: list[tuple[str, bytearray]] = []
         self.complete = False
         self._header_name = b""
         self._header_value = b""
 
     def on_part_begin(self) -> None:
-        if len(self.fields) == MAX_PARTS:
-            raise BadRequest(f"The form has more than {MAX_PARTS} fields; send one field `file` with the picture.")
+        if len(self.fields) == self._max_parts:
+            raise self._refusal
         self.fields.append(("", bytearray()))
 
     def on_header_field(self, data: bytes, start: int, end: int) -> None:
@@ -49,8 +51,24 @@ def read_field(body: bytes, content_type: str, name: str) -> bytes:
     Raises:
         BadRequest: The form is malformed or cut short, or does not have exactly one such field.
     """
+    refusal = BadRequest(f"The form has more than {MAX_PARTS} fields; send one field {name!r} with the picture.")
+    fields = read_fields(body, content_type, MAX_PARTS, refusal)
+    found = [content for field, content in fields if field == name]
+    if len(found) != 1:
+        names = ", ".join(repr(field) for field, _ in fields) or "none"
+        raise BadRequest(f"The form must have exactly one field {name!r} with the picture; its fields are: {names}.")
+    return found[0]
+
+
+def read_fields(body: bytes, content_type: str, max_parts: int, refusal: RequestError) -> list[tuple[str, bytes]]:
+    """The fields of a form in order, each with its name and content.
+
+    Raises:
+        BadRequest: The form is malformed or cut short.
+        RequestError: `refusal`, as soon as there are more than `max_parts`.
+    """
     _, options = parse_options_header(content_type)
-    collector = _Collector()
+    collector = _Collector(max_parts, refusal)
     try:
         parser = MultipartParser(
             options.get(b"boundary", b""),
@@ -72,8 +90,4 @@ def read_field(body: bytes, content_type: str, name: str) -> bytes:
             "The multipart body is malformed or cut short. Send it as `curl -F file=@picture.png` does, with the "
             "boundary named in the Content-Type header, or send the picture itself as the body."
         )
-    found = [bytes(content) for field, content in collector.fields if field == name]
-    if len(found) != 1:
-        names = ", ".join(repr(field) for field, _ in collector.fields) or "none"
-        raise BadRequest(f"The form must have exactly one field {name!r} with the picture; its fields are: {names}.")
-    return found[0]
+    return [(name, bytes(content)) for name, content in collector.fields]

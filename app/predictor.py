@@ -7,6 +7,7 @@ Shape letters: N images, C = 3, H = W = 32, K classes.
 """
 
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -47,9 +48,9 @@ class Predictor:
         ]
         return (torch.cat(logits).cpu().double() / self._temperature).softmax(dim=1)
 
-    def predict_each(self, pictures: Sequence[Tensor]) -> list[list[float]]:
-        """The probabilities of each picture (C, H, W) in plain numbers."""
-        # Stacked as (N, H, W, C), the order they have in memory.
-        pixels_NHWC = torch.stack([pixels_CHW.permute(1, 2, 0) for pixels_CHW in pictures])
-        probabilities: list[list[float]] = self.predict(pixels_NHWC.permute(0, 3, 1, 2)).tolist()
-        return probabilities
+    def predict_each(self, items: Sequence[Tensor]) -> list[list[list[float]]]:
+        """For each item of pixels (N, C, H, W) its probabilities (N, K), in plain numbers."""
+        # Joined as (N, H, W, C), the order they have in memory.
+        pixels_NHWC = torch.cat([pixels_NCHW.permute(0, 2, 3, 1) for pixels_NCHW in items])
+        rows = iter(self.predict(pixels_NHWC.permute(0, 3, 1, 2)).tolist())
+        return [list(islice(rows, len(pixels_NCHW))) for pixels_NCHW in items]

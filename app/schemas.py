@@ -23,7 +23,7 @@ class ModelInfo(BaseModel):
     sha256: str = Field(description="The first 12 hexadecimal digits of the weights file's sha256.")
 
 
-class Prediction(BaseModel):
+class Scores(BaseModel):
     """What the network makes of one picture."""
 
     label: str = Field(description="The most probable class.", examples=["cat"])
@@ -33,7 +33,28 @@ class Prediction(BaseModel):
         description="The probability of every class by name, in the order of the classes, unrounded; they sum to 1. "
         "With top_k only the k most probable, highest first."
     )
-    model: ModelInfo
+
+
+class Prediction(Scores):
+    """What the network makes of one picture, and which network."""
+
+    model: ModelInfo = Field(description="Which weights answered.")
+
+
+class PictureError(BaseModel):
+    """What is wrong with one picture of several."""
+
+    error: str = Field(description="As in ErrorBody.")
+    detail: Any = Field(description="As in ErrorBody.")
+
+
+class BatchPrediction(BaseModel):
+    """What the network makes of many pictures."""
+
+    predictions: list[Scores | PictureError] = Field(
+        description="In the order of the pictures. One that cannot be read has its error in its place."
+    )
+    model: ModelInfo = Field(description="Which weights answered.")
 
 
 class ClassReport(BaseModel):
@@ -82,14 +103,14 @@ class Report(BaseModel):
         "with the loaded weights, on the test set it was given.",
         examples=["checkpoint"],
     )
-    weights: WeightsInfo
+    weights: WeightsInfo = Field(description="Which weights the figures belong to.")
     trained: dict[str, Any] = Field(description="Where the weights come from: recipe, seed, versions, device, time.")
-    dataset: DatasetInfo
+    dataset: DatasetInfo = Field(description="What was evaluated on.")
     evaluated_at: str = Field(description="UTC, ISO 8601.")
     accuracy: float = Field(description="Share of images whose most probable class is the true one.")
     correct: int = Field(description="Their number.")
     interval: tuple[float, float] = Field(description="95 % Wilson interval of the accuracy.")
-    calibration: Calibration
+    calibration: Calibration = Field(description="How far the probabilities can be taken at their word.")
     classes: list[ClassReport] = Field(description="In the order of the classes.")
     confusion: list[list[int]] = Field(description="Rows are true classes, columns predicted ones.")
 
@@ -97,7 +118,7 @@ class Report(BaseModel):
 class Health(BaseModel):
     """The process answers, or is ready for requests."""
 
-    status: str = Field(examples=["ok"])
+    status: str = Field(description="`ok` or `ready`.", examples=["ok"])
 
 
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -113,6 +134,7 @@ MEANINGS = {
     422: "A picture that is not 32x32 without `resize`, or a parameter with a value that is not accepted.",
     429: "The service has as much to do as it accepts. The header Retry-After says when to try again.",
     500: "A defect of the service; its log has the details under the request_id.",
+    501: "A part of the protocol that this service does not offer.",
     503: "The service is starting or stopping. The header Retry-After says when to try again.",
     504: "The request waited too long for its turn.",
 }

@@ -19,6 +19,7 @@ from app.images import Resize
 from app.predictor import Predictor
 from app.report import evaluate_probabilities, report
 from app.settings import Settings
+from app.statistics import Statistics
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,8 @@ EVALUATION_BATCH = 8
 """Images per idle step of the evaluation: what a request that comes at the wrong moment waits for, some 3 ms."""
 
 Upload = tuple[bytes, Resize | None]
+Rows = list[list[float]]
+"""Probabilities (N, K) in plain numbers."""
 
 
 class Service:
@@ -38,8 +41,8 @@ class Service:
         self.evaluation = checkpoint.evaluation
         self.source = "checkpoint"
         self.draining = False
-        self._batcher: Batcher[Upload, Tensor, list[float]] = Batcher(
-            prepare=lambda upload: images.decode(*upload, settings.max_pixels),
+        self._batcher: Batcher[Upload | Tensor, Tensor, Rows] = Batcher(
+            prepare=self._prepare,
             build=self._build,
             limits=Limits(
                 max_batch=settings.max_batch,
@@ -79,13 +82,42 @@ class Service:
     def expected_wait_seconds(self) -> float:
         return self._batcher.expected_wait_seconds
 
-    def predict(self, body: bytes, resize: Resize | None) -> "asyncio.Future[list[float]]":
-        """The probabilities of the classes, in their order; to be cancelled when the client has left.
+    @property
+    def statistics(self) -> Statistics:
+        return self._batcher.statistics
+
+    def predict(self, picture: bytes, resize: Resize | None) -> "asyncio.Future[Rows]":
+        """One row: the probabilities of the classes, in their order; to be cancelled when the client has left.
 
         Raises:
             Overloaded, NotReady: at once. The future may fail with any other `RequestError`.
         """
-        return self._batcher.submit((body, resize), len(body))
+        return self._batcher.submit((picture, resize), len(picture))
+
+    def predict_pictures(
+        self, pictures: Sequence[bytes], resize: Resize | None, deadline_seconds: float | None = None
+    ) -> "asyncio.Future[list[Rows | BaseException]]":
+        """For each picture one row, or what is wrong with it.
+
+        Raises:
+            Overloaded, NotReady: at once, if not all of them can be admitted.
+        """
+        items: list[tuple[Upload | Tensor, int, int]] = [((picture, resize), len(picture), 1) for picture in pictures]
+        return asyncio.gather(*self._batcher.submit_all(items, deadline_seconds), return_exceptions=True)
+
+    def predict_pixels(
+        self, pixels_NCHW: Tensor, deadline_seconds: float | None = None
+    ) -> "asyncio.Future[list[Rows]]":
+        """The rows of many pictures (uint8), in groups that have to be joined.
+
+        Each group is one full batch: whole requests would hold up everything else for as long as they take.
+
+        Raises:
+            Overloaded, NotReady: as `predict_pictures`.
+        """
+        groups = pixels_NCHW.split(self.settings.max_batch)
+        items: list[tuple[Upload | Tensor, int, int]] = [(group, group.nbytes, len(group)) for group in groups]
+        return asyncio.gather(*self._batcher.submit_all(items, deadline_seconds))
 
     def report(self) -> dict[str, Any]:
         """The figures per class of the loaded weights, as plain types.
@@ -105,9 +137,16 @@ class Service:
             **report(self.evaluation, self.checkpoint.classes),
         }
 
+    # Inference thread, or for large pictures the decode thread
+
+    def _prepare(self, item: Upload | Tensor) -> Tensor:
+        if isinstance(item, Tensor):
+            return item
+        return images.decode(*item, self.settings.max_pixels).unsqueeze(0)
+
     # Inference thread
 
-    def _build(self) -> Callable[[Sequence[Tensor]], list[list[float]]]:
+    def _build(self) -> Callable[[Sequence[Tensor]], list[Rows]]:
         self._predictor = Predictor(
             self.checkpoint, self.device, threads=self.settings.threads, max_batch=self.settings.max_batch
         )

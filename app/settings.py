@@ -123,9 +123,12 @@ class Settings:
     max_pixels: Annotated[
         int, Setting(whole(1024, 1_000_000_000), "a picture with more is refused before it is decoded")
     ] = 50_000_000
+    max_pictures: Annotated[
+        int, Setting(whole(1, 1_000_000), "pictures in one request; a request with more is refused")
+    ] = 1024
     max_batch: Annotated[int, Setting(whole(1, 1024), "pictures per forward pass; those that wait run together")] = 32
     max_waiting: Annotated[
-        int, Setting(whole(1, 1_000_000), "requests admitted and not yet answered; more get 429")
+        int, Setting(whole(1, 1_000_000), "pictures admitted and not yet answered; more get 429")
     ] = 1024
     max_waiting_bytes: Annotated[
         int, Setting(whole(1, 64 * 1024 * MIB), "the same limit for the bytes of their bodies")

@@ -125,7 +125,7 @@ async def test_more_items_than_may_wait_are_refused_and_the_sentence_says_when_t
     batcher = await start(doubler, Limits(max_batch=4, max_waiting=3, max_waiting_bytes=10_000, deadline_seconds=60))
     held = await hold(doubler, batcher)
     admitted = [batcher.submit("1", 1), batcher.submit("2", 1)]
-    with pytest.raises(Overloaded, match=r"3 requests wait\. Try again in 1 second\.") as refusal:
+    with pytest.raises(Overloaded, match=r"3 pictures wait\. Try again in 1 second\.") as refusal:
         batcher.submit("3", 1)
     assert refusal.value.retry_after_seconds == 1
     doubler.gate.set()

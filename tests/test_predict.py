@@ -103,7 +103,7 @@ def test_the_event_loop_neither_decodes_nor_runs_the_network(
         threads["predict"] = threading.get_ident()
         return predict(self, pixels_NCHW)
 
-    def spy_submit(self: Service, body: bytes, resize: images.Resize | None) -> "asyncio.Future[list[float]]":
+    def spy_submit(self: Service, body: bytes, resize: images.Resize | None) -> "asyncio.Future[list[list[float]]]":
         threads["event loop"] = threading.get_ident()
         return submit(self, body, resize)
 

@@ -1,0 +1,45 @@
+"""Bodies in gzip, or in deflate, which in HTTP is the zlib format (RFC 9110, section 8.4.1)."""
+
+import zlib
+
+from app.errors import BadRequest, BodyTooLarge
+
+ENCODINGS = {"gzip": zlib.MAX_WBITS | 16, "deflate": zlib.MAX_WBITS}
+"""The content codings, and what zlib calls them."""
+
+
+def inflate(body: bytes, encoding: str, max_bytes: int) -> bytes:
+    """Stops at the limit, so that a few bytes that would become gigabytes cost neither the memory nor the time.
+
+    Raises:
+        BodyTooLarge: It is more than `max_bytes` without the compression.
+        BadRequest: It is damaged, cut short, or something follows it.
+    """
+    inflater = zlib.decompressobj(ENCODINGS[encoding])
+    try:
+        plain = inflater.decompress(body, max_bytes + 1)
+    except zlib.error:
+        raise BadRequest(f"The body is not in the content encoding {encoding!r} that the request names.") from None
+    if len(plain) > max_bytes:
+        raise BodyTooLarge(
+            f"The request body is too large without its compression; accepted are at most {max_bytes:,} bytes.",
+            detail={"max_body_bytes": max_bytes},
+        )
+    if not inflater.eof or inflater.unused_data:
+        raise BadRequest(f"The body in the content encoding {encoding!r} is cut short, or something follows its end.")
+    return plain
+
+
+def deflate(body: bytes, encoding: str) -> bytes:
+    """At the fastest level, because somebody waits."""
+    deflater = zlib.compressobj(1, zlib.DEFLATED, ENCODINGS[encoding])
+    return deflater.compress(body) + deflater.flush()
+
+
+def accepted(header: str) -> str | None:
+    """The first of our encodings in an Accept-Encoding header; ;q=0 rules one out (RFC 9110, section 12.5.3)."""
+    for offer in header.lower().replace(" ", "").split(","):
+        name, _, quality = offer.partition(";q=")
+        if name in ENCODINGS and (not quality or quality.strip("0.")):
+            return name
+    return None

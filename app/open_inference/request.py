@@ -1,0 +1,194 @@
+"""The body of an inference request -> what is asked for, everything checked."""
+
+from dataclasses import dataclass, field
+from reprlib import repr as show  # a sentence should not repeat a megabyte of what was sent
+from typing import Any
+
+from pydantic_core import from_json
+
+from app.errors import BadRequest, BodyTooLarge, NotOffered
+from app.open_inference import tensors
+from app.open_inference.spec import IMAGE, INPUTS, OUTPUT_NAMES, PIXELS, TensorSpec
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An output that is asked for."""
+
+    name: str
+    binary: bool
+    top_k: int = 0
+    """With the classification extension: so many classes as text instead of the probabilities."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inference:
+    """A request. Its input is `pixels` (N x 32 x 32 x 3 bytes), or if that is None, `pictures` (N encoded ones)."""
+
+    pixels: bytearray | None = None
+    pictures: list[bytes] = field(default_factory=list)
+    outputs: list[Wanted]
+    id: str = ""
+    timeout_seconds: float | None = None
+
+
+def decode(body: bytes, json_length: str | None, *, binary: bool, max_pictures: int) -> Inference:
+    """Read an inference request.
+
+    Args:
+        json_length: The header Inference-Header-Content-Length as it was sent, None without. With 0 there is no JSON:
+            the body is one encoded picture.
+        binary: Whether the outputs are binary if there is no JSON to say so.
+
+    Raises:
+        BadRequest: Anything that does not follow the protocol or the model's metadata.
+        BodyTooLarge: More than `max_pictures`.
+        NotOffered: Tensors in shared memory.
+    """
+    length = _json_length(body, json_length)
+    if json_length is not None and length == 0:
+        if not body:
+            raise BadRequest("The body is empty; with Inference-Header-Content-Length 0 it is one encoded picture.")
+        return Inference(pictures=[body], outputs=[Wanted(name, binary) for name in OUTPUT_NAMES])
+    request = _json(body[:length])
+    parameters = _parameters(request, "The request")
+    spec, tensor, count = _only_input(request)
+    if count > max_pictures:
+        raise BodyTooLarge(
+            f"Input {spec.name!r} has {count:,} pictures; accepted are at most {max_pictures:,} in one request. "
+            "Send several requests.",
+            detail={"max_pictures": max_pictures},
+        )
+    pixels, pictures = _content(spec, tensor, count, memoryview(body)[length:])
+    request_id = request.get("id", "")
+    if not isinstance(request_id, str):
+        raise BadRequest(f"The `id` of the request is {show(request_id)}; expected is text.")
+    return Inference(
+        pixels=pixels,
+        pictures=pictures,
+        outputs=_outputs(request, binary=_flag(parameters, "binary_data_output", "The request")),
+        id=request_id,
+        timeout_seconds=_timeout(parameters),
+    )
+
+
+def _json_length(body: bytes, header: str | None) -> int:
+    if header is None:
+        return len(body)
+    length = int(header) if header.isascii() and header.isdigit() and len(header) < 20 else -1
+    if not 0 <= length <= len(body):
+        raise BadRequest(
+            f"The header Inference-Header-Content-Length is {show(header)}; expected is the length of the JSON, from 0 "
+            f"to {len(body):,}, which is the length of the uncompressed body."
+        )
+    return length
+
+
+def _json(text: bytes) -> dict[str, Any]:
+    try:
+        request = from_json(text)
+    except ValueError:
+        raise BadRequest(
+            f"The {len(text):,} bytes of the request are not valid JSON. If raw tensors follow it, the header "
+            "Inference-Header-Content-Length must have its length."
+        ) from None
+    if not isinstance(request, dict):
+        raise BadRequest('The request is no JSON object; expected is {"inputs": [...]}.')
+    return request
+
+
+def _parameters(holder: dict[str, Any], owner: str) -> dict[str, Any]:
+    parameters = holder.get("parameters") or {}
+    if not isinstance(parameters, dict):
+        raise BadRequest(f"{owner} has the parameters {show(parameters)}; expected is a JSON object.")
+    if "shared_memory_region" in parameters:
+        raise NotOffered(f"{owner} is in shared memory, which this service does not offer. Send it in the body.")
+    return parameters
+
+
+def _flag(parameters: dict[str, Any], name: str, owner: str, default: bool = False) -> bool:
+    value = parameters.get(name, default)
+    if not isinstance(value, bool):
+        raise BadRequest(f"{owner} has the parameter `{name}` {show(value)}; expected is true or false.")
+    return value
+
+
+def _number(parameters: dict[str, Any], name: str, owner: str) -> int:
+    value = parameters.get(name, 0)
+    if type(value) is not int or value < 0:
+        raise BadRequest(f"{owner} has the parameter `{name}` {show(value)}; expected is a whole number from 0.")
+    return value
+
+
+def _timeout(parameters: dict[str, Any]) -> float | None:
+    """The parameter is in microseconds; 0 is none."""
+    return _number(parameters, "timeout", "The request") / 1e6 or None
+
+
+def _objects(request: dict[str, Any], field: str) -> list[dict[str, Any]]:
+    objects = request.get(field) or []
+    if not isinstance(objects, list) or not all(isinstance(entry, dict) for entry in objects):
+        raise BadRequest(f"The request has the {field} {show(objects)}; expected is a list of JSON objects.")
+    return objects
+
+
+def _only_input(request: dict[str, Any]) -> tuple[TensorSpec, dict[str, Any], int]:
+    """The one input, its name, datatype and shape checked, and how many pictures it holds."""
+    given = _objects(request, "inputs")
+    names = [tensor.get("name") for tensor in given]
+    if len(names) != 1 or not isinstance(names[0], str) or names[0] not in INPUTS:
+        raise BadRequest(
+            f"The request has the inputs {show(names)}; expected is exactly one: {PIXELS}, or {IMAGE} of encoded "
+            "pictures."
+        )
+    spec, tensor = INPUTS[names[0]], given[0]
+    if tensor.get("datatype") != spec.datatype:
+        raise BadRequest(
+            f"Input {spec.name!r} has the datatype {show(tensor.get('datatype'))}; expected is {spec.datatype!r}."
+        )
+    shape = tensor.get("shape")
+    if not isinstance(shape, list) or not shape or not all(type(size) is int for size in shape):
+        raise BadRequest(f"Input {spec.name!r} has the shape {show(shape)}; expected is {list(spec.shape)}.")
+    if tuple(shape[1:]) != spec.shape[1:] or shape[0] < 1:
+        raise BadRequest(
+            f"Input {spec.name!r} has the shape {show(shape)}; expected is {list(spec.shape)} with at least one image."
+        )
+    return spec, tensor, shape[0]
+
+
+def _content(
+    spec: TensorSpec, tensor: dict[str, Any], count: int, tail: memoryview
+) -> tuple[bytearray | None, list[bytes]]:
+    """The pixels, or the pictures: from the JSON, or from the bytes behind it."""
+    owner = f"Input {spec.name!r}"
+    size = _parameters(tensor, owner).get("binary_data_size")
+    if size is None:
+        data = tensor.get("data")
+        if tail:
+            raise BadRequest(f"{owner} has no `binary_data_size`, but {len(tail):,} bytes follow the JSON.")
+        if not isinstance(data, list):
+            raise BadRequest(f"{owner} has neither a list `data` nor the parameter `binary_data_size`.")
+        return (tensors.json_pixels(data, count), []) if spec is PIXELS else (None, tensors.json_strings(data, count))
+    if "data" in tensor:
+        raise BadRequest(f"{owner} has both `data` and `binary_data_size`; expected is one of them.")
+    if type(size) is not int or size != len(tail):
+        raise BadRequest(f"{owner} has the binary_data_size {show(size)}, but {len(tail):,} bytes follow the JSON.")
+    return (tensors.raw_pixels(tail, count), []) if spec is PIXELS else (None, tensors.raw_strings(tail, count))
+
+
+def _outputs(request: dict[str, Any], *, binary: bool) -> list[Wanted]:
+    """The outputs asked for, all of them if none is. What an output says of itself wins over the whole request."""
+    wanted: dict[str, Wanted] = {}
+    for output in _objects(request, "outputs"):
+        name = output.get("name")
+        if not isinstance(name, str) or name not in OUTPUT_NAMES:
+            raise BadRequest(f"There is no output {show(name)}; there are {', '.join(map(repr, OUTPUT_NAMES))}.")
+        if name in wanted:
+            raise BadRequest(f"Output {name!r} is asked for twice; expected is once.")
+        owner = f"Output {name!r}"
+        parameters = _parameters(output, owner)
+        top_k = _number(parameters, "classification", owner)
+        if top_k and name != "probabilities":
+            raise BadRequest(f"{owner} cannot have the parameter `classification`; 'probabilities' can.")
+        wanted[name] = Wanted(name, _flag(parameters, "binary_data", owner, default=binary), top_k)
+    return list(wanted.values()) or [Wanted(name, binary) for name in OUTPUT_NAMES]

@@ -1,0 +1,105 @@
+"""The content of an input tensor, in JSON or in binary, checked against the number of images its shape announced."""
+
+import base64
+import math
+import struct
+from collections.abc import Sequence
+from itertools import chain
+from reprlib import repr as show
+from typing import Any
+
+from app.errors import BadRequest
+from app.model import IMAGE_BYTES
+from app.open_inference.spec import IMAGE, PIXEL_SHAPE, PIXELS
+
+
+def raw_pixels(tail: memoryview, count: int) -> bytearray:
+    """N x 32 x 32 x 3 bytes.
+
+    Raises:
+        BadRequest: There are more or fewer bytes.
+    """
+    if len(tail) != count * IMAGE_BYTES:
+        raise BadRequest(
+            f"Input {PIXELS.name!r} has {len(tail):,} bytes; expected are {count * IMAGE_BYTES:,} for the shape "
+            f"{[count, *PIXEL_SHAPE]}."
+        )
+    return bytearray(tail)
+
+
+def json_pixels(data: list[Any], count: int) -> bytearray:
+    """The same from numbers, nested as the shape says or flat.
+
+    Raises:
+        BadRequest: Another nesting, another number of elements, or something else than whole numbers from 0 to 255.
+    """
+    flat = _flatten(data, [count, *PIXEL_SHAPE], PIXELS.name)
+    try:
+        return bytearray(flat)
+    except (TypeError, ValueError):
+        wrong = next(index for index, value in enumerate(flat) if not isinstance(value, int) or not 0 <= value <= 255)
+        raise BadRequest(
+            f"Input {PIXELS.name!r}, element {wrong}: given is {show(flat[wrong])}; expected is a whole number from 0 "
+            "to 255."
+        ) from None
+
+
+def raw_strings(tail: memoryview, count: int) -> list[bytes]:
+    """The N elements of a BYTES tensor, each behind its length.
+
+    Raises:
+        BadRequest: The tensor ends within an element, or holds another number of them.
+    """
+    elements: list[bytes] = []
+    start = 0
+    while start < len(tail) and len(elements) <= count:
+        if len(tail) - start < 4:
+            raise BadRequest(f"Input {IMAGE.name!r}, element {len(elements)}: the tensor ends within its length.")
+        (size,) = struct.unpack_from("<I", tail, start)
+        start += 4
+        if size > len(tail) - start:
+            raise BadRequest(
+                f"Input {IMAGE.name!r}, element {len(elements)}: its length is given as {size:,} bytes, but only "
+                f"{len(tail) - start:,} follow."
+            )
+        elements.append(bytes(tail[start : start + size]))
+        start += size
+    if len(elements) != count:
+        more = "more" if len(elements) > count else f"{len(elements):,}"
+        raise BadRequest(f"Input {IMAGE.name!r} holds {more} elements; expected are {count:,} for the shape [{count}].")
+    return elements
+
+
+def json_strings(data: list[Any], count: int) -> list[bytes]:
+    """The same from text in base64, because JSON cannot hold the bytes of a picture as they are.
+
+    Raises:
+        BadRequest: Another number of elements, or one that is not base64.
+    """
+    pictures = []
+    for index, text in enumerate(_flatten(data, [count], IMAGE.name)):
+        try:
+            pictures.append(base64.b64decode(text, validate=True))
+        except (TypeError, ValueError):
+            raise BadRequest(
+                f"Input {IMAGE.name!r}, element {index}: given is {show(text)}; expected is the picture as text in "
+                "base64, when it travels in JSON."
+            ) from None
+    return pictures
+
+
+def _flatten(data: list[Any], shape: Sequence[int], name: str) -> list[Any]:
+    """The elements in row-major order, from a list that is flat or nested exactly as `shape` says."""
+    if len(shape) > 1 and data and isinstance(data[0], list):
+        fits = len(data) == shape[0]
+        for size in shape[1:]:
+            # Counting the elements alone would take channels first for channels last.
+            if not fits or not all(isinstance(row, list) and len(row) == size for row in data):
+                raise BadRequest(f"Input {name!r} has its `data` nested otherwise than its shape {list(shape)} says.")
+            data = list(chain.from_iterable(data))
+    if len(data) != math.prod(shape):
+        raise BadRequest(
+            f"Input {name!r} has {len(data):,} elements in `data`; expected are {math.prod(shape):,} for the shape "
+            f"{list(shape)}, flat or nested."
+        )
+    return data

@@ -1,0 +1,85 @@
+"""POST /predict/batch."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from pydantic_core import to_json
+from starlette.responses import Response
+
+from app.errors import BadRequest, BodyTooLarge, UnsupportedMedia
+from app.images import OWN_FAULTS, Resize, from_raw
+from app.model import IMAGE_BYTES
+from app.multipart import read_fields
+from app.routes import ServiceDep
+from app.routes.predict import PICTURE, RESIZE, TOP_K, content_kind, model_info, scores
+from app.routes.waiting import unless_left
+from app.schemas import BatchPrediction, refusals
+from app.service import Rows, Service
+
+router = APIRouter(tags=["prediction"])
+
+FIELDS = ("file", "files")
+FORM = {"type": "object", "properties": {"files": {"type": "array", "items": PICTURE["schema"]}}, "required": ["files"]}
+BODY = {
+    "required": True,
+    "description": "Many pictures: a form with one field `files` (or `file`) for each; or as application/octet-stream "
+    f"their raw pixels one after the other, {IMAGE_BYTES:,} bytes each: 32 rows of 32 pixels of red, green and blue.",
+    "content": {"multipart/form-data": {"schema": FORM}, "application/octet-stream": PICTURE},
+}
+
+
+@router.post(
+    "/predict/batch",
+    summary="Classify many pictures",
+    response_model=BatchPrediction,
+    response_description="The probabilities for each picture, or what is wrong with it.",
+    responses=refusals(400, 413, 415, 422, 429, 500, 503, 504),
+    openapi_extra={"requestBody": BODY},
+)
+async def predict_batch(
+    request: Request,
+    service: ServiceDep,
+    resize: Annotated[Resize | None, Query(description=RESIZE)] = None,
+    top_k: Annotated[int | None, Query(ge=1, description=TOP_K)] = None,
+) -> Response:
+    """Answers in the order of the pictures. One that cannot be read is reported in its place and the others do not
+    suffer. Raw pixels cost the least: nothing has to be decoded."""
+    classes = service.checkpoint.classes
+    predictions: list[dict[str, Any]] = []
+    for answer in await _answers(request, service, resize):
+        if isinstance(answer, OWN_FAULTS):
+            predictions.append({"error": str(answer), "detail": answer.detail})
+        elif isinstance(answer, BaseException):
+            raise answer
+        else:
+            predictions += [scores(row, classes, top_k) for row in answer]
+    body = {"predictions": predictions, "model": model_info(service.checkpoint)}
+    return Response(to_json(body), media_type="application/json")
+
+
+async def _answers(request: Request, service: Service, resize: Resize | None) -> list[Rows | BaseException]:
+    """The rows of each picture or of several, or an error in the place of one picture."""
+    kind, content_type = content_kind(request)
+    most = service.settings.max_pictures
+    refusal = BodyTooLarge(
+        f"The request has more than {most:,} pictures, which is what is accepted at a time. Send several requests.",
+        detail={"max_pictures": most},
+    )
+    if kind == "multipart/form-data":
+        fields = read_fields(await request.body(), content_type, most, refusal)
+        if unknown := [name for name, _ in fields if name not in FIELDS]:
+            raise BadRequest(
+                f"The form has a field {unknown[0]!r}; accepted are fields `files` or `file` with a picture."
+            )
+        if not fields:
+            raise BadRequest("The form has no field; expected is a field `files` for each picture.")
+        return await unless_left(request, service.predict_pictures([content for _, content in fields], resize))
+    if kind == "application/octet-stream":
+        body = await request.body()
+        if len(body) > most * IMAGE_BYTES:
+            raise refusal
+        return [*await unless_left(request, service.predict_pixels(from_raw(body)))]
+    raise UnsupportedMedia(
+        f"The body has the content type {kind!r}. Accepted are multipart/form-data with a field `files` for each "
+        "picture (curl -F files=@1.png -F files=@2.png), or raw pixels as application/octet-stream."
+    )

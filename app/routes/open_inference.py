@@ -1,0 +1,206 @@
+"""/v2: the Open Inference Protocol (KServe V2), with Triton's extensions as far as `spec.EXTENSIONS` names them.
+
+Paths and statuses after specification/protocol/inference_rest.md, headers after the extension "binary tensor data".
+"""
+
+import asyncio
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from starlette.responses import Response
+
+from app import compression
+from app.compression import ENCODINGS
+from app.errors import BadRequest, NotOffered, NotReady, UnsupportedMedia
+from app.images import OWN_FAULTS, Resize, from_raw
+from app.open_inference import request as requests
+from app.open_inference import response as responses
+from app.open_inference import spec
+from app.open_inference.request import Inference
+from app.routes import ServiceDep
+from app.routes.predict import RESIZE
+from app.routes.waiting import unless_left
+from app.schemas import refusals
+from app.service import Rows, Service
+
+router = APIRouter(prefix="/v2", tags=["open inference protocol"])
+
+MODEL = f"/models/{spec.MODEL_NAME}"
+VERSION = f"{MODEL}/versions/{spec.MODEL_VERSION}"
+JSON = "application/json"
+OCTETS = "application/octet-stream"
+JSON_LENGTH = "Inference-Header-Content-Length"
+WORTH_COMPRESSING_BYTES = 1024
+"""Less fits into one packet either way."""
+
+BODY = {
+    "required": True,
+    "description": "One input, `pixels` (UINT8, [N, 32, 32, 3], raw pixels, red first), or `image` (BYTES, [N], "
+    "encoded pictures; in JSON as base64). Raw tensors may follow the JSON, whose length is then in the header "
+    f"`{JSON_LENGTH}`; if that is 0, the body is one encoded picture. The body may be compressed with gzip or deflate.",
+    "content": {
+        JSON: {
+            "schema": {"type": "object"},
+            "example": {
+                "id": "42",
+                "inputs": [{"name": "image", "shape": [1], "datatype": "BYTES", "data": ["iVBORw0KGgo..."]}],
+                "outputs": [{"name": "probabilities", "parameters": {"classification": 3}}, {"name": "label"}],
+            },
+        },
+        OCTETS: {"schema": {"type": "string", "format": "binary"}},
+    },
+}
+
+
+@router.get("/", include_in_schema=False)
+@router.get("", summary="The server and the extensions it knows", response_description="Name, version, extensions.")
+async def server(request: Request) -> dict[str, Any]:
+    """The rest of the protocol is under `/v2`, too. A model's path may go on with `/versions/1`."""
+    return {"name": "cifar-service", "version": request.app.version, "extensions": list(spec.EXTENSIONS)}
+
+
+@router.get("/health/live", summary="The process answers", response_description="It is alive.")
+async def live() -> dict[str, bool]:
+    """As /healthz."""
+    return {"live": True}
+
+
+@router.get("/health/ready", summary="Requests are welcome", response_description="They are.", responses=refusals(503))
+async def ready(service: ServiceDep) -> dict[str, bool]:
+    """As /readyz."""
+    _check_ready(service)
+    return {"ready": True, "live": True}
+
+
+@router.get("/models", summary="The models", response_description="One name.")
+async def models() -> dict[str, list[str]]:
+    """There is one. Which weights are behind it, the parameters of each answer tell."""
+    return {"models": [spec.MODEL_NAME]}
+
+
+@router.get(f"{VERSION}/stats", include_in_schema=False)
+@router.get(f"{MODEL}/stats", include_in_schema=False)
+@router.get("/models/stats", summary="What was done so far, and where the time went", response_description="Totals.")
+async def statistics(service: ServiceDep) -> dict[str, Any]:
+    """Since the start, over all routes. `execution_count` counts forward passes, `inference_count` pictures."""
+    return spec.statistics(service.statistics)
+
+
+@router.get(VERSION, include_in_schema=False)
+@router.get(MODEL, summary="What the model takes and gives", response_description="Names, datatypes and shapes.")
+async def metadata(service: ServiceDep) -> dict[str, Any]:
+    """-1 stands for any number of pictures."""
+    return spec.metadata(len(service.checkpoint.classes))
+
+
+@router.get(f"{VERSION}/ready", include_in_schema=False)
+@router.get(
+    f"{MODEL}/ready", summary="The model answers requests", response_description="It does.", responses=refusals(503)
+)
+async def model_ready(service: ServiceDep) -> dict[str, Any]:
+    """The same as for the whole server."""
+    _check_ready(service)
+    return {"name": spec.MODEL_NAME, "ready": True}
+
+
+@router.get(f"{VERSION}/config", include_in_schema=False)
+@router.get(f"{MODEL}/config", summary="The same in Triton's words", response_description="The configuration.")
+async def configuration(service: ServiceDep) -> dict[str, Any]:
+    """As far as Triton's model configuration has a meaning here."""
+    return spec.configuration(len(service.checkpoint.classes))
+
+
+@router.post("/repository/index", summary="The models and their state", response_description="One entry.")
+async def repository_index(service: ServiceDep) -> list[dict[str, str]]:
+    """A model whose service is stopping is UNAVAILABLE."""
+    state, reason = ("READY", "") if service.ready else ("UNAVAILABLE", "stopping")
+    return [{"name": spec.MODEL_NAME, "version": spec.MODEL_VERSION, "state": state, "reason": reason}]
+
+
+@router.api_route("/repository/models/{rest:path}", methods=["POST"], include_in_schema=False)
+@router.api_route("/systemsharedmemory/{rest:path}", methods=["GET", "POST"], include_in_schema=False)
+@router.api_route("/cudasharedmemory/{rest:path}", methods=["GET", "POST"], include_in_schema=False)
+@router.api_route(f"{MODEL}/trace/setting", methods=["GET", "POST"], include_in_schema=False)
+@router.api_route("/trace/setting", methods=["GET", "POST"], include_in_schema=False)
+@router.api_route("/logging", methods=["GET", "POST"], include_in_schema=False)
+async def not_offered() -> None:
+    raise NotOffered(
+        "This service does not offer loading and unloading models, shared memory, traces or settings of the log. "
+        f"What it offers is in the metadata at /v2: {', '.join(spec.EXTENSIONS)}."
+    )
+
+
+@router.post(f"{VERSION}/infer", include_in_schema=False)
+@router.post(
+    f"{MODEL}/infer",
+    summary="Classify pictures",
+    response_description="The outputs asked for, all of them if none is: `probabilities`, `label` and `class_id`.",
+    responses=refusals(400, 413, 415, 422, 429, 500, 501, 503, 504),
+    openapi_extra={"requestBody": BODY},
+)
+async def infer(
+    request: Request, service: ServiceDep, resize: Annotated[Resize | None, Query(description=RESIZE)] = None
+) -> Response:
+    """The parameter `timeout` of the request, in microseconds, shortens the time it may wait."""
+    return await respond(request, service, resize)
+
+
+async def respond(request: Request, service: Service, resize: Resize | None = None) -> Response:
+    """The answer to an inference request whose query is known.
+
+    The clients send odd content types or none, so that the body is read whatever it is said to be.
+    """
+    inference = requests.decode(
+        await _read_body(request, service.settings.max_body_bytes),
+        request.headers.get(JSON_LENGTH),
+        binary=JSON not in request.headers.get("accept", ""),
+        max_pictures=service.settings.max_pictures,
+    )
+    rows = await _probabilities(request, service, inference, resize)
+    checkpoint = service.checkpoint
+    body, json_length = responses.encode(inference, rows, checkpoint.classes, checkpoint.sha256[:12])
+    headers = {} if json_length is None else {JSON_LENGTH: str(json_length)}
+    encoding = compression.accepted(request.headers.get("accept-encoding", ""))
+    if encoding is not None and len(body) > WORTH_COMPRESSING_BYTES:
+        headers["Content-Encoding"] = encoding
+        body = await asyncio.to_thread(compression.deflate, body, encoding)
+    return Response(body, headers=headers, media_type=JSON if json_length is None else OCTETS)
+
+
+async def _read_body(request: Request, max_bytes: int) -> bytes:
+    body = await request.body()
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding in ("identity", ""):
+        return body
+    if encoding not in ENCODINGS:
+        raise UnsupportedMedia(
+            f"The body has the content encoding {encoding!r}; accepted are {' and '.join(ENCODINGS)}.",
+            headers={"Accept-Encoding": ", ".join(ENCODINGS)},
+        )
+    return await asyncio.to_thread(compression.inflate, body, encoding, max_bytes)  # milliseconds for a large one
+
+
+async def _probabilities(request: Request, service: Service, inference: Inference, resize: Resize | None) -> Rows:
+    """The rows of all pictures of the request; if one of them cannot be read, the request fails and says which."""
+    answers: list[Rows | BaseException]
+    if inference.pixels is not None:
+        future = service.predict_pixels(from_raw(inference.pixels), inference.timeout_seconds)
+        answers = [*await unless_left(request, future)]
+    else:
+        answers = await unless_left(
+            request, service.predict_pictures(inference.pictures, resize, inference.timeout_seconds)
+        )
+    rows: Rows = []
+    for index, answer in enumerate(answers):
+        if isinstance(answer, OWN_FAULTS):
+            name = spec.IMAGE.name
+            raise BadRequest(f"Input {name!r}, element {index}: {answer}", detail={"input": name, "index": index})
+        if isinstance(answer, BaseException):
+            raise answer
+        rows += answer
+    return rows
+
+
+def _check_ready(service: Service) -> None:
+    if not service.ready:
+        raise NotReady("The service is stopping. Send requests elsewhere.", retry_after_seconds=1)

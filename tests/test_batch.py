@@ -1,0 +1,179 @@
+"""POST /predict/batch: many pictures in one request, each answered as if it had come alone."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import drawing, encode
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from app import predictor
+from app.main import create_app
+from app.settings import Settings
+
+Form = list[tuple[str, tuple[str, bytes, str]]]
+OCTETS = {"content-type": "application/octet-stream"}
+
+
+@pytest.fixture
+def client(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
+    """In float32, whose rounding is smaller than what sets the random network's answers apart."""
+    monkeypatch.setattr(predictor, "choose_dtype", lambda _: torch.float32)
+    with TestClient(create_app(settings), raise_server_exceptions=False) as client:
+        yield client
+
+
+def varied(number: int) -> Image.Image:
+    return drawing().rotate(30 * number).point(lambda value: value * (1 + number) % 256)
+
+
+def pictures(count: int) -> list[bytes]:
+    return [encode(varied(number)) for number in range(count)]
+
+
+def raw(count: int) -> bytes:
+    return b"".join(varied(number).tobytes() for number in range(count))
+
+
+def form(*contents: bytes, field: str = "files") -> Form:
+    return [(field, (f"{index}.png", content, "image/png")) for index, content in enumerate(contents)]
+
+
+def alone(client: TestClient, picture: bytes) -> dict[str, Any]:
+    answer: dict[str, Any] = client.post("/predict", content=picture, headers={"content-type": "image/png"}).json()
+    del answer["model"]
+    return answer
+
+
+def same(answer: dict[str, Any], expected: dict[str, Any]) -> bool:
+    """Up to the rounding of another batch size."""
+    return bool(answer["probabilities"] == pytest.approx(expected["probabilities"], abs=1e-5))
+
+
+@pytest.mark.parametrize("field", ["files", "file"])
+def test_pictures_of_a_form_are_answered_in_order(client: TestClient, field: str) -> None:
+    response = client.post("/predict/batch", files=form(*pictures(4), field=field))
+    assert response.status_code == 200
+    body = response.json()
+    assert list(body) == ["predictions", "model"]
+    assert len(body["model"]["sha256"]) == 12
+    expected = [alone(client, picture) for picture in pictures(4)]
+    assert not any(same(*pair) for pair in itertools.combinations(expected, 2))  # or else the order would not show
+    assert [same(*pair) for pair in zip(body["predictions"], expected, strict=True)] == [True] * 4
+
+
+def test_raw_pixels_are_answered_as_the_same_pictures_encoded(client: TestClient) -> None:
+    """Of more pictures than one batch holds, so that groups are joined in order."""
+    assert client.app.state.service.settings.max_batch == 4  # type: ignore[attr-defined]
+    response = client.post("/predict/batch", content=raw(11), headers=OCTETS)
+    assert response.status_code == 200
+    expected = [alone(client, picture) for picture in pictures(11)]
+    assert [same(*pair) for pair in zip(response.json()["predictions"], expected, strict=True)] == [True] * 11
+
+
+def test_a_bad_element_is_reported_in_its_place_and_fails_no_other(client: TestClient) -> None:
+    good = pictures(2)
+    contents = [good[0], b"no picture", encode(drawing(40, 30)), b"", good[1]]
+    response = client.post("/predict/batch", files=form(*contents))
+    assert response.status_code == 200
+    first, unreadable, large, empty, last = response.json()["predictions"]
+    assert same(first, alone(client, good[0]))
+    assert same(last, alone(client, good[1]))
+    assert unreadable["error"].startswith("The 10 bytes are not a readable picture")
+    assert large["error"].startswith("The picture is 40 x 30; the network takes 32 x 32.")
+    assert large["detail"] == {"width": 40, "height": 30, "expected": [32, 32]}
+    assert empty["error"].startswith("The 0 bytes are not a readable picture")
+    assert set(unreadable) == {"error", "detail"}
+
+
+def test_the_parameters_are_those_of_predict(client: TestClient) -> None:
+    contents = [encode(drawing(40, 30)), encode(drawing(64, 64))]
+    body = client.post("/predict/batch", params={"resize": "crop", "top_k": 2}, files=form(*contents)).json()
+    for answer in body["predictions"]:
+        assert len(answer["probabilities"]) == 2
+        assert next(iter(answer["probabilities"])) == answer["label"]
+
+
+@pytest.mark.parametrize("length", [0, 1, 3071, 3073, 2 * 3072 - 1])
+def test_raw_pixels_must_be_whole_pictures(client: TestClient, length: int) -> None:
+    response = client.post("/predict/batch", content=bytes(length), headers=OCTETS)
+    assert response.status_code == 400
+    assert f"have {length:,} bytes; accepted is a multiple of 3,072" in response.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "status", "sentence"),
+    [
+        pytest.param({"files": form(b"x", field="photo")}, 400, "a field 'photo'; accepted are", id="other field"),
+        pytest.param({"json": {}}, 415, "content type 'application/json'. Accepted are", id="content type"),
+        pytest.param(
+            {"content": raw(1), "headers": OCTETS | {"content-encoding": "gzip"}}, 415, "'gzip'", id="encoding"
+        ),
+        pytest.param(
+            {"content": b"--x--\r\n", "headers": {"content-type": "multipart/form-data; boundary=x"}},
+            400,
+            "The form has no field; expected",
+            id="no field",
+        ),
+        pytest.param(
+            {"content": b"--x\r\n", "headers": {"content-type": "multipart/form-data; boundary=x"}},
+            400,
+            "malformed or cut short",
+            id="cut short",
+        ),
+    ],
+)
+def test_what_is_no_batch_is_refused(client: TestClient, kwargs: dict[str, Any], status: int, sentence: str) -> None:
+    response = client.post("/predict/batch", **kwargs)
+    assert response.status_code == status
+    assert sentence in response.json()["error"]
+
+
+def test_more_pictures_than_stated_are_refused_and_as_many_are_not(weights: Path) -> None:
+    settings = Settings(weights=weights, device="cpu", threads=1, max_batch=2, max_pictures=3)
+    with TestClient(create_app(settings)) as client:
+        for kwargs in ({"files": form(*pictures(4))}, {"content": raw(4), "headers": OCTETS}):
+            response = client.post("/predict/batch", **kwargs)
+            assert response.status_code == 413
+            assert response.json()["error"].startswith("The request has more than 3 pictures")
+            assert response.json()["detail"] == {"max_pictures": 3}
+        for kwargs in ({"files": form(*pictures(3))}, {"content": raw(3), "headers": OCTETS}):
+            response = client.post("/predict/batch", **kwargs)
+            assert len(response.json()["predictions"]) == 3
+
+
+def test_a_batch_is_admitted_whole_or_not_at_all(settings: Settings) -> None:
+    """Pictures are counted, not requests; a batch larger than the queue is admitted when nothing else waits."""
+    app = create_app(Settings(weights=settings.weights, device="cpu", threads=1, max_batch=2, max_waiting=4))
+    with TestClient(app) as client:
+        batcher = app.state.service._batcher
+        batcher._waiting = 1  # as if one were being answered
+        for kwargs in ({"files": form(*pictures(4))}, {"content": raw(4), "headers": OCTETS}):
+            response = client.post("/predict/batch", **kwargs)
+            assert response.status_code == 429
+            assert int(response.headers["retry-after"]) >= 1
+            assert batcher._waiting == 1
+        assert client.post("/predict/batch", content=raw(3), headers=OCTETS).status_code == 200
+        batcher._waiting = 0
+        assert client.post("/predict/batch", content=raw(9), headers=OCTETS).status_code == 200
+        assert batcher._waiting == 0
+
+
+def test_a_raw_batch_costs_one_item_for_each_full_batch(client: TestClient) -> None:
+    statistics = client.app.state.service.statistics  # type: ignore[attr-defined]
+    client.post("/predict/batch", content=raw(11), headers=OCTETS)
+    assert (statistics.success.count, statistics.pictures) == (3, 11)  # 4 + 4 + 3
+
+
+def test_a_defect_is_no_fault_of_an_element(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a secret")
+
+    monkeypatch.setattr("app.images.decode", fail)
+    response = client.post("/predict/batch", files=form(*pictures(2)))
+    assert response.status_code == 500
+    assert "a secret" not in response.text
