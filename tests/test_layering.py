@@ -32,7 +32,22 @@ def test_the_app_imports_neither_training_nor_its_libraries(path: Path) -> None:
     assert not tops(path) & {"training", "tests", "torchvision", "numpy", "matplotlib", "tqdm"}
 
 
-@pytest.mark.parametrize("name", ["model", "report", "device", "checkpoint", "images", "predictor", "batching", "data"])
+CORE = [
+    "model",
+    "report",
+    "device",
+    "checkpoint",
+    "images",
+    "predictor",
+    "batching",
+    "statistics",
+    "compression",
+    "data",
+]
+CODEC = [f"open_inference/{name}" for name in ("spec", "request", "tensors", "response")]
+
+
+@pytest.mark.parametrize("name", CORE + CODEC)
 def test_the_core_knows_nothing_of_http(name: str) -> None:
     assert not tops(ROOT / "app" / f"{name}.py") & {"fastapi", "starlette", "uvicorn", "pydantic"}
 
@@ -41,9 +56,10 @@ def test_only_one_file_knows_pillow() -> None:
     assert [path.name for path in APP if "PIL" in tops(path)] == ["images.py"]
 
 
-def test_the_batcher_knows_no_torch_and_the_leaves_import_nothing_of_ours() -> None:
-    assert "torch" not in tops(ROOT / "app" / "batching.py")
-    for leaf in ("errors", "model", "report", "device"):
+def test_the_batcher_and_the_codec_know_no_torch_and_the_leaves_import_nothing_of_ours() -> None:
+    for name in ["batching", *CODEC]:
+        assert "torch" not in tops(ROOT / "app" / f"{name}.py")
+    for leaf in ("errors", "model", "report", "device", "statistics"):
         assert "app" not in tops(ROOT / "app" / f"{leaf}.py")
 
 

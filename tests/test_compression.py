@@ -1,0 +1,72 @@
+"""Compressed bodies: both formats round, nothing beyond the limit, and only what was asked for."""
+
+import gzip
+import tracemalloc
+import zlib
+
+import pytest
+
+from app.compression import accepted, deflate, inflate
+from app.errors import BadRequest, BodyTooLarge
+
+BODY = b"pixels" * 1000
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+def test_what_is_deflated_is_inflated(encoding: str) -> None:
+    packed = deflate(BODY, encoding)
+    assert len(packed) < len(BODY)
+    assert (gzip.decompress if encoding == "gzip" else zlib.decompress)(packed) == BODY
+    assert inflate(packed, encoding, len(BODY)) == BODY
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+def test_a_bomb_costs_no_more_memory_than_the_limit(encoding: str) -> None:
+    bomb = deflate(bytes(100_000_000), encoding)
+    assert len(bomb) < 1_000_000
+    tracemalloc.start()
+    with pytest.raises(BodyTooLarge, match="accepted are at most 200,000 bytes"):
+        inflate(bomb, encoding, 200_000)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 2_000_000
+
+
+def test_one_byte_too_many_is_too_many() -> None:
+    with pytest.raises(BodyTooLarge):
+        inflate(deflate(BODY, "gzip"), "gzip", len(BODY) - 1)
+
+
+@pytest.mark.parametrize(
+    ("body", "encoding"),
+    [
+        pytest.param(b"", "gzip", id="empty"),
+        pytest.param(BODY, "gzip", id="not compressed"),
+        pytest.param(zlib.compress(BODY), "gzip", id="another encoding"),
+        pytest.param(gzip.compress(BODY)[:-1], "gzip", id="cut short"),
+        pytest.param(gzip.compress(BODY) + b"x", "gzip", id="something follows"),
+        pytest.param(zlib.compress(BODY)[2:], "deflate", id="without the zlib header"),
+    ],
+)
+def test_what_is_no_whole_compressed_body_is_refused(body: bytes, encoding: str) -> None:
+    with pytest.raises(BadRequest, match=encoding):
+        inflate(body, encoding, 100_000)
+
+
+@pytest.mark.parametrize(
+    ("header", "encoding"),
+    [
+        ("", None),
+        ("identity", None),
+        ("br, zstd", None),
+        ("*", None),
+        ("gzip", "gzip"),
+        ("GZIP", "gzip"),
+        ("gzip, deflate, br", "gzip"),
+        ("br;q=1.0, deflate;q=0.5, gzip", "deflate"),
+        ("gzip;q=0, deflate; q=0.1", "deflate"),
+        ("gzip;q=0.000", None),
+    ],
+)
+def test_the_encoding_that_the_client_takes(header: str, encoding: str | None) -> None:
+    assert accepted(header) == encoding

@@ -1,0 +1,231 @@
+"""/v2 at the edge: paths, headers, statuses and the shape of every error."""
+
+import asyncio
+import gzip
+import json
+import struct
+import zlib
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from conftest import drawing, encode
+from fastapi import Request
+from fastapi.testclient import TestClient
+from starlette.requests import ClientDisconnect
+from starlette.types import Message
+
+from app.main import create_app
+from app.routes.waiting import unless_left
+from app.settings import Settings
+
+INFER = "/v2/models/cifar/infer"
+LENGTH = "inference-header-content-length"
+PIXELS = drawing().tobytes()
+
+
+def request(count: int = 1, **parameters: Any) -> tuple[bytes, dict[str, str]]:
+    """Body and headers of a request with binary pixels and an answer in JSON."""
+    tensor = {
+        "name": "pixels",
+        "shape": [count, 32, 32, 3],
+        "datatype": "UINT8",
+        "parameters": {"binary_data_size": count * 3072},
+    }
+    text = json.dumps({"inputs": [tensor], "parameters": parameters}).encode()
+    return text + PIXELS * count, {LENGTH: str(len(text))}
+
+
+def infer(client: TestClient, body: bytes, headers: dict[str, str], path: str = INFER) -> Any:
+    return client.post(path, content=body, headers=headers)
+
+
+def outputs(response: Any) -> dict[str, Any]:
+    assert response.status_code == 200, response.text
+    return {output["name"]: output["data"] for output in response.json()["outputs"]}
+
+
+def refused(response: Any, status: int, sentence: str) -> None:
+    """Every error under /v2 has `error` at the top, which is all that a client looks for."""
+    assert response.status_code == status
+    assert response.headers["content-type"] == "application/json"
+    assert sentence in response.json()["error"]
+
+
+@pytest.mark.parametrize("path", ["/v2", "/v2/"])
+def test_the_server_is_described_with_and_without_a_slash(client: TestClient, path: str) -> None:
+    response = client.get(path, follow_redirects=False)
+    assert response.status_code == 200
+    assert set(response.json()) == {"name", "version", "extensions"}
+
+
+def test_live_and_ready_have_bodies(client: TestClient) -> None:
+    assert client.get("/v2/health/live").json() == {"live": True}
+    assert client.get("/v2/health/ready").json() == {"ready": True, "live": True}
+    assert client.get("/v2/models/cifar/ready").json() == {"name": "cifar", "ready": True}
+    assert client.get("/v2/models/cifar/versions/1/ready").json() == {"name": "cifar", "ready": True}
+    assert client.get("/v2/models").json() == {"models": ["cifar"]}
+
+
+def test_a_stopping_service_is_live_but_not_ready(client: TestClient) -> None:
+    client.app.state.service.draining = True  # type: ignore[attr-defined]
+    for path in ("/v2/health/ready", "/v2/models/cifar/ready"):
+        response = client.get(path)
+        refused(response, 503, "The service is stopping.")
+        assert response.headers["retry-after"] == "1"
+    assert client.get("/v2/health/live").status_code == 200
+    (model,) = client.post("/v2/repository/index").json()
+    assert (model["state"], model["reason"]) == ("UNAVAILABLE", "stopping")
+    assert outputs(infer(client, *request()))["label"]  # and still answers
+
+
+def test_the_statistics_have_three_paths(client: TestClient) -> None:
+    infer(client, *request(3))
+    known = client.get("/v2/models/stats").json()
+    assert known["model_stats"][0]["inference_count"] == 3
+    assert client.get("/v2/models/cifar/stats").json() == known
+    assert client.get("/v2/models/cifar/versions/1/stats").json() == known
+
+
+@pytest.mark.parametrize("path", [INFER, "/v2/models/cifar/versions/1/infer", f"{INFER}?resize=pad"])
+@pytest.mark.parametrize("content_type", ["application/octet-stream", "application/json", "text/plain", "x"])
+def test_the_content_type_does_not_matter(client: TestClient, path: str, content_type: str) -> None:
+    body, headers = request()
+    response = infer(client, body, headers | {"content-type": content_type}, path)
+    assert response.headers["content-type"] == "application/json"
+    assert LENGTH not in response.headers
+    expected = client.post("/predict", content=encode(drawing()), headers={"content-type": "image/png"}).json()
+    answer = outputs(response)
+    assert answer["probabilities"] == pytest.approx(list(expected["probabilities"].values()), abs=1e-6)
+    assert (answer["label"], answer["class_id"]) == ([expected["label"]], [expected["class_id"]])
+    assert response.json()["parameters"] == {"weights_sha256": expected["model"]["sha256"]}
+
+
+def test_a_picture_without_any_json(client: TestClient, png: bytes) -> None:
+    """curl -H 'Inference-Header-Content-Length: 0' --data-binary @picture.png"""
+    response = infer(client, png, {LENGTH: "0"})
+    assert response.headers["content-type"] == "application/octet-stream"
+    text = json.loads(response.content[: int(response.headers[LENGTH])])
+    tail = response.content[int(response.headers[LENGTH]) :]
+    assert [output["name"] for output in text["outputs"]] == ["probabilities", "label", "class_id"]
+    assert sum(output["parameters"]["binary_data_size"] for output in text["outputs"]) == len(tail)
+    probabilities, (class_id,) = struct.unpack("<10f", tail[:40]), struct.unpack("<q", tail[-8:])
+    assert probabilities.index(max(probabilities)) == class_id
+
+    response = infer(client, png, {LENGTH: "0", "accept": "application/json"})
+    assert response.headers["content-type"] == "application/json"
+    assert outputs(response)["class_id"] == [class_id]
+
+
+@pytest.mark.parametrize(("encoding", "compress"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
+def test_a_compressed_request(client: TestClient, encoding: str, compress: Any) -> None:
+    """The length of the JSON is the one without compression."""
+    body, headers = request(4)
+    response = infer(client, compress(body), headers | {"content-encoding": encoding})
+    assert len(outputs(response)["label"]) == 4
+
+
+def test_a_bomb_is_refused(client: TestClient) -> None:
+    response = infer(client, gzip.compress(bytes(50_000_000)), {"content-encoding": "gzip"})
+    refused(response, 413, "too large without its compression; accepted are at most 200,000 bytes")
+
+
+def test_another_encoding_is_refused_with_those_that_are_accepted(client: TestClient) -> None:
+    response = infer(client, b"", {"content-encoding": "br"})
+    refused(response, 415, "content encoding 'br'; accepted are gzip and deflate")
+    assert response.headers["accept-encoding"] == "gzip, deflate"
+
+
+def test_a_body_that_is_not_compressed_as_it_says_is_refused(client: TestClient) -> None:
+    refused(infer(client, b"{}", {"content-encoding": "gzip"}), 400, "not in the content encoding 'gzip'")
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+def test_a_long_answer_is_compressed_if_the_client_asks(client: TestClient, encoding: str) -> None:
+    body, headers = request(40)
+    response = infer(client, body, headers | {"accept-encoding": encoding})
+    assert response.headers["content-encoding"] == encoding
+    assert len(outputs(response)["label"]) == 40  # httpx has inflated it
+    assert "content-encoding" not in infer(client, body, headers | {"accept-encoding": "identity"}).headers
+
+
+def test_nothing_else_is_compressed(client: TestClient) -> None:
+    """The asyncio client asks always, and cannot read a compressed error or description."""
+    asks = {"accept-encoding": "gzip"}
+    responses = [client.get(path, headers=asks) for path in ("/v2", "/v2/models/cifar", "/v2/models/stats", "/v2/x")]
+    responses.append(infer(client, b"x" * 5000, asks))
+    responses.append(infer(client, *request()))  # too short to gain from it
+    assert not any("content-encoding" in response.headers for response in responses)
+
+
+def test_an_unreadable_element_fails_the_request_and_is_named(client: TestClient, png: bytes) -> None:
+    tail = b"".join(struct.pack("<I", len(each)) + each for each in (png, png, png[:50], png))
+    tensor = {"name": "image", "shape": [4], "datatype": "BYTES", "parameters": {"binary_data_size": len(tail)}}
+    text = json.dumps({"inputs": [tensor]}).encode()
+    response = infer(client, text + tail, {LENGTH: str(len(text))})
+    refused(response, 400, "Input 'image', element 2: The 50 bytes are not a readable picture")
+    assert response.json()["detail"] == {"input": "image", "index": 2}
+
+
+def test_too_much_to_do_is_429(client: TestClient) -> None:
+    batcher = client.app.state.service._batcher  # type: ignore[attr-defined]
+    batcher._waiting = 1024  # as if so many were being answered
+    response = infer(client, *request())
+    refused(response, 429, "The service has as much to do as it accepts: 1,024 pictures wait.")
+    assert int(response.headers["retry-after"]) >= 1
+    batcher._waiting = 0
+
+
+def test_the_timeout_of_a_request_is_in_microseconds(client: TestClient) -> None:
+    refused(infer(client, *request(timeout=1)), 504, "waited longer than 1e-06 seconds for its turn")
+    assert outputs(infer(client, *request(timeout=60_000_000)))
+
+
+def test_more_pictures_than_stated_are_refused(settings: Settings) -> None:
+    with TestClient(create_app(replace(settings, max_pictures=2))) as client:
+        refused(infer(client, *request(3)), 413, "Input 'pixels' has 3 pictures; accepted are at most 2")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v2/models/resnet", 404),
+        ("POST", "/v2/models/resnet/infer", 404),
+        ("GET", "/v2/models/cifar/versions/99", 404),
+        ("GET", "/v2/models/cifar/versions/99/ready", 404),
+        ("GET", INFER, 405),
+        ("GET", "/v2/repository/index", 405),
+        ("POST", f"{INFER}?resize=bend", 422),
+        ("POST", INFER, 400),
+        ("POST", "/v2/repository/models/cifar/load", 501),
+        ("GET", "/v2/systemsharedmemory/status", 501),
+        ("POST", "/v2/cudasharedmemory/region/r/register", 501),
+        ("GET", "/v2/trace/setting", 501),
+        ("POST", "/v2/models/cifar/trace/setting", 501),
+        ("GET", "/v2/logging", 501),
+    ],
+)
+def test_every_error_has_the_shape_of_the_protocol(client: TestClient, method: str, path: str, status: int) -> None:
+    refused(client.request(method, path), status, " ")
+
+
+@pytest.mark.anyio
+async def test_who_leaves_before_the_answer_cancels_it() -> None:
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    with pytest.raises(ClientDisconnect):
+        await unless_left(Request({"type": "http"}, receive), answer)
+    assert answer.cancelled()
+
+
+@pytest.mark.anyio
+async def test_who_stays_gets_the_answer() -> None:
+    answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    async def receive() -> Message:
+        answer.set_result(42)
+        return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]
+
+    assert await unless_left(Request({"type": "http"}, receive), answer) == 42
