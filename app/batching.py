@@ -17,13 +17,13 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from enum import Enum, auto
 from queue import Empty, SimpleQueue
 from time import monotonic, time
 from typing import Generic, TypeVar
 
-from app.errors import DeadlineExceeded, NotReady, Overloaded
+from app.admission import Admission, Limits
+from app.errors import DeadlineExceeded, NotReady
 from app.statistics import Execution, Statistics
 
 logger = logging.getLogger(__name__)
@@ -34,26 +34,11 @@ Result = TypeVar("Result")
 
 QUIET_SECONDS = 0.005
 """Idle work is done only after so long without a request, so that a client who asks one by one does not feel it."""
-SMOOTHING = 0.1
-"""Weight of the newest batch in the mean time per picture."""
 
 
 class Signal(Enum):
     WAKE = auto()
     STOP = auto()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """How much may be admitted, and how it is grouped."""
-
-    max_batch: int
-    max_waiting: int
-    """Pictures admitted and not yet answered."""
-    max_waiting_bytes: int
-    deadline_seconds: float
-    large_bytes: int = 64 * 1024
-    """Items with more for each picture are prepared in the decode thread."""
 
 
 class Entry(Generic[Item, Prepared, Result]):
@@ -94,9 +79,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         self._queue: SimpleQueue[Entry[Item, Prepared, Result] | Signal] = SimpleQueue()
         self._large: SimpleQueue[Entry[Item, Prepared, Result] | Signal] = SimpleQueue()
         self._idle_work: deque[Iterator[object]] = deque()
-        self._waiting = 0
-        self._waiting_bytes = 0
-        self._seconds_per_picture = 0.0
+        self._admission = Admission(limits)
         self._closing = False
         self._inference_thread = threading.Thread(target=self._infer, name="inference", daemon=True)
         self._decode_thread = threading.Thread(target=self._decode, name="decode", daemon=True)
@@ -117,8 +100,8 @@ class Batcher(Generic[Item, Prepared, Result]):
 
     @property
     def expected_wait_seconds(self) -> float:
-        """What an item admitted now would wait: the pictures before it times the measured time for each."""
-        return self._waiting * self._seconds_per_picture
+        """What an item admitted now would wait."""
+        return self._admission.expected_wait_seconds
 
     def submit(self, item: Item, size_bytes: int) -> asyncio.Future[Result]:
         """Admit an item of one picture. Cancel the future when nobody wants the answer any more.
@@ -149,24 +132,12 @@ class Batcher(Generic[Item, Prepared, Result]):
     def _check(self, size_bytes: int, count: int, deadline_seconds: float) -> None:
         if not self.ready:
             raise NotReady("The service is stopping. Try again, it may be back shortly.", retry_after_seconds=1)
-        limits, wait_seconds = self._limits, self.expected_wait_seconds
-        if self._waiting and (  # alone, everything is admitted
-            self._waiting + count > limits.max_waiting
-            or self._waiting_bytes + size_bytes > limits.max_waiting_bytes
-            or wait_seconds > deadline_seconds
-        ):
-            retry = max(1, math.ceil(wait_seconds))
-            raise Overloaded(
-                f"The service has as much to do as it accepts: {self._waiting:,} pictures wait. "
-                f"Try again in {retry} second{'s' * (retry > 1)}.",
-                retry_after_seconds=retry,
-            )
+        self._admission.check(size_bytes, count, deadline_seconds)
 
     def _admit(self, item: Item, size_bytes: int, count: int, deadline_seconds: float) -> asyncio.Future[Result]:
         future: asyncio.Future[Result] = self._loop.create_future()
         entry = Entry[Item, Prepared, Result](item, size_bytes, count, future, deadline_seconds)
-        self._waiting += count
-        self._waiting_bytes += size_bytes
+        self._admission.enter(size_bytes, count)
         (self._large if size_bytes > self._limits.large_bytes * count else self._queue).put(entry)
         return future
 
@@ -189,9 +160,9 @@ class Batcher(Generic[Item, Prepared, Result]):
         now = monotonic()
         if execution is not None:
             self.statistics.record(execution, time())
+            self._admission.learn((execution.prepare_seconds + execution.run_seconds) / execution.pictures)
         for entry, outcome in outcomes:
-            self._waiting -= entry.count
-            self._waiting_bytes -= entry.size_bytes
+            self._admission.leave(entry.size_bytes, entry.count)
             if entry.future.done():  # cancelled meanwhile
                 continue
             if isinstance(outcome, Exception):
@@ -287,10 +258,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         outcomes += zip(wanted, _run(run, prepared), strict=True)
         end = monotonic()
         pictures = sum(entry.count for entry in wanted)
-        seconds = (end - start) / pictures
-        known = self._seconds_per_picture or seconds
-        self._seconds_per_picture = known + SMOOTHING * (seconds - known)
-        return outcomes, Execution(
+        execution = Execution(
             requests=len(wanted),
             pictures=pictures,
             forward_passes=math.ceil(pictures / self._limits.max_batch),
@@ -298,6 +266,7 @@ class Batcher(Generic[Item, Prepared, Result]):
             prepare_seconds=run_start - start,
             run_seconds=end - run_start,
         )
+        return outcomes, execution
 
     def _refusal(self, entry: Entry[Item, Prepared, Result]) -> Exception | None:
         """Why no work should be spent on the entry any more."""

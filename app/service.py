@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from app import data, images
-from app.batching import Batcher, Limits
+from app.admission import Limits
+from app.batching import Batcher
 from app.checkpoint import Checkpoint
 from app.device import describe
 from app.errors import DataError, NotFound

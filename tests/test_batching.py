@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 from app import batching
-from app.batching import Batcher, Limits
+from app.admission import Limits
+from app.batching import Batcher
 from app.errors import DeadlineExceeded, NotReady, Overloaded
 
 pytestmark = pytest.mark.anyio

@@ -162,11 +162,11 @@ def test_full_is_429_with_the_time_to_come_back(settings: Settings, png: bytes) 
     app = create_app(Settings(weights=settings.weights, device="cpu", threads=1, max_waiting=1))
     with TestClient(app) as client:
         service: Service = app.state.service
-        service._batcher._waiting = 1  # as if one were being answered
+        service._batcher._admission.waiting = 1  # as if one were being answered
         response = client.post("/predict", content=png, headers=OCTETS)
         refused(response, 429, "The service has as much to do as it accepts")
         assert int(response.headers["retry-after"]) >= 1
-        service._batcher._waiting = 0
+        service._batcher._admission.waiting = 0
         assert client.post("/predict", content=png, headers=OCTETS).status_code == 200
 
 
