@@ -40,6 +40,7 @@ CORE = [
     "images",
     "predictor",
     "batching",
+    "admission",
     "statistics",
     "compression",
     "data",
