@@ -24,7 +24,7 @@ from typing import Generic, TypeVar
 
 from app.admission import Admission, Limits
 from app.errors import DeadlineExceeded, NotReady
-from app.statistics import Execution, Statistics
+from app.statistics import Execution, Statistics, Timing
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +41,28 @@ class Signal(Enum):
     STOP = auto()
 
 
+class Answer(asyncio.Future[Result]):
+    """A result to come; and, once it is there, where its time went."""
+
+    timing: Timing
+
+
 class Entry(Generic[Item, Prepared, Result]):
     """One admitted item of `count` pictures on its way."""
 
-    __slots__ = ("admitted_at", "count", "deadline_seconds", "future", "item", "prepared", "size_bytes")
+    __slots__ = (
+        "admitted_at",
+        "count",
+        "deadline_seconds",
+        "future",
+        "item",
+        "prepare_seconds",
+        "prepared",
+        "size_bytes",
+    )
 
     def __init__(
-        self, item: Item, size_bytes: int, count: int, future: asyncio.Future[Result], deadline_seconds: float
+        self, item: Item, size_bytes: int, count: int, future: Answer[Result], deadline_seconds: float
     ) -> None:
         self.item = item
         self.size_bytes = size_bytes
@@ -56,6 +71,15 @@ class Entry(Generic[Item, Prepared, Result]):
         self.admitted_at = monotonic()
         self.deadline_seconds = deadline_seconds
         self.prepared: Prepared | None = None
+        self.prepare_seconds = 0.0
+
+    def prepare(self, prepare: Callable[[Item], Prepared]) -> Prepared:
+        """What `prepare` makes of the item, now or before."""
+        if self.prepared is None:
+            start = monotonic()
+            self.prepared = prepare(self.item)
+            self.prepare_seconds = monotonic() - start
+        return self.prepared
 
 
 class Batcher(Generic[Item, Prepared, Result]):
@@ -103,7 +127,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         """What an item admitted now would wait."""
         return self._admission.expected_wait_seconds
 
-    def submit(self, item: Item, size_bytes: int) -> asyncio.Future[Result]:
+    def submit(self, item: Item, size_bytes: int) -> Answer[Result]:
         """Admit an item of one picture. Cancel the future when nobody wants the answer any more.
 
         Raises:
@@ -116,7 +140,7 @@ class Batcher(Generic[Item, Prepared, Result]):
 
     def submit_all(
         self, items: Sequence[tuple[Item, int, int]], deadline_seconds: float | None = None
-    ) -> list[asyncio.Future[Result]]:
+    ) -> list[Answer[Result]]:
         """Admit all of several items, each with its size in bytes and its number of pictures, or none.
 
         Args:
@@ -134,8 +158,8 @@ class Batcher(Generic[Item, Prepared, Result]):
             raise NotReady("The service is stopping. Try again, it may be back shortly.", retry_after_seconds=1)
         self._admission.check(size_bytes, count, deadline_seconds)
 
-    def _admit(self, item: Item, size_bytes: int, count: int, deadline_seconds: float) -> asyncio.Future[Result]:
-        future: asyncio.Future[Result] = self._loop.create_future()
+    def _admit(self, item: Item, size_bytes: int, count: int, deadline_seconds: float) -> Answer[Result]:
+        future = Answer[Result](loop=self._loop)
         entry = Entry[Item, Prepared, Result](item, size_bytes, count, future, deadline_seconds)
         self._admission.enter(size_bytes, count)
         (self._large if size_bytes > self._limits.large_bytes * count else self._queue).put(entry)
@@ -160,7 +184,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         now = monotonic()
         if execution is not None:
             self.statistics.record(execution, time())
-            self._admission.learn((execution.prepare_seconds + execution.run_seconds) / execution.pictures)
+            self._admission.learn(execution.seconds / execution.pictures)
         for entry, outcome in outcomes:
             self._admission.leave(entry.size_bytes, entry.count)
             if entry.future.done():  # cancelled meanwhile
@@ -178,7 +202,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         while isinstance(entry := self._large.get(), Entry):
             if (refusal := self._refusal(entry)) is None:
                 try:
-                    entry.prepared = self._prepare(entry.item)
+                    entry.prepare(self._prepare)
                 except Exception as error:
                     refusal = error
             if refusal is None:
@@ -248,7 +272,7 @@ class Batcher(Generic[Item, Prepared, Result]):
                 outcomes.append((entry, refusal))
                 continue
             try:
-                prepared.append(self._prepare(entry.item) if entry.prepared is None else entry.prepared)
+                prepared.append(entry.prepare(self._prepare))
                 wanted.append(entry)
             except Exception as error:
                 outcomes.append((entry, error))
@@ -258,13 +282,14 @@ class Batcher(Generic[Item, Prepared, Result]):
         outcomes += zip(wanted, _run(run, prepared), strict=True)
         end = monotonic()
         pictures = sum(entry.count for entry in wanted)
+        for entry in wanted:
+            queue_seconds = run_start - entry.admitted_at - entry.prepare_seconds
+            entry.future.timing = Timing(queue_seconds, entry.prepare_seconds, end - run_start)
         execution = Execution(
-            requests=len(wanted),
+            timings=[entry.future.timing for entry in wanted],
             pictures=pictures,
             forward_passes=math.ceil(pictures / self._limits.max_batch),
-            queue_seconds=sum(start - entry.admitted_at for entry in wanted),
-            prepare_seconds=run_start - start,
-            run_seconds=end - run_start,
+            seconds=end - start,
         )
         return outcomes, execution
 

@@ -9,7 +9,7 @@ import pytest
 from app.open_inference import spec
 from app.open_inference.request import Inference, Wanted
 from app.open_inference.response import encode
-from app.statistics import Execution, Statistics
+from app.statistics import Execution, Statistics, Timing
 
 ALL = [Wanted(name, binary=False) for name in ("probabilities", "label", "class_id")]
 ROWS = [[0.25, 0.5, 0.125, 0.125], [0.0625, 0.0625, 0.125, 0.75]]
@@ -88,8 +88,8 @@ def test_every_output_of_the_metadata_is_what_an_answer_holds() -> None:
 def test_the_statistics_in_nanoseconds() -> None:
     known = Statistics()
     known.success.add(0.5)
-    times = {"queue_seconds": 0.25, "prepare_seconds": 0.001, "run_seconds": 0.002}
-    known.record(Execution(requests=3, pictures=5, forward_passes=2, **times), now=1000.5)
+    timings = [Timing(queue_seconds=queue, prepare_seconds=0.001, run_seconds=0.002) for queue in (0.05, 0.1, 0.1)]
+    known.record(Execution(timings=timings, pictures=5, forward_passes=2, seconds=1.0), now=1000.5)
     (model,) = spec.statistics(known)["model_stats"]
     assert (model["inference_count"], model["execution_count"], model["last_inference"]) == (5, 2, 1_000_500)
     assert model["inference_stats"]["success"] == {"count": 1, "ns": 500_000_000}
