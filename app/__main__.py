@@ -1,5 +1,6 @@
 """python -m app: settings -> server. Exits with 1 and a sentence if it cannot start, with 0 after a clean stop."""
 
+import asyncio
 import logging
 import math
 import os
@@ -13,11 +14,14 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from app.errors import SettingsError, StartError
+from app.errors import RequestError, SettingsError, StartError
 from app.settings import Settings, parse_settings
 
 if TYPE_CHECKING:
     from app.service import Service
+
+
+logger = logging.getLogger(__name__)
 
 
 class Server(uvicorn.Server):
@@ -25,6 +29,8 @@ class Server(uvicorn.Server):
 
     Here SIGTERM first makes /readyz answer 503 while everything else goes on, and closes after `drain_seconds`. Ctrl-C
     or a second signal closes at once. Either way what was admitted is answered, and the exit code is 0.
+
+    SIGHUP has the weights file read anew.
     """
 
     def __init__(self, config: uvicorn.Config, service: "Service") -> None:
@@ -34,6 +40,10 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        if not self.started:
+            return
+        if hasattr(signal, "SIGHUP"):
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hang_up)
         assert sockets is not None
         host, port = sockets[0].getsockname()[:2]
         print(f"Serving {self._service.describe()} on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
@@ -46,6 +56,17 @@ class Server(uvicorn.Server):
         else:
             self.should_exit = True
         self._service.draining = True
+
+    def _hang_up(self) -> None:
+        self._reloading = asyncio.create_task(self._reload())  # kept, or it might be collected before its end
+
+    async def _reload(self) -> None:
+        try:
+            await self._service.reload()
+        except RequestError as error:
+            logger.error("The weights were not exchanged. %s", error)
+        except Exception:
+            logger.exception("The weights were not exchanged.")
 
     async def on_tick(self, counter: int) -> bool:
         self.should_exit |= time.monotonic() >= self._close_at
@@ -89,8 +110,9 @@ def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
         access_log=False,  # a line for each request costs a tenth of the throughput
         timeout_graceful_shutdown=math.ceil(settings.deadline_seconds) + 1,
     )
-    Server(config, app.state.service).run(sockets=[listener])
-    return 0
+    server = Server(config, app.state.service)
+    server.run(sockets=[listener])
+    return 0 if server.started else 1
 
 
 if __name__ == "__main__":

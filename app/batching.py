@@ -16,8 +16,10 @@ import logging
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from enum import Enum, auto
+from itertools import groupby
+from operator import attrgetter
 from queue import Empty, SimpleQueue
 from time import monotonic, time
 from typing import Generic, TypeVar
@@ -32,8 +34,14 @@ Item = TypeVar("Item")
 Prepared = TypeVar("Prepared")
 Result = TypeVar("Result")
 
+Run = Callable[[list[Prepared]], Sequence[Result]]
+"""Maps a batch to as many results."""
+Building = Generator[None, None, Run[Prepared, Result]]
+"""Makes such a function in steps, none of which takes much longer than a batch."""
+
 QUIET_SECONDS = 0.005
 """Idle work is done only after so long without a request, so that a client who asks one by one does not feel it."""
+STOPPING = "The service is stopping. Try again, it may be back shortly."
 
 
 class Signal(Enum):
@@ -58,11 +66,18 @@ class Entry(Generic[Item, Prepared, Result]):
         "item",
         "prepare_seconds",
         "prepared",
+        "run",
         "size_bytes",
     )
 
     def __init__(
-        self, item: Item, size_bytes: int, count: int, future: Answer[Result], deadline_seconds: float
+        self,
+        item: Item,
+        size_bytes: int,
+        count: int,
+        future: Answer[Result],
+        deadline_seconds: float,
+        run: Run[Prepared, Result],
     ) -> None:
         self.item = item
         self.size_bytes = size_bytes
@@ -70,6 +85,7 @@ class Entry(Generic[Item, Prepared, Result]):
         self.future = future
         self.admitted_at = monotonic()
         self.deadline_seconds = deadline_seconds
+        self.run = run
         self.prepared: Prepared | None = None
         self.prepare_seconds = 0.0
 
@@ -91,10 +107,7 @@ class Batcher(Generic[Item, Prepared, Result]):
     """
 
     def __init__(
-        self,
-        prepare: Callable[[Item], Prepared],
-        build: Callable[[], Callable[[list[Prepared]], Sequence[Result]]],
-        limits: Limits,
+        self, prepare: Callable[[Item], Prepared], build: Callable[[], Run[Prepared, Result]], limits: Limits
     ) -> None:
         self._prepare = prepare
         self._build = build
@@ -103,6 +116,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         self._queue: SimpleQueue[Entry[Item, Prepared, Result] | Signal] = SimpleQueue()
         self._large: SimpleQueue[Entry[Item, Prepared, Result] | Signal] = SimpleQueue()
         self._idle_work: deque[Iterator[object]] = deque()
+        self._exchanges: deque[tuple[Building[Prepared, Result], asyncio.Future[Run[Prepared, Result]]]] = deque()
         self._admission = Admission(limits)
         self._closing = False
         self._inference_thread = threading.Thread(target=self._infer, name="inference", daemon=True)
@@ -113,10 +127,10 @@ class Batcher(Generic[Item, Prepared, Result]):
     async def start(self) -> None:
         """Return when `build` has; raise what it raised."""
         self._loop = asyncio.get_running_loop()
-        self._built: asyncio.Future[None] = self._loop.create_future()
+        self._built: asyncio.Future[Run[Prepared, Result]] = self._loop.create_future()
         self._inference_thread.start()
         self._decode_thread.start()
-        await self._built
+        self._run = await self._built
 
     @property
     def ready(self) -> bool:
@@ -154,13 +168,16 @@ class Batcher(Generic[Item, Prepared, Result]):
         return [self._admit(item, size_bytes, count, deadline_seconds) for item, size_bytes, count in items]
 
     def _check(self, size_bytes: int, count: int, deadline_seconds: float) -> None:
-        if not self.ready:
-            raise NotReady("The service is stopping. Try again, it may be back shortly.", retry_after_seconds=1)
+        self._check_open()
         self._admission.check(size_bytes, count, deadline_seconds)
+
+    def _check_open(self) -> None:
+        if not self.ready:
+            raise NotReady(STOPPING, retry_after_seconds=1)
 
     def _admit(self, item: Item, size_bytes: int, count: int, deadline_seconds: float) -> Answer[Result]:
         future = Answer[Result](loop=self._loop)
-        entry = Entry[Item, Prepared, Result](item, size_bytes, count, future, deadline_seconds)
+        entry = Entry[Item, Prepared, Result](item, size_bytes, count, future, deadline_seconds, self._run)
         self._admission.enter(size_bytes, count)
         (self._large if size_bytes > self._limits.large_bytes * count else self._queue).put(entry)
         return future
@@ -169,6 +186,22 @@ class Batcher(Generic[Item, Prepared, Result]):
         """Exhaust `work` in the inference thread, a step at a time, only when nothing is queued."""
         self._idle_work.append(work)
         self._queue.put(Signal.WAKE)
+
+    async def exchange(self, building: Building[Prepared, Result]) -> None:
+        """Run what is admitted from now on by what `building` returns, and what was admitted before by what it was.
+
+        So all items of one `submit_all` are run by the same function. The inference thread takes a step of `building`
+        between any two batches, so that nobody waits for the whole of it.
+
+        Raises:
+            NotReady: the service is stopping.
+            Exception: whatever `building` raised. Nothing has changed then.
+        """
+        self._check_open()
+        built: asyncio.Future[Run[Prepared, Result]] = self._loop.create_future()
+        self._exchanges.append((building, built))
+        self._queue.put(Signal.WAKE)
+        self._run = await built
 
     async def close(self) -> None:
         """Refuse what comes from now on, answer all that was admitted, end the threads. Idle work is given up."""
@@ -219,12 +252,14 @@ class Batcher(Generic[Item, Prepared, Result]):
         except BaseException as error:
             self._loop.call_soon_threadsafe(self._built.set_exception, error)
             return
-        self._loop.call_soon_threadsafe(self._built.set_result, None)
+        self._loop.call_soon_threadsafe(self._built.set_result, run)
         stopping = False
         while not stopping:
             batch, stopping = self._take()
-            if batch:
-                self._loop.call_soon_threadsafe(self._settle, *self._answer(batch, run))
+            for run, entries in groupby(batch, attrgetter("run")):  # one group, unless `run` has just been exchanged
+                self._loop.call_soon_threadsafe(self._settle, *self._answer(list(entries), run))
+        for _, built in self._exchanges:
+            self._loop.call_soon_threadsafe(_resolve, built, NotReady(STOPPING, retry_after_seconds=1))
 
     def _take(self) -> tuple[list[Entry[Item, Prepared, Result]], bool]:
         """Wait for one entry, then take along what else has queued; and whether it was the last time."""
@@ -245,12 +280,27 @@ class Batcher(Generic[Item, Prepared, Result]):
                 return batch, False
 
     def _wait(self) -> Entry[Item, Prepared, Result] | Signal:
-        while self._idle_work:
+        while self._exchanges or self._idle_work:
+            if self._exchanges:
+                self._build_step(*self._exchanges[0])
             try:
-                return self._queue.get(timeout=QUIET_SECONDS)
+                return self._queue.get(timeout=0 if self._exchanges else QUIET_SECONDS)
             except Empty:
-                self._step(self._idle_work[0])
+                if not self._exchanges and self._idle_work:
+                    self._step(self._idle_work[0])
         return self._queue.get()
+
+    def _build_step(self, building: Building[Prepared, Result], built: asyncio.Future[Run[Prepared, Result]]) -> None:
+        outcome: Run[Prepared, Result] | Exception
+        try:
+            next(building)
+            return
+        except StopIteration as finished:
+            outcome = finished.value
+        except Exception as error:
+            outcome = error
+        self._exchanges.popleft()
+        self._loop.call_soon_threadsafe(_resolve, built, outcome)
 
     def _step(self, work: Iterator[object]) -> None:
         try:
@@ -262,7 +312,7 @@ class Batcher(Generic[Item, Prepared, Result]):
             self._idle_work.popleft()
 
     def _answer(
-        self, batch: list[Entry[Item, Prepared, Result]], run: Callable[[list[Prepared]], Sequence[Result]]
+        self, batch: list[Entry[Item, Prepared, Result]], run: Run[Prepared, Result]
     ) -> tuple[list[tuple[Entry[Item, Prepared, Result], Result | Exception]], Execution | None]:
         start = monotonic()
         outcomes: list[tuple[Entry[Item, Prepared, Result], Result | Exception]] = []
@@ -304,7 +354,26 @@ class Batcher(Generic[Item, Prepared, Result]):
         return None
 
 
-def _run(run: Callable[[list[Prepared]], Sequence[Result]], prepared: list[Prepared]) -> list[Result | Exception]:
+def finish(building: Building[Prepared, Result]) -> Run[Prepared, Result]:
+    """Take all steps at once."""
+    while True:
+        try:
+            next(building)
+        except StopIteration as finished:
+            run: Run[Prepared, Result] = finished.value
+            return run
+
+
+def _resolve(future: asyncio.Future[Result], outcome: Result | Exception) -> None:
+    if future.done():  # nobody waits any more
+        return
+    if isinstance(outcome, Exception):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)
+
+
+def _run(run: Run[Prepared, Result], prepared: list[Prepared]) -> list[Result | Exception]:
     """The results of a batch. If it fails, each item is tried alone, so that only the culprit fails."""
     try:
         results: list[Result | Exception] = list(run(prepared))

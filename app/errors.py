@@ -13,7 +13,9 @@
     |-- DataError              a data set cannot be used; training stops, the service goes on without it
     `-- RequestError           the answer carries the sentence and the class's HTTP status
         |-- BadRequest         400
+        |-- Unauthorized       401
         |-- NotFound           404
+        |-- WeightsRefused     409
         |-- BodyTooLarge       413
         |-- UnsupportedMedia   415
         |-- WrongSize          422
@@ -75,10 +77,22 @@ class BadRequest(RequestError):
     status = 400
 
 
+class Unauthorized(RequestError):
+    """The key is missing or wrong."""
+
+    status = 401
+
+
 class NotFound(RequestError):
     """There is no such thing here."""
 
     status = 404
+
+
+class WeightsRefused(RequestError):
+    """The weights file cannot take the place of the one that is served."""
+
+    status = 409
 
 
 class BodyTooLarge(RequestError):

@@ -2,18 +2,17 @@
 
 import gc
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from starlette.staticfiles import StaticFiles
 
-from app import boundary, checkpoint
+from app import boundary
 from app.device import choose_device
 from app.errors import SettingsError
-from app.routes import batch, health, metrics, open_inference, pages, predict
+from app.routes import admin, batch, health, metrics, open_inference, pages, predict
 from app.routes.fast_lane import FastLane
-from app.service import Service
+from app.service import Service, load_aside
 from app.settings import Settings
 
 DESCRIPTION = """Send a picture, get the probability of each class.
@@ -32,11 +31,7 @@ def create_app(settings: Settings) -> FastAPI:
         device = choose_device(settings.device)
     except ValueError as error:
         raise SettingsError(str(error)) from None
-    # Loaded in a thread that ends: if this one ran parallel torch code it would keep a pool of OpenMP threads, and with
-    # more of those than cores OpenMP stops spinning, which makes a forward pass of the service twice as slow.
-    with ThreadPoolExecutor(1) as loader:
-        loaded = loader.submit(checkpoint.load, settings.weights).result()
-    service = Service(settings, loaded, device)
+    service = Service(settings, load_aside(settings.weights), device)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -58,6 +53,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.service = service
     for routes in (predict, batch, open_inference, metrics, health, pages):
         app.include_router(routes.router)
+    if settings.admin_key is not None:
+        app.include_router(admin.router)
     app.mount("/static", StaticFiles(directory=pages.STATIC), name="static")
     lanes = {"/predict": predict.respond, f"/v2{open_inference.MODEL}/infer": open_inference.respond}
     app.add_middleware(FastLane, service=service, lanes=lanes)

@@ -6,7 +6,7 @@ two threads takes twice the time.
 Shape letters: N images, C = 3, H = W = 32, K classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import torch
@@ -22,12 +22,11 @@ class Predictor:
     """Pixels in, probabilities out."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, *, threads: int, max_batch: int) -> None:
-        """Fold, move and warm the network; about a quarter of a second on a CPU.
+        """Fold and move the network.
 
         Args:
             threads: How many a forward pass uses on a CPU; not more than there are cores.
-            max_batch: Larger batches are split. Each size up to it is run once here, because the first run of a size
-                also chooses its kernels.
+            max_batch: Larger batches are split.
         """
         torch.set_num_threads(threads)
         self.device = device
@@ -36,8 +35,15 @@ class Predictor:
         self._temperature = checkpoint.temperature
         network = model.fold(checkpoint.network())
         self._network = network.to(device, self.dtype).to(memory_format=torch.channels_last)
-        for size in range(1, max_batch + 1):
+
+    def warm_up(self) -> Iterator[None]:
+        """Run each size of a batch once, one a step, because the first run of a size also chooses its kernels.
+
+        About a quarter of a second altogether on a CPU.
+        """
+        for size in range(1, self._max_batch + 1):
             self.predict(torch.zeros(size, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8))
+            yield
 
     @torch.inference_mode()
     def predict(self, pixels_NCHW: Tensor) -> Tensor:

@@ -115,6 +115,13 @@ class Report(BaseModel):
     confusion: list[list[int]] = Field(description="Rows are true classes, columns predicted ones.")
 
 
+class Reloaded(BaseModel):
+    """What became of the weights."""
+
+    model: ModelInfo = Field(description="Which weights are served now.")
+    changed: bool = Field(description="False if the file holds what was served already.")
+
+
 class Health(BaseModel):
     """The process answers, or is ready for requests."""
 
@@ -128,7 +135,9 @@ def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 MEANINGS = {
     400: "No picture in the body, a damaged one, or a malformed form.",
+    401: "The key is missing or wrong.",
     404: "There is no such page, or no report.",
+    409: "The weights file cannot take the place of the one that is served, which goes on serving.",
     413: "The body has too many bytes or the picture too many pixels.",
     415: "A content type or content encoding that the service does not read.",
     422: "A picture that is not 32x32 without `resize`, or a parameter with a value that is not accepted.",

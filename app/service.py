@@ -3,22 +3,25 @@
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from app import data, images
+from app import checkpoint, data, images, self_test
 from app.admission import Limits
-from app.batching import Batcher
+from app.batching import Batcher, Building, finish
 from app.checkpoint import Checkpoint
 from app.device import describe
-from app.errors import DataError, NotFound
+from app.errors import CheckpointError, DataError, NotFound, WeightsRefused
 from app.images import Resize
 from app.predictor import Predictor
-from app.report import evaluate_probabilities, report
+from app.report import Evaluation, evaluate_probabilities, report
 from app.settings import Settings
 from app.statistics import Statistics
 
@@ -32,19 +35,38 @@ Rows = list[list[float]]
 """Probabilities (N, K) in plain numbers."""
 
 
+class Verdict(NamedTuple):
+    """Probabilities, and the weights they came from, which may have been exchanged since."""
+
+    rows: Rows
+    checkpoint: Checkpoint
+
+
+@dataclass
+class Served:
+    """Weights, the network made of them, and how well it does here."""
+
+    checkpoint: Checkpoint
+    predictor: Predictor = field(init=False)
+    """Made in the inference thread."""
+    measured: Evaluation | None = None
+
+    def run(self, items: Sequence[Tensor]) -> list[Verdict]:
+        return [Verdict(rows, self.checkpoint) for rows in self.predictor.predict_each(items)]
+
+
 class Service:
     """Holds everything that lives as long as the process."""
 
     def __init__(self, settings: Settings, checkpoint: Checkpoint, device: torch.device) -> None:
         self.settings = settings
-        self.checkpoint = checkpoint
         self.device = device
-        self.evaluation = checkpoint.evaluation
-        self.source = "checkpoint"
         self.draining = False
-        self._batcher: Batcher[Upload | Tensor, Tensor, Rows] = Batcher(
+        self._served = Served(checkpoint)
+        self._reloading = asyncio.Lock()
+        self._batcher: Batcher[Upload | Tensor, Tensor, Verdict] = Batcher(
             prepare=self._prepare,
-            build=self._build,
+            build=lambda: finish(self._build(self._served)),
             limits=Limits(
                 max_batch=settings.max_batch,
                 max_waiting=settings.max_waiting,
@@ -56,12 +78,39 @@ class Service:
     async def start(self) -> None:
         """Return when the network is warm. An evaluation, if data were given, goes on in the background."""
         await self._batcher.start()
-        if self.settings.data is not None:
-            threading.Thread(target=self._read_data, name="data", daemon=True).start()
+        self._start_evaluation()
 
     async def close(self) -> None:
         """Answer everything that was admitted, then end."""
         await self._batcher.close()
+
+    async def reload(self) -> bool:
+        """Serve what the weights file holds by now, and say whether that is anything new.
+
+        Nobody waits meanwhile. An evaluation of the old weights that is not finished is given up.
+
+        Raises:
+            WeightsRefused: the file cannot be used, or it is for other classes. The old weights go on serving.
+            NotReady: the service is stopping.
+        """
+        async with self._reloading:
+            try:
+                served = Served(await asyncio.to_thread(load_aside, self.settings.weights))
+                if served.checkpoint.sha256 == self.checkpoint.sha256:
+                    return False
+                self._check_replaces(served.checkpoint)
+                await self._batcher.exchange(self._build(served))
+            except CheckpointError as error:
+                raise WeightsRefused(f"{error} The weights {self.checkpoint.sha256[:12]} go on serving.") from None
+            self._served = served
+            self._start_evaluation()
+            logger.info("The weights were exchanged. Serving %s.", self.describe())
+            return True
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What new requests are answered with. An answer itself says what it came from."""
+        return self._served.checkpoint
 
     @property
     def ready(self) -> bool:
@@ -71,12 +120,12 @@ class Service:
     def describe(self) -> str:
         """What is served, in words, for the line that a person sees at the start."""
         accuracy = ""
-        if self.evaluation is not None:
-            known = report(self.evaluation, self.checkpoint.classes)
+        if self.checkpoint.evaluation is not None:
+            known = report(self.checkpoint.evaluation, self.checkpoint.classes)
             accuracy = f" ({known['accuracy']:.2%} on {known['dataset']['name']})"
         return (
             f"{self.settings.weights}: {self.checkpoint.architecture} {self.checkpoint.sha256[:12]}{accuracy}, "
-            f"{str(self._predictor.dtype).removeprefix('torch.')} on {describe(self.device)}"
+            f"{str(self._served.predictor.dtype).removeprefix('torch.')} on {describe(self.device)}"
         )
 
     @property
@@ -87,7 +136,7 @@ class Service:
     def statistics(self) -> Statistics:
         return self._batcher.statistics
 
-    def predict(self, picture: bytes, resize: Resize | None) -> "asyncio.Future[Rows]":
+    def predict(self, picture: bytes, resize: Resize | None) -> "asyncio.Future[Verdict]":
         """One row: the probabilities of the classes, in their order; to be cancelled when the client has left.
 
         Raises:
@@ -97,8 +146,8 @@ class Service:
 
     def predict_pictures(
         self, pictures: Sequence[bytes], resize: Resize | None, deadline_seconds: float | None = None
-    ) -> "asyncio.Future[list[Rows | BaseException]]":
-        """For each picture one row, or what is wrong with it.
+    ) -> "asyncio.Future[list[Verdict | BaseException]]":
+        """For each picture one row, or what is wrong with it; all from the same weights.
 
         Raises:
             Overloaded, NotReady: at once, if not all of them can be admitted.
@@ -108,8 +157,8 @@ class Service:
 
     def predict_pixels(
         self, pixels_NCHW: Tensor, deadline_seconds: float | None = None
-    ) -> "asyncio.Future[list[Rows]]":
-        """The rows of many pictures (uint8), in groups that have to be joined.
+    ) -> "asyncio.Future[list[Verdict]]":
+        """The rows of many pictures (uint8), in groups that have to be joined; all from the same weights.
 
         Each group is one full batch: whole requests would hold up everything else for as long as they take.
 
@@ -126,17 +175,31 @@ class Service:
         Raises:
             NotFound: the weights came without figures, and nothing has been measured here.
         """
-        if self.evaluation is None:
+        checkpoint, measured = self._served.checkpoint, self._served.measured
+        evaluation = measured or checkpoint.evaluation
+        if evaluation is None:
             raise NotFound(
                 "These weights carry no evaluation. Start the service with a data set (CIFAR_DATA or --data) to have "
                 "them evaluated, or train with `python -m training train`, which puts the figures into the file."
             )
         return {
-            "source": self.source,
-            "weights": {"name": self.checkpoint.architecture, "sha256": self.checkpoint.sha256},
-            "trained": self.checkpoint.trained,
-            **report(self.evaluation, self.checkpoint.classes),
+            "source": "measured" if measured else "checkpoint",
+            "weights": {"name": checkpoint.architecture, "sha256": checkpoint.sha256},
+            "trained": checkpoint.trained,
+            **report(evaluation, checkpoint.classes),
         }
+
+    def _check_replaces(self, checkpoint: Checkpoint) -> None:
+        """Clients may have kept the names or taken class_id at its word, and would misread the answers unnoticed."""
+        if checkpoint.classes != self.checkpoint.classes:
+            raise CheckpointError(
+                f"The weights file is for the classes {', '.join(checkpoint.classes)}; those that are served, for "
+                f"{', '.join(self.checkpoint.classes)}. Start a service of its own for it."
+            )
+
+    def _start_evaluation(self) -> None:
+        if self.settings.data is not None:
+            threading.Thread(target=self._read_data, args=(self._served,), name="data", daemon=True).start()
 
     # Inference thread, or for large pictures the decode thread
 
@@ -147,38 +210,52 @@ class Service:
 
     # Inference thread
 
-    def _build(self) -> Callable[[Sequence[Tensor]], list[Rows]]:
-        self._predictor = Predictor(
-            self.checkpoint, self.device, threads=self.settings.threads, max_batch=self.settings.max_batch
+    def _build(self, served: Served) -> Building[Tensor, Verdict]:
+        served.predictor = Predictor(
+            served.checkpoint, self.device, threads=self.settings.threads, max_batch=self.settings.max_batch
         )
-        return self._predictor.predict_each
+        yield
+        yield from served.predictor.warm_up()
+        self_test.check(served.predictor.predict)
+        return served.run
 
-    def _evaluate(self, split: data.Split) -> Iterator[None]:
+    def _evaluate(self, served: Served, split: data.Split) -> Iterator[None]:
         parts = []
         for pixels_NCHW in split.pixels_NCHW.split(EVALUATION_BATCH):
-            parts.append(self._predictor.predict(pixels_NCHW))
+            if served is not self._served:  # exchanged; the new ones have an evaluation of their own
+                return
+            parts.append(served.predictor.predict(pixels_NCHW))
             yield
         evaluated_at = datetime.now(UTC).isoformat(timespec="seconds")
-        self.evaluation = evaluate_probabilities(
+        served.measured = evaluate_probabilities(
             torch.cat(parts), split.labels_N, dataset=split.name, digest=split.digest, evaluated_at=evaluated_at
         )
-        self.source = "measured"
         logger.info("Evaluated on %s: %d images.", split.name, len(split))
 
     # A thread of its own: reading takes seconds and none of the others may wait
 
-    def _read_data(self) -> None:
+    def _read_data(self, served: Served) -> None:
         assert self.settings.data is not None
         try:
             split = data.read_test(self.settings.data)
         except DataError as error:
             logger.error("The weights are not evaluated here. %s", error)
             return
-        if split.classes != self.checkpoint.classes:
+        if split.classes != served.checkpoint.classes:
             logger.error(
                 "The weights are not evaluated here. The data set has the classes %s; the weights were trained for %s.",
                 ", ".join(split.classes),
-                ", ".join(self.checkpoint.classes),
+                ", ".join(served.checkpoint.classes),
             )
             return
-        self._batcher.run_when_idle(self._evaluate(split))
+        self._batcher.run_when_idle(self._evaluate(served, split))
+
+
+def load_aside(path: Path) -> Checkpoint:
+    """`checkpoint.load` in a thread that ends.
+
+    A thread that ran parallel torch code and lives on would keep a pool of OpenMP threads, and with more of those than
+    cores OpenMP stops spinning, which makes a forward pass of the service twice as slow.
+    """
+    with ThreadPoolExecutor(1) as loader:
+        return loader.submit(checkpoint.load, path).result()

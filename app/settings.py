@@ -60,6 +60,12 @@ def nonempty(what: str) -> Parse:
     return parse
 
 
+def secret(value: str) -> str:
+    if len(value) < 16 or not (value.isascii() and value.isprintable()) or " " in value:
+        raise ValueError("at least 16 letters, digits or signs, without spaces")
+    return value
+
+
 def location(value: str) -> Path:
     if not value.strip():
         raise ValueError("a path")
@@ -137,6 +143,10 @@ class Settings:
     drain_seconds: Annotated[
         float, Setting(seconds(0, 3600), "after SIGTERM: not ready, but still accepting for so long")
     ] = 5.0
+    admin_key: Annotated[
+        str | None,
+        Setting(secret, "lets POST /admin/reload exchange the weights; others see a flag, so set the variable"),
+    ] = dataclasses.field(default=None, repr=False)
 
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(Settings)}

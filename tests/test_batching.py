@@ -8,7 +8,7 @@ import pytest
 
 from app import batching
 from app.admission import Limits
-from app.batching import Batcher
+from app.batching import Batcher, Building
 from app.errors import DeadlineExceeded, NotReady, Overloaded
 
 pytestmark = pytest.mark.anyio
@@ -223,6 +223,85 @@ async def test_a_failed_build_is_the_starters_problem() -> None:
     batcher: Batcher[str, int, int] = Batcher(int, build, LIMITS)
     with pytest.raises(RuntimeError, match="no such device"):
         await batcher.start()
+
+
+def building(factor: int, error: Exception | None = None) -> Building[int, int]:
+    """A function that multiplies, in three steps."""
+    for _ in range(3):
+        yield
+    if error is not None:
+        raise error
+    return lambda numbers: [factor * number for number in numbers]
+
+
+async def test_what_was_admitted_before_an_exchange_runs_as_before_and_the_rest_by_the_new_function() -> None:
+    doubler = Doubler()
+    batcher = await start(doubler)
+    held = await hold(doubler, batcher)
+    before = batcher.submit_all([(str(number), 1, 1) for number in range(1, 12)])
+    seen: list[int] = []
+
+    def watched() -> Building[int, int]:
+        for _ in range(3):
+            seen.append(len(doubler.batches))
+            yield
+        return lambda numbers: [3 * number for number in numbers]
+
+    exchanging = asyncio.create_task(batcher.exchange(watched()))
+    await asyncio.sleep(0)
+    meanwhile = batcher.submit("12", 1)
+    doubler.gate.set()
+    await exchanging
+    assert seen == [1, 2, 3]  # a step after each batch, also while there is more to do
+    after = batcher.submit("1000", 1)
+    assert await asyncio.gather(held, *before, meanwhile, after) == [*range(0, 26, 2), 3000]
+    assert await batcher.submit("2", 1) == 6
+    await batcher.close()
+
+
+async def test_the_parts_of_a_batch_that_belong_to_different_functions_run_apart() -> None:
+    doubler = Doubler()
+    batcher = await start(doubler)
+    held = await hold(doubler, batcher)
+    futures = [batcher.submit("1", 1)]
+    batcher._run = lambda numbers: [5 * number for number in numbers]
+    futures.append(batcher.submit("1", 1))
+    doubler.gate.set()
+    assert await asyncio.gather(held, *futures) == [0, 2, 5]
+    assert doubler.batches == [[0], [1]]
+    await batcher.close()
+
+
+async def test_an_exchange_that_fails_changes_nothing() -> None:
+    doubler = Doubler()
+    batcher = await start(doubler)
+    with pytest.raises(ValueError, match="no good"):
+        await batcher.exchange(building(3, error=ValueError("no good")))
+    assert await batcher.submit("2", 1) == 4
+    await batcher.exchange(building(3))
+    assert await batcher.submit("2", 1) == 6
+    await batcher.close()
+
+
+async def test_an_exchange_is_given_up_when_the_service_stops() -> None:
+    doubler = Doubler()
+    batcher = await start(doubler)
+    held = await hold(doubler, batcher)
+
+    def endless() -> Building[int, int]:
+        while True:
+            yield
+
+    exchanging = asyncio.create_task(batcher.exchange(endless()))
+    await asyncio.sleep(0)
+    closing = asyncio.create_task(batcher.close())
+    doubler.gate.set()
+    await closing
+    assert await held == 0
+    with pytest.raises(NotReady):
+        await exchanging
+    with pytest.raises(NotReady):
+        await batcher.exchange(endless())
 
 
 async def test_idle_work_waits_until_nothing_is_queued_and_runs_in_the_inference_thread() -> None:

@@ -16,7 +16,7 @@ from app.checkpoint import CIFAR10_CLASSES
 from app.main import create_app
 from app.predictor import Predictor
 from app.schemas import ErrorBody, Prediction
-from app.service import Service
+from app.service import Service, Verdict
 from app.settings import Settings
 
 OCTETS = {"content-type": "application/octet-stream"}
@@ -103,7 +103,7 @@ def test_the_event_loop_neither_decodes_nor_runs_the_network(
         threads["predict"] = threading.get_ident()
         return predict(self, pixels_NCHW)
 
-    def spy_submit(self: Service, body: bytes, resize: images.Resize | None) -> "asyncio.Future[list[list[float]]]":
+    def spy_submit(self: Service, body: bytes, resize: images.Resize | None) -> "asyncio.Future[Verdict]":
         threads["event loop"] = threading.get_ident()
         return submit(self, body, resize)
 

@@ -14,7 +14,7 @@ from app.routes import ServiceDep
 from app.routes.predict import PICTURE, RESIZE, TOP_K, content_kind, model_info, scores
 from app.routes.waiting import unless_left
 from app.schemas import BatchPrediction, refusals
-from app.service import Rows, Service
+from app.service import Service, Verdict
 
 router = APIRouter(tags=["prediction"])
 
@@ -44,20 +44,21 @@ async def predict_batch(
 ) -> Response:
     """Answers in the order of the pictures. One that cannot be read is reported in its place and the others do not
     suffer. Raw pixels cost the least: nothing has to be decoded."""
-    classes = service.checkpoint.classes
     predictions: list[dict[str, Any]] = []
+    checkpoint = service.checkpoint  # if no picture could be read
     for answer in await _answers(request, service, resize):
         if isinstance(answer, OWN_FAULTS):
             predictions.append({"error": str(answer), "detail": answer.detail})
         elif isinstance(answer, BaseException):
             raise answer
         else:
-            predictions += [scores(row, classes, top_k) for row in answer]
-    body = {"predictions": predictions, "model": model_info(service.checkpoint)}
+            rows, checkpoint = answer
+            predictions += [scores(row, checkpoint.classes, top_k) for row in rows]
+    body = {"predictions": predictions, "model": model_info(checkpoint)}
     return Response(to_json(body), media_type="application/json")
 
 
-async def _answers(request: Request, service: Service, resize: Resize | None) -> list[Rows | BaseException]:
+async def _answers(request: Request, service: Service, resize: Resize | None) -> list[Verdict | BaseException]:
     """The rows of each picture or of several, or an error in the place of one picture."""
     kind, content_type = content_kind(request)
     most = service.settings.max_pictures

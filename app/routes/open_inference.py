@@ -21,7 +21,7 @@ from app.routes import ServiceDep
 from app.routes.predict import RESIZE
 from app.routes.waiting import unless_left
 from app.schemas import refusals
-from app.service import Rows, Service
+from app.service import Rows, Service, Verdict
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 
@@ -156,8 +156,7 @@ async def respond(request: Request, service: Service, resize: Resize | None = No
         binary=JSON not in request.headers.get("accept", ""),
         max_pictures=service.settings.max_pictures,
     )
-    rows = await _probabilities(request, service, inference, resize)
-    checkpoint = service.checkpoint
+    rows, checkpoint = await _probabilities(request, service, inference, resize)
     body, json_length = responses.encode(inference, rows, checkpoint.classes, checkpoint.sha256[:12])
     headers = {} if json_length is None else {JSON_LENGTH: str(json_length)}
     encoding = compression.accepted(request.headers.get("accept-encoding", ""))
@@ -180,9 +179,9 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
     return await asyncio.to_thread(compression.inflate, body, encoding, max_bytes)  # milliseconds for a large one
 
 
-async def _probabilities(request: Request, service: Service, inference: Inference, resize: Resize | None) -> Rows:
+async def _probabilities(request: Request, service: Service, inference: Inference, resize: Resize | None) -> Verdict:
     """The rows of all pictures of the request; if one of them cannot be read, the request fails and says which."""
-    answers: list[Rows | BaseException]
+    answers: list[Verdict | BaseException]
     if inference.pixels is not None:
         future = service.predict_pixels(from_raw(inference.pixels), inference.timeout_seconds)
         answers = [*await unless_left(request, future)]
@@ -191,14 +190,16 @@ async def _probabilities(request: Request, service: Service, inference: Inferenc
             request, service.predict_pictures(inference.pictures, resize, inference.timeout_seconds)
         )
     rows: Rows = []
+    checkpoint = service.checkpoint
     for index, answer in enumerate(answers):
         if isinstance(answer, OWN_FAULTS):
             name = spec.IMAGE.name
             raise BadRequest(f"Input {name!r}, element {index}: {answer}", detail={"input": name, "index": index})
         if isinstance(answer, BaseException):
             raise answer
-        rows += answer
-    return rows
+        rows += answer.rows
+        checkpoint = answer.checkpoint
+    return Verdict(rows, checkpoint)
 
 
 def _check_ready(service: Service) -> None:

@@ -14,7 +14,7 @@ from app.multipart import read_field
 from app.routes import ServiceDep
 from app.routes.waiting import unless_left
 from app.schemas import Prediction, refusals
-from app.service import Service
+from app.service import Service, Verdict
 
 router = APIRouter(tags=["prediction"])
 
@@ -64,9 +64,9 @@ async def respond(
     request: Request, service: Service, resize: Resize | None = None, top_k: int | None = None
 ) -> Response:
     """The answer to a request whose parameters are known."""
-    probabilities = await _wait(request, service, await _read_picture(request), resize)
-    answer = scores(probabilities, service.checkpoint.classes, top_k)
-    answer["model"] = model_info(service.checkpoint)
+    verdict = await _wait(request, service, await _read_picture(request), resize)
+    answer = scores(verdict.rows[0], verdict.checkpoint.classes, top_k)
+    answer["model"] = model_info(verdict.checkpoint)
     return Response(to_json(answer), media_type="application/json")
 
 
@@ -101,11 +101,10 @@ async def _read_picture(request: Request) -> bytes:
     return picture
 
 
-async def _wait(request: Request, service: Service, picture: bytes, resize: Resize | None) -> list[float]:
+async def _wait(request: Request, service: Service, picture: bytes, resize: Resize | None) -> Verdict:
     watched = service.expected_wait_seconds > WATCH_SECONDS
     future = service.predict(picture, resize)
-    (probabilities,) = await (unless_left(request, future) if watched else future)
-    return probabilities
+    return await (unless_left(request, future) if watched else future)
 
 
 def scores(probabilities: list[float], classes: Sequence[str], top_k: int | None) -> dict[str, Any]:

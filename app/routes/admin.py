@@ -1,0 +1,42 @@
+"""POST /admin/reload. Not there at all unless a key is set."""
+
+import hmac
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from app.errors import Unauthorized
+from app.routes import ServiceDep
+from app.routes.predict import model_info
+from app.schemas import ModelInfo, Reloaded, refusals
+
+bearer = HTTPBearer(auto_error=False, description="The key that the service was given as CIFAR_ADMIN_KEY.")
+
+
+async def _check_key(
+    service: ServiceDep, given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
+) -> None:
+    assert service.settings.admin_key is not None
+    key = given.credentials.encode() if given else b""
+    if not hmac.compare_digest(key, service.settings.admin_key.encode()):
+        raise Unauthorized(
+            "The key is missing or wrong. Expected is the header `Authorization: Bearer KEY`.",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
+
+router = APIRouter(prefix="/admin", tags=["administration"], dependencies=[Depends(_check_key)])
+
+
+@router.post(
+    "/reload",
+    summary="Serve what the weights file holds by now",
+    response_description="It is served.",
+    responses=refusals(401, 409, 500, 503),
+)
+async def reload(service: ServiceDep) -> Reloaded:
+    """As the signal SIGHUP. The file is read, checked and warmed while requests are answered with the old weights;
+    an answer says which weights it came from. A file that cannot be used, or is for other classes, changes nothing."""
+    changed = await service.reload()
+    return Reloaded(model=ModelInfo(**model_info(service.checkpoint)), changed=changed)

@@ -1,0 +1,315 @@
+"""Exchanging the weights while the service runs, over the route and within the batcher."""
+
+import dataclasses
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import random_checkpoint, random_evaluation
+from fastapi.testclient import TestClient
+from httpx2 import Response
+
+from app import checkpoint, data, self_test
+from app.checkpoint import CIFAR10_CLASSES
+from app.data import Split
+from app.errors import CheckpointError, NotReady, SettingsError, WeightsRefused
+from app.main import create_app
+from app.model import IMAGE_BYTES
+from app.service import EVALUATION_BATCH, Service
+from app.settings import Settings, parse_settings
+
+KEY = "0123456789abcdef"
+HEADERS = {"authorization": f"Bearer {KEY}"}
+
+
+def other_weights(path: Path, **changes: Any) -> str:
+    """Write weights that answer differently; the first digits of their sha256."""
+    given = random_checkpoint()
+    given.state_dict["fc3.bias"] = torch.linspace(-3, 3, 10)
+    return checkpoint.save(dataclasses.replace(given, **changes), path)[:12]
+
+
+@pytest.fixture
+def settings(weights: Path, tmp_path: Path) -> Settings:
+    """With a weights file that may be written."""
+    path = tmp_path / "served.pth"
+    shutil.copy(weights, path)
+    return Settings(weights=path, device="cpu", threads=1, max_batch=4, admin_key=KEY)
+
+
+@pytest.fixture
+def old(settings: Settings) -> str:
+    return checkpoint.load(settings.weights).sha256[:12]
+
+
+@pytest.fixture
+def client(settings: Settings) -> Iterator[TestClient]:
+    with TestClient(create_app(settings), raise_server_exceptions=False) as client:
+        yield client
+
+
+def reload(client: TestClient) -> Response:
+    return client.post("/admin/reload", headers=HEADERS)
+
+
+def served(client: TestClient, png: bytes) -> str:
+    answer = client.post("/predict", content=png)
+    assert answer.status_code == 200
+    sha256: str = answer.json()["model"]["sha256"]
+    return sha256
+
+
+def test_new_weights_answer_and_every_answer_names_them(
+    client: TestClient, settings: Settings, old: str, png: bytes
+) -> None:
+    before = client.post("/predict", content=png).json()
+    new = other_weights(settings.weights)
+    assert served(client, png) == old != new  # the file alone changes nothing
+    answer = reload(client)
+    assert (answer.status_code, answer.json()) == (200, {"model": {"name": "net", "sha256": new}, "changed": True})
+    after = client.post("/predict", content=png).json()
+    assert after["model"]["sha256"] == new
+    assert after["probabilities"] != before["probabilities"]
+    assert client.post("/predict/batch", content=bytes(IMAGE_BYTES)).json()["model"]["sha256"] == new
+    tensor = {"name": "pixels", "shape": [1, 32, 32, 3], "datatype": "UINT8", "data": [0] * IMAGE_BYTES}
+    inferred = client.post("/v2/models/cifar/infer", json={"inputs": [tensor]}).json()
+    assert inferred["parameters"]["weights_sha256"] == new
+
+
+def test_the_report_is_that_of_the_new_weights(client: TestClient, settings: Settings) -> None:
+    assert client.get("/metrics/per-class").status_code == 200
+    new = other_weights(settings.weights, evaluation=random_evaluation(), trained={"recipe": "other"})
+    reload(client)
+    body = client.get("/metrics/per-class").json()
+    assert (body["weights"]["sha256"][:12], body["trained"]) == (new, {"recipe": "other"})
+    other_weights(settings.weights)
+    reload(client)
+    assert client.get("/metrics/per-class").status_code == 404  # those carry no figures
+
+
+def test_the_same_file_again_changes_nothing(client: TestClient, old: str) -> None:
+    assert reload(client).json() == {"model": {"name": "net", "sha256": old}, "changed": False}
+
+
+def nonsense(path: Path) -> None:
+    path.write_bytes(b"not a network")
+
+
+def overflowing(path: Path) -> None:
+    given = random_checkpoint()
+    for name, tensor in given.state_dict.items():
+        if name.endswith("weight"):
+            tensor.fill_(1e30)
+    checkpoint.save(given, path)
+
+
+def other_classes(path: Path) -> None:
+    checkpoint.save(dataclasses.replace(random_checkpoint(), classes=(*CIFAR10_CLASSES[:9], "lorry")), path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (Path.unlink, "There is no weights file"),
+        (nonsense, "was refused: it is no PyTorch file"),
+        (overflowing, "the network gives probabilities that are not finite numbers."),
+        (other_classes, "dog, frog, horse, ship, lorry; those that are served, for plane, car"),
+    ],
+)
+def test_a_file_that_cannot_be_used_leaves_the_old_weights_serving(
+    client: TestClient, settings: Settings, old: str, png: bytes, spoil: Any, sentence: str
+) -> None:
+    spoil(settings.weights)
+    answer = reload(client)
+    assert answer.status_code == 409
+    assert sentence in answer.json()["error"]
+    assert answer.json()["error"].endswith(f"The weights {old} go on serving.")
+    assert served(client, png) == old
+    new = other_weights(settings.weights)  # and a good file is taken after a bad one
+    assert reload(client).json()["model"]["sha256"] == new
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{}, {"authorization": "Bearer wrong"}, {"authorization": f"Basic {KEY}"}, {"authorization": f"Bearer {KEY}{KEY}"}],
+)
+def test_without_the_key_it_is_401_and_nothing_happens(
+    client: TestClient, settings: Settings, old: str, png: bytes, headers: dict[str, str]
+) -> None:
+    other_weights(settings.weights)
+    answer = client.post("/admin/reload", headers=headers)
+    assert answer.status_code == 401
+    assert answer.headers["www-authenticate"] == "Bearer"
+    assert answer.json()["error"].startswith("The key is missing or wrong.")
+    assert served(client, png) == old
+
+
+def test_without_a_key_in_the_settings_there_is_no_such_page(settings: Settings) -> None:
+    with TestClient(create_app(dataclasses.replace(settings, admin_key=None))) as client:
+        assert reload(client).status_code == 404
+        assert "/admin/reload" not in client.get("/openapi.json").json()["paths"]
+
+
+def test_the_page_is_documented_where_it_exists(client: TestClient) -> None:
+    operation = client.get("/openapi.json").json()["paths"]["/admin/reload"]["post"]
+    assert set(operation["responses"]) == {"200", "401", "409", "500", "503"}
+    assert operation["security"] == [{"HTTPBearer": []}]
+
+
+@pytest.mark.parametrize("key", ["short", "with a space in it", "sixteen letters and möre"])
+def test_a_key_that_is_easily_guessed_or_mangled_is_refused(key: str) -> None:
+    with pytest.raises(SettingsError, match="accepted is at least 16 letters, digits or signs, without spaces"):
+        parse_settings([], {"CIFAR_ADMIN_KEY": key})
+
+
+def test_the_key_is_not_shown() -> None:
+    settings = parse_settings([], {"CIFAR_ADMIN_KEY": KEY})
+    assert settings.admin_key == KEY
+    assert KEY not in repr(settings)
+
+
+def test_a_request_that_waits_is_answered_by_the_weights_it_was_admitted_to(
+    client: TestClient, settings: Settings, old: str, monkeypatch: pytest.MonkeyPatch, png: bytes
+) -> None:
+    service: Service = client.app.state.service  # type: ignore[attr-defined]
+    entered, gate = threading.Event(), threading.Event()
+    predictor = service._served.predictor
+    forward = predictor.predict_each
+
+    def held(items: Any) -> Any:
+        entered.set()
+        gate.wait()
+        return forward(items)
+
+    expected = client.post("/predict/batch", content=bytes(12 * IMAGE_BYTES)).json()
+    monkeypatch.setattr(predictor, "predict_each", held)
+    answers: list[Response] = []
+    many = threading.Thread(
+        target=lambda: answers.append(client.post("/predict/batch", content=bytes(12 * IMAGE_BYTES)))
+    )
+    many.start()
+    assert entered.wait(10)  # the first of three batches runs; the other two wait
+    new = other_weights(settings.weights)
+    reloaded: list[Response] = []
+    reloading = threading.Thread(target=lambda: reloaded.append(reload(client)))
+    reloading.start()
+    gate.set()
+    many.join()
+    reloading.join()
+    assert answers[0].json() == expected
+    assert answers[0].json()["model"]["sha256"] == old
+    assert reloaded[0].json()["model"]["sha256"] == new == served(client, png)
+
+
+def test_no_request_fails_and_each_answer_fits_the_weights_it_names(
+    client: TestClient, settings: Settings, old: str, png: bytes
+) -> None:
+    new = other_weights(settings.weights)
+    expected = {
+        sha256: client.post("/predict", content=png).json()["probabilities"]
+        for sha256 in (old, new)
+        if sha256 == old or reload(client).status_code == 200
+    }
+    content = settings.weights.read_bytes()
+    answers: list[Response] = []
+    stop = threading.Event()
+
+    def ask() -> None:
+        while not stop.is_set():
+            answers.append(client.post("/predict", content=png))
+
+    def exchange(sha256: str) -> None:
+        assert reload(client).json()["model"]["sha256"] == sha256
+        known = len(answers)
+        while len(answers) < known + 10:  # some that were asked for after it
+            time.sleep(0.001)
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    checkpoint.save(random_checkpoint(evaluation=random_evaluation()), settings.weights)
+    exchange(old)
+    settings.weights.write_bytes(content)
+    exchange(new)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert {answer.status_code for answer in answers} == {200}
+    bodies = [answer.json() for answer in answers]
+    assert {body["model"]["sha256"] for body in bodies} == {old, new}
+    for body in bodies:
+        assert body["probabilities"] == pytest.approx(expected[body["model"]["sha256"]], abs=0.005)
+
+
+def test_an_evaluation_that_is_not_finished_starts_anew_with_the_new_weights(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    split = Split(
+        name="made test",
+        classes=CIFAR10_CLASSES,
+        pixels_NCHW=torch.randint(0, 256, (5 * EVALUATION_BATCH, 3, 32, 32), dtype=torch.uint8, generator=generator),
+        labels_N=torch.randint(0, 10, (5 * EVALUATION_BATCH,), generator=generator),
+    )
+    gate = threading.Event()
+
+    def read(_folder: Path) -> Split:
+        gate.wait()
+        return split
+
+    monkeypatch.setattr(data, "read_test", read)
+    with TestClient(create_app(dataclasses.replace(settings, data=Path("anywhere")))) as client:
+        new = other_weights(settings.weights, evaluation=random_evaluation())
+        assert reload(client).status_code == 200
+        gate.set()  # both evaluations could be made now
+        deadline = time.monotonic() + 30
+        while (body := client.get("/metrics/per-class").json())["source"] != "measured":
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert body["weights"]["sha256"][:12] == new
+        predicted_N = checkpoint.load(settings.weights).network()(split.pixels_NCHW).argmax(dim=1)
+        assert body["correct"] == pytest.approx(int((predicted_N == split.labels_N).sum()), abs=2)
+
+
+@pytest.mark.anyio
+async def test_a_service_that_is_stopping_takes_no_new_weights(settings: Settings) -> None:
+    service: Service = create_app(settings).state.service
+    await service.start()
+    other_weights(settings.weights)
+    await service.close()
+    with pytest.raises(NotReady):
+        await service.reload()
+
+
+@pytest.mark.anyio
+async def test_a_refusal_within_the_service_is_of_one_class(settings: Settings) -> None:
+    service: Service = create_app(settings).state.service
+    await service.start()
+    settings.weights.unlink()
+    with pytest.raises(WeightsRefused):
+        await service.reload()
+    await service.close()
+
+
+def test_the_self_test_wants_numbers() -> None:
+    with pytest.raises(CheckpointError, match="not finite"):
+        self_test.check(lambda pixels_NCHW: torch.full((len(pixels_NCHW), 10), float("nan")))
+
+
+def test_the_self_test_wants_answers_that_do_not_depend_on_neighbours() -> None:
+    def centred(pixels_NCHW: torch.Tensor) -> torch.Tensor:
+        """As a network in training mode does, by the statistics of the batch."""
+        values_NK = pixels_NCHW.float().mean(dim=(2, 3))
+        return (values_NK - values_NK.mean(dim=0)).softmax(dim=1)
+
+    with pytest.raises(CheckpointError, match="alone other probabilities than among others"):
+        self_test.check(centred)
+
+
+def test_the_self_test_accepts_a_network_that_works() -> None:
+    self_test.check(lambda pixels_NCHW: pixels_NCHW.float().mean(dim=(2, 3)).softmax(dim=1))
