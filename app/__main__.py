@@ -56,6 +56,9 @@ class Server(uvicorn.Server):
         else:
             self.should_exit = True
         self._service.draining = True
+        # Clients that keep a connection for their next request learn to take another one before this is closed.
+        for headers in (self.config.encoded_headers, self.server_state.default_headers):  # the next ones, and now
+            headers.append((b"connection", b"close"))
 
     def _hang_up(self) -> None:
         self._reloading = asyncio.create_task(self._reload())  # kept, or it might be collected before its end

@@ -12,7 +12,6 @@ from fastapi.testclient import TestClient
 from app import batching, boundary
 from app.main import create_app
 from app.predictor import Predictor
-from app.routes import predict
 from app.service import Service
 from app.settings import Settings
 
@@ -201,7 +200,6 @@ async def test_a_client_that_leaves_while_it_waits_cancels_its_work(
         return futures[-1]
 
     monkeypatch.setattr(service, "predict", never)
-    monkeypatch.setattr(predict, "WATCH_SECONDS", -1)
     messages = iter([{"type": "http.request", "body": png, "more_body": False}, {"type": "http.disconnect"}])
     sent: list[Any] = []
 

@@ -14,12 +14,9 @@ from app.multipart import read_field
 from app.routes import ServiceDep
 from app.routes.waiting import unless_left
 from app.schemas import Prediction, refusals
-from app.service import Service, Verdict
+from app.service import Service
 
 router = APIRouter(tags=["prediction"])
-
-WATCH_SECONDS = 0.05
-"""Watching for a client that leaves takes a task for each request; it is done when the wait is at least this long."""
 
 RESIZE = (
     "What to do with a picture that is not 32x32: `crop` takes the centre square, `stretch` bends the proportions, "
@@ -64,7 +61,7 @@ async def respond(
     request: Request, service: Service, resize: Resize | None = None, top_k: int | None = None
 ) -> Response:
     """The answer to a request whose parameters are known."""
-    verdict = await _wait(request, service, await _read_picture(request), resize)
+    verdict = await unless_left(request, service.predict(await _read_picture(request), resize))
     answer = scores(verdict.rows[0], verdict.checkpoint.classes, top_k)
     answer["model"] = model_info(verdict.checkpoint)
     return Response(to_json(answer), media_type="application/json")
@@ -99,12 +96,6 @@ async def _read_picture(request: Request) -> bytes:
     if not picture:
         raise BadRequest("The picture is empty. Accepted are PNG, JPEG, WebP, BMP and GIF.")
     return picture
-
-
-async def _wait(request: Request, service: Service, picture: bytes, resize: Resize | None) -> Verdict:
-    watched = service.expected_wait_seconds > WATCH_SECONDS
-    future = service.predict(picture, resize)
-    return await (unless_left(request, future) if watched else future)
 
 
 def scores(probabilities: list[float], classes: Sequence[str], top_k: int | None) -> dict[str, Any]:

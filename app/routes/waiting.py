@@ -8,6 +8,10 @@ from starlette.requests import ClientDisconnect
 
 T = TypeVar("T")
 
+PATIENCE_SECONDS = 0.05
+"""Watching takes a task for each request, more than a small picture's share of a forward pass. So it begins only when
+an answer has not come for so long; who has left by then is noticed at once."""
+
 
 async def unless_left(request: Request, future: asyncio.Future[T]) -> T:
     """What the future gives, whose request has been read; it is cancelled when the client leaves before.
@@ -15,17 +19,25 @@ async def unless_left(request: Request, future: asyncio.Future[T]) -> T:
     Raises:
         ClientDisconnect: the client has left.
     """
-    leaving = asyncio.ensure_future(_leaving(request))
+    watching: list[asyncio.Task[None]] = []
+
+    def watch() -> None:
+        watching.append(asyncio.ensure_future(_cancel_when_left(request, future)))
+
+    timer = asyncio.get_running_loop().call_later(PATIENCE_SECONDS, watch)
     try:
-        await asyncio.wait((future, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not future.done():
-            raise ClientDisconnect
-        return future.result()
+        return await future
+    except asyncio.CancelledError:
+        if watching and watching[0].done():
+            raise ClientDisconnect from None
+        raise
     finally:
-        leaving.cancel()
-        future.cancel()  # changes nothing if it is done; else no forward pass is spent on it
+        timer.cancel()
+        for task in watching:
+            task.cancel()
 
 
-async def _leaving(request: Request) -> None:
+async def _cancel_when_left(request: Request, future: asyncio.Future[T]) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+    future.cancel()  # changes nothing if it is done; else no forward pass is spent on it

@@ -1,0 +1,213 @@
+"""Too much load, leaving clients, stopping and new weights, as clients of a real process meet them."""
+
+import http.client
+import json
+import shutil
+import signal
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+import pytest
+from conftest import random_checkpoint, random_evaluation
+from test_start import SECONDS, get, serving
+
+from app import checkpoint
+from app.model import IMAGE_BYTES
+
+
+@pytest.fixture(scope="module")
+def slow_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the default network, whose forward pass takes long enough to come in between."""
+    path = tmp_path_factory.mktemp("weights") / "slow.pth"
+    checkpoint.save(random_checkpoint("cifar_net"), path)
+    return path
+
+
+class Outcome(NamedTuple):
+    begun_at: float
+    status: int
+    """0 if the connection was refused or closed without an answer."""
+    headers: dict[str, str]
+    body: bytes
+
+
+def post(url: str, path: str, body: bytes) -> Outcome:
+    begun_at = time.monotonic()
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=SECONDS)
+    try:
+        connection.request("POST", path, body, {"content-type": "application/octet-stream"})
+        response = connection.getresponse()
+        headers = {name.lower(): value for name, value in response.getheaders()}
+        return Outcome(begun_at, response.status, headers, response.read())
+    except (ConnectionError, http.client.RemoteDisconnected):
+        return Outcome(begun_at, 0, {}, b"")
+    finally:
+        connection.close()
+
+
+def pictures_run(url: str) -> int:
+    stats = get(f"{url}/v2/models/stats")[1]["model_stats"]
+    assert isinstance(stats, list)
+    count = stats[0]["inference_count"]
+    assert isinstance(count, int)
+    return count
+
+
+def raw_request(body: bytes) -> bytes:
+    head = f"POST /predict HTTP/1.1\r\nhost: test\r\ncontent-type: image/png\r\ncontent-length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+def test_no_forward_pass_is_spent_on_clients_that_have_left(slow_weights: Path, png: bytes) -> None:
+    with (
+        serving("--weights", str(slow_weights), "--max-waiting", "5000", "--deadline-seconds", "60") as (_, url, _),
+        ThreadPoolExecutor(1) as pool,
+    ):
+        address = (urlsplit(url).hostname, urlsplit(url).port)
+        many = pool.submit(post, url, "/predict/batch", bytes(1024 * IMAGE_BYTES))
+        while pictures_run(url) == 0:  # the first of its batches has run; the others keep the network busy
+            time.sleep(0.001)
+        clients = [socket.create_connection(address, timeout=SECONDS) for _ in range(20)]
+        for client in clients:
+            client.sendall(raw_request(png))
+        for leaving in clients[:15]:
+            leaving.close()
+        for staying in clients[15:]:
+            assert staying.recv(64).startswith(b"HTTP/1.1 200 OK\r\n")
+            staying.close()
+        assert many.result().status == 200
+        assert pictures_run(url) == 1024 + 5
+
+
+def test_too_much_is_refused_and_the_rest_is_answered(slow_weights: Path, png: bytes) -> None:
+    options = ("--max-waiting", "32", "--max-batch", "8", "--deadline-seconds", "2", "--weights", str(slow_weights))
+    with serving(*options) as (process, url, _), ThreadPoolExecutor(13) as pool:
+        assert post(url, "/predict", png).status == 200
+        before = resident_bytes(process.pid)
+        stop = threading.Event()
+
+        def watch_health() -> list[float]:
+            taken = []
+            while not stop.is_set():
+                start = time.monotonic()
+                assert get(f"{url}/healthz")[0] == 200
+                assert get(f"{url}/readyz")[0] == 200
+                taken.append(time.monotonic() - start)
+            return taken
+
+        def ask() -> list[Outcome]:
+            return [post(url, "/predict/batch", bytes(16 * IMAGE_BYTES)) for _ in range(20)]
+
+        health = pool.submit(watch_health)
+        asking = [pool.submit(ask) for _ in range(12)]
+        outcomes = [outcome for asked in asking for outcome in asked.result()]
+        stop.set()
+        assert max(health.result()) < 1
+        assert len(outcomes) == 12 * 20
+        statuses = [outcome.status for outcome in outcomes]
+        assert set(statuses) == {200, 429}  # at most two of twelve fit in at a time, and they fit into the deadline
+        for outcome in outcomes:
+            if outcome.status == 200:
+                assert len(json.loads(outcome.body)["predictions"]) == 16
+            else:
+                assert int(outcome.headers["retry-after"]) >= 1
+                assert json.loads(outcome.body)["error"].startswith("The service has as much to do as it accepts:")
+        assert resident_bytes(process.pid) < before + 200e6
+        assert post(url, "/predict", png).status == 200
+        assert pictures_run(url) == 2 + 16 * statuses.count(200)
+
+
+def resident_bytes(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status")
+    if not status.exists():
+        pytest.skip("this system does not tell a process's memory")
+    (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmRSS:"))
+    return int(line.split()[1]) * 1024
+
+
+def test_who_waits_longer_than_the_deadline_is_told_so(slow_weights: Path, png: bytes) -> None:
+    with serving("--weights", str(slow_weights), "--max-waiting", "9999", "--deadline-seconds", "0.05") as (_, url, _):
+        with ThreadPoolExecutor(4) as pool:
+            outcomes = list(pool.map(lambda _: post(url, "/predict/batch", bytes(1024 * IMAGE_BYTES)), range(4)))
+        assert 504 in {outcome.status for outcome in outcomes} <= {200, 429, 504}
+        assert post(url, "/predict", png).status == 200
+
+
+def test_after_sigterm_all_that_comes_within_the_grace_is_answered(slow_weights: Path, png: bytes) -> None:
+    grace, margin = 1.5, 0.5
+    options = ("--drain-seconds", str(grace), "--deadline-seconds", "60", "--max-waiting", "9999")
+    with serving(*options, "--weights", str(slow_weights)) as (process, url, _), ThreadPoolExecutor(8) as pool:
+        stop = threading.Event()
+
+        def ask() -> list[Outcome]:
+            outcomes = []
+            while not stop.is_set():
+                outcomes.append(post(url, "/predict", png))
+            return outcomes
+
+        asking = [pool.submit(ask) for _ in range(4)]
+        assert get(f"{url}/readyz")[0] == 200
+        time.sleep(0.3)
+        signalled_at = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        while (probe := probe_ready(url)).status == 200:
+            assert time.monotonic() < signalled_at + grace
+        assert (probe.status, probe.headers["retry-after"], probe.headers["connection"]) == (503, "1", "close")
+        time.sleep(max(0.0, signalled_at + grace - margin - time.monotonic()))
+        # Work for longer than the rest of the grace: the socket closes while it is being done.
+        last = [pool.submit(post, url, "/predict/batch", bytes(1024 * IMAGE_BYTES)) for _ in range(3)]
+        assert [outcome.result().status for outcome in last] == [200] * 3
+        assert process.wait(SECONDS) == 0
+        stop.set()
+        outcomes = [outcome for asked in asking for outcome in asked.result()]
+        assert {outcome.status for outcome in outcomes} == {0, 200}
+        assert sum(outcome.status == 200 and outcome.begun_at > signalled_at for outcome in outcomes) > 0
+        refused = [outcome.begun_at for outcome in outcomes if outcome.status == 0]
+        assert min(refused) > signalled_at + grace - margin
+
+
+def probe_ready(url: str) -> Outcome:
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=SECONDS)
+    connection.request("GET", "/readyz")
+    response = connection.getresponse()
+    headers = {name.lower(): value for name, value in response.getheaders()}
+    outcome = Outcome(time.monotonic(), response.status, headers, response.read())
+    connection.close()
+    return outcome
+
+
+def test_sighup_has_the_weights_read_anew_and_a_bad_file_is_a_line_in_the_log(
+    weights: Path, tmp_path: Path, png: bytes
+) -> None:
+    path = tmp_path / "served.pth"
+    shutil.copy(weights, path)
+    with serving("--drain-seconds", "0", "--weights", str(path)) as (process, url, _):
+        old = served(url, png)
+        path.write_bytes(b"not a network")
+        process.send_signal(signal.SIGHUP)
+        assert process.stderr is not None
+        while "were not exchanged" not in (line := process.stderr.readline()):  # empty, and then a failure, at the end
+            assert line
+        assert "is no PyTorch file" in line
+        assert served(url, png) == old
+        given = random_checkpoint(evaluation=random_evaluation())
+        given.state_dict["fc3.bias"].fill_(1.0)
+        new = checkpoint.save(given, path)[:12]
+        process.send_signal(signal.SIGHUP)
+        deadline = time.monotonic() + SECONDS
+        while served(url, png) != new:
+            assert time.monotonic() < deadline
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(SECONDS) == 0
+
+
+def served(url: str, png: bytes) -> str:
+    status, body = get(f"{url}/predict", png)
+    assert status == 200
+    assert isinstance(body["model"], dict)
+    return str(body["model"]["sha256"])
