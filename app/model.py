@@ -99,7 +99,8 @@ class CifarNet(Normalized):
         x = F.relu(self.stem(self.normalize(pixels_NCHW)))
         for down, refine in zip(self.down, self.refine, strict=True):
             x = refine(F.relu(down(x)))
-        return cast(Tensor, self.head(x.mean(dim=(2, 3))))
+        # In the head's own precision: a bfloat16 mean would throw away most of what averaging gains.
+        return cast(Tensor, self.head(x.mean(dim=(2, 3), dtype=self.head.weight.dtype)))
 
 
 NETWORKS: dict[str, type[Normalized]] = {"net": Net, "cifar_net": CifarNet}
