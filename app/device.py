@@ -37,10 +37,10 @@ def choose_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def describe(device: torch.device) -> str:
-    """The hardware in words, for logs and model cards."""
+def describe(device: torch.device, threads: int | None = None) -> str:
+    """The hardware in words, for logs and model cards; `threads` are torch's unless something else computes."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
-        return f"{torch.cpu.get_capabilities().get('cpu_name', 'CPU')}, {torch.get_num_threads()} threads"
+        return f"{torch.cpu.get_capabilities().get('cpu_name', 'CPU')}, {threads or torch.get_num_threads()} threads"
     return "Apple GPU"

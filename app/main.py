@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from starlette.staticfiles import StaticFiles
 
-from app import boundary
+from app import boundary, engine
 from app.device import choose_device
 from app.errors import SettingsError
 from app.routes import admin, batch, health, metrics, open_inference, pages, predict
@@ -25,12 +25,13 @@ def create_app(settings: Settings) -> FastAPI:
     """The application. Reads the weights file at once; builds and warms the network when the lifespan starts.
 
     Raises:
-        StartError: the weights file or the device cannot be used.
+        StartError: the weights file, the device or the engine cannot be used.
     """
     try:
         device = choose_device(settings.device)
     except ValueError as error:
         raise SettingsError(str(error)) from None
+    engine.check(settings.engine, device)
     service = Service(settings, load_aside(settings.weights), device)
 
     @asynccontextmanager

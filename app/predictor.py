@@ -1,7 +1,4 @@
-"""The loaded network, ready to answer: on its device, in its number format, folded and warm.
-
-Build it and call it in one and the same thread: from another one, torch's threads are made anew and a forward pass of
-two threads takes twice the time.
+"""The loaded network, ready to answer: folded, in an engine, warm. Build it and call it in one and the same thread.
 
 Shape letters: N images, C = 3, H = W = 32, K classes.
 """
@@ -12,29 +9,28 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from app import model
+from app import engine, model
 from app.checkpoint import Checkpoint
-from app.device import choose_dtype
 from app.model import IMAGE_SIZE
 
 
 class Predictor:
     """Pixels in, probabilities out."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, *, threads: int, max_batch: int) -> None:
-        """Fold and move the network.
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, *, engine_name: str = "auto", threads: int, max_batch: int
+    ) -> None:
+        """Fold and translate the network.
 
         Args:
+            engine_name: torch, openvino, or auto for the faster one.
             threads: How many a forward pass uses on a CPU; not more than there are cores.
             max_batch: Larger batches are split.
         """
-        torch.set_num_threads(threads)
-        self.device = device
-        self.dtype = choose_dtype(device)
         self._max_batch = max_batch
         self._temperature = checkpoint.temperature
         network = model.fold(checkpoint.network())
-        self._network = network.to(device, self.dtype).to(memory_format=torch.channels_last)
+        self.engine = engine.choose(network, device, name=engine_name, threads=threads, max_batch=max_batch)
 
     def warm_up(self) -> Iterator[None]:
         """Run each size of a batch once, one a step, because the first run of a size also chooses its kernels.
@@ -48,11 +44,8 @@ class Predictor:
     @torch.inference_mode()
     def predict(self, pixels_NCHW: Tensor) -> Tensor:
         """Probabilities (N, K), float64 on the CPU so that each row sums to 1, of uint8 pixels (N, C, H, W)."""
-        logits = [
-            self._network(part.to(self.device, memory_format=torch.channels_last))
-            for part in pixels_NCHW.split(self._max_batch)
-        ]
-        return (torch.cat(logits).cpu().double() / self._temperature).softmax(dim=1)
+        logits_NK = torch.cat([self.engine(part) for part in pixels_NCHW.split(self._max_batch)])
+        return (logits_NK.double() / self._temperature).softmax(dim=1)
 
     def predict_each(self, items: Sequence[Tensor]) -> list[list[list[float]]]:
         """For each item of pixels (N, C, H, W) its probabilities (N, K), in plain numbers."""

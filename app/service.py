@@ -119,13 +119,14 @@ class Service:
 
     def describe(self) -> str:
         """What is served, in words, for the line that a person sees at the start."""
-        accuracy = ""
+        engine, accuracy = self._served.predictor.engine, ""
         if self.checkpoint.evaluation is not None:
             known = report(self.checkpoint.evaluation, self.checkpoint.classes)
             accuracy = f" ({known['accuracy']:.2%} on {known['dataset']['name']})"
         return (
             f"{self.settings.weights}: {self.checkpoint.architecture} {self.checkpoint.sha256[:12]}{accuracy}, "
-            f"{str(self._served.predictor.dtype).removeprefix('torch.')} on {describe(self.device)}"
+            f"{str(engine.dtype).removeprefix('torch.')} with {engine.name} on "
+            f"{describe(self.device, self.settings.threads)}"
         )
 
     @property
@@ -211,8 +212,14 @@ class Service:
     # Inference thread
 
     def _build(self, served: Served) -> Building[Tensor, Verdict]:
+        first = served is self._served
         served.predictor = Predictor(
-            served.checkpoint, self.device, threads=self.settings.threads, max_batch=self.settings.max_batch
+            served.checkpoint,
+            self.device,
+            # A busy service is no place to compare engines again; the one it has will do for new weights.
+            engine_name=self.settings.engine if first else self._served.predictor.engine.name,
+            threads=self.settings.threads,
+            max_batch=self.settings.max_batch,
         )
         yield
         yield from served.predictor.warm_up()

@@ -21,6 +21,7 @@ PREFIX = "CIFAR_"
 PROJECT = Path(__file__).resolve().parent.parent
 MIB = 1024 * 1024
 DEVICES = ("cuda", "mps", "cpu")
+ENGINES = ("auto", "torch", "openvino")
 
 Parse = Callable[[str], Any]
 
@@ -79,6 +80,15 @@ def device_name(value: str) -> str:
     return value
 
 
+def one_of(names: Sequence[str]) -> Parse:
+    def parse(value: str) -> str:
+        if value not in names:
+            raise ValueError(f"{', '.join(names[:-1])} or {names[-1]}")
+        return value
+
+    return parse
+
+
 def available_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """How many cores this process may really use: its affinity, cut down to its control group's quota if there is one.
 
@@ -122,8 +132,12 @@ class Settings:
     device: Annotated[
         str | None, Setting(device_name, "cuda, cuda:1, mps or cpu (default: the first of them that this machine has)")
     ] = None
+    engine: Annotated[
+        str,
+        Setting(one_of(ENGINES), "torch, openvino (if installed; on a CPU only), or auto: what is faster at the start"),
+    ] = "auto"
     threads: Annotated[
-        int, Setting(whole(1, 1024), "torch threads for a forward pass on a CPU (default: the cores it may use)")
+        int, Setting(whole(1, 1024), "threads of a forward pass on a CPU (default: the cores it may use)")
     ] = dataclasses.field(default_factory=available_cpus)
     max_body_bytes: Annotated[int, Setting(whole(1, 1024 * MIB), "a larger request body is refused")] = 8 * MIB
     max_pixels: Annotated[

@@ -76,7 +76,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def settings(weights: Path) -> Settings:
-    return Settings(weights=weights, device="cpu", threads=1, max_batch=4, max_body_bytes=200_000)
+    return Settings(weights=weights, device="cpu", engine="torch", threads=1, max_batch=4, max_body_bytes=200_000)
 
 
 @pytest.fixture

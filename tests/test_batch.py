@@ -11,7 +11,7 @@ from conftest import drawing, encode
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from app import predictor
+from app import engine
 from app.main import create_app
 from app.settings import Settings
 
@@ -22,7 +22,7 @@ OCTETS = {"content-type": "application/octet-stream"}
 @pytest.fixture
 def client(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
     """In float32, whose rounding is smaller than what sets the random network's answers apart."""
-    monkeypatch.setattr(predictor, "choose_dtype", lambda _: torch.float32)
+    monkeypatch.setattr(engine, "choose_dtype", lambda _: torch.float32)
     with TestClient(create_app(settings), raise_server_exceptions=False) as client:
         yield client
 

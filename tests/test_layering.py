@@ -39,6 +39,7 @@ CORE = [
     "checkpoint",
     "images",
     "predictor",
+    "engine",
     "batching",
     "admission",
     "statistics",

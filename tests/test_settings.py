@@ -35,6 +35,7 @@ def test_the_environment_beats_the_default_and_a_flag_beats_the_environment() ->
         ([], {"CIFAR_DEADLINE_SECONDS": "nan"}, "accepted is a number of seconds from 0.001 to 3600."),
         ([], {"CIFAR_DRAIN_SECONDS": "-1"}, "CIFAR_DRAIN_SECONDS is '-1'; accepted is a number of seconds from 0"),
         ([], {"CIFAR_DEVICE": "gpu"}, "CIFAR_DEVICE is 'gpu'; accepted is cuda, cuda:0, cuda:1, ..., mps or cpu."),
+        ([], {"CIFAR_ENGINE": "onnx"}, "CIFAR_ENGINE is 'onnx'; accepted is auto, torch or openvino."),
         ([], {"CIFAR_DEVICE": "cpu:1"}, "CIFAR_DEVICE is 'cpu:1'"),
         ([], {"CIFAR_DEVICE": "cuda:"}, "CIFAR_DEVICE is 'cuda:'"),
         ([], {"CIFAR_WEIGHTS": " "}, "CIFAR_WEIGHTS is ' '; accepted is a path."),

@@ -26,7 +26,8 @@ SECONDS = 60
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "app", "--port", "0", "--threads", "1", "--device", "cpu", *arguments]
+    fixed = ["--port", "0", "--threads", "1", "--device", "cpu", "--engine", "torch"]
+    return [sys.executable, "-m", "app", *fixed, *arguments]
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -78,9 +79,8 @@ def refusal(*arguments: str, **variables: str) -> str:
 def test_it_serves_says_so_and_ends_cleanly(weights: Path, png: bytes) -> None:
     with serving("--drain-seconds", "0", CIFAR_WEIGHTS=str(weights)) as (process, url, line):
         sha256 = checkpoint.load(weights).sha256[:12]
-        assert re.fullmatch(
-            rf"Serving .*net\.pth: net {sha256} \(.*% on random test\), (bfloat16|float32) on .*\n", line
-        )
+        numbers = r"(bfloat16|float32) with torch on .*, 1 threads"
+        assert re.fullmatch(rf"Serving .*net\.pth: net {sha256} \(.*% on random test\), {numbers} on http://.*\n", line)
         assert get(f"{url}/readyz")[0] == 200
         status, answer = get(f"{url}/predict", png)
         assert status == 200

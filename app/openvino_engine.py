@@ -1,0 +1,88 @@
+"""The network in OpenVINO, an optional dependency; import this file only where it may be missing.
+
+Its graph is built node by node from the traced network: that takes a fifth of a second, where torch.export and
+OpenVINO's converter take two, and the converter reports its use to OpenVINO's makers.
+
+Shape letters: N images, C = 3, H = W = 32, D features, K classes.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import openvino
+import torch
+import torch.nn.functional as F
+from openvino import opset13 as ops
+from torch import Tensor, fx, nn
+
+from app.model import IMAGE_SIZE
+
+FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    operator.add: ops.add,
+    operator.mul: ops.multiply,
+    F.relu: lambda x, **_: ops.relu(x),
+    torch.flatten: lambda x, start: ops.reshape(x, [0] * start + [-1], special_zero=True),
+}
+
+
+class OpenVinoEngine:
+    """The network on the CPU."""
+
+    name = "openvino"
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype, threads: int) -> None:
+        self.dtype = dtype
+        # OpenVINO would round the last layer's inputs to bfloat16; it is small, and torch computes it in float32.
+        *_, self._head = (layer for layer in network.modules() if isinstance(layer, nn.Linear))
+        pixels_NHWC = ops.parameter([-1, IMAGE_SIZE, IMAGE_SIZE, 3], openvino.Type.u8)
+        pixels_NCHW = ops.convert(ops.transpose(pixels_NHWC, [0, 3, 1, 2]), openvino.Type.f32)
+        features_ND = _Translator(fx.symbolic_trace(network), self._head).run(pixels_NCHW)
+        properties = {
+            "INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32",
+            "INFERENCE_NUM_THREADS": threads,
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "ENABLE_CPU_PINNING": False,  # two processes would choose the same cores
+        }
+        model = openvino.Model([features_ND], [pixels_NHWC])
+        self._request = openvino.Core().compile_model(model, "CPU", properties).create_infer_request()
+
+    def __call__(self, pixels_NCHW: Tensor) -> Tensor:
+        pixels_NHWC = pixels_NCHW.permute(0, 2, 3, 1).contiguous().numpy()
+        features_ND = torch.from_numpy(self._request.infer({0: pixels_NHWC}, share_inputs=True)[0])
+        logits_NK: Tensor = self._head(features_ND)
+        return logits_NK
+
+
+class _Translator(fx.Interpreter):
+    """Runs a network on nodes of a graph in place of tensors. What depends on weights alone is computed at once."""
+
+    def __init__(self, network: fx.GraphModule, head: nn.Module) -> None:
+        super().__init__(network)
+        self._head = head
+
+    @torch.no_grad()
+    def call_module(self, target: Any, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
+        (x,), layer = args, self.fetch_attr(target)
+        match layer:
+            case nn.Conv2d(weight=weight, bias=Tensor() as bias, stride=stride, padding=padding, dilation=dilation):
+                x = ops.convolution(x, weight.contiguous().numpy(), stride, padding, padding, dilation)
+                return ops.add(x, bias[:, None, None].numpy())
+            case nn.MaxPool2d():
+                size = [layer.kernel_size] * 2
+                return ops.max_pool(x, size, [1, 1], [0, 0], [0, 0], size).output(0)
+            case nn.Linear() if layer is not self._head:
+                return ops.add(ops.matmul(x, layer.weight.numpy(), False, True), layer.bias.numpy())
+            case nn.Linear() | nn.Identity():
+                return x
+        raise NotImplementedError(f"{layer} has no translation")
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not isinstance(args[0], openvino.Node | openvino.Output):
+            return super().call_function(target, args, kwargs)
+        return FUNCTIONS[target](*(arg.numpy() if isinstance(arg, Tensor) else arg for arg in args), **kwargs)
+
+    def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert target == "mean"
+        return ops.reduce_mean(args[0], kwargs["dim"], keep_dims=False)

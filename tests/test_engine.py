@@ -1,0 +1,158 @@
+"""Every engine says what the plain float32 network says, and a bad choice of one is refused early."""
+
+import copy
+import logging
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from app import engine, model
+from app.device import choose_dtype
+from app.errors import SettingsError
+
+CPU = torch.device("cpu")
+needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="OpenVINO is not installed")
+NAMES = ["torch", pytest.param("openvino", marks=needs_openvino)]
+
+
+def pictures(count: int, seed: int = 1) -> Tensor:
+    """Smooth ones (noise alone looks the same to every network), of ten kinds that take turns."""
+    kinds = torch.rand(10, 3, 4, 4, generator=torch.Generator().manual_seed(0)).repeat(count // 10 + 1, 1, 1, 1)
+    others = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+    coarse_N344 = 0.6 * kinds[:count] + 0.4 * others
+    return (F.interpolate(coarse_N344, size=(32, 32), mode="bicubic") * 255).clamp(0, 255).to(torch.uint8)
+
+
+@pytest.fixture(scope="module", params=model.NETWORKS)
+def network(request: pytest.FixtureRequest) -> nn.Module:
+    return trained(request.param)
+
+
+def trained(architecture: str) -> nn.Module:
+    """A folded network whose layers are random but the last one, which knows the ten kinds by least squares."""
+    torch.manual_seed(0)
+    network = model.build(architecture, num_classes=10).requires_grad_(False)
+    network.mean.copy_(torch.tensor([0.49, 0.48, 0.45]))
+    network.std.copy_(torch.tensor([0.25, 0.24, 0.26]))
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.fill_(0.5)  # residual branches, too, which start at 0
+            module.momentum = None  # take the statistics as they are
+    network.train()(pictures(500))
+    *_, last = (layer for layer in network.eval().modules() if isinstance(layer, nn.Linear))
+    inputs: list[Tensor] = []
+    hook = last.register_forward_pre_hook(lambda _layer, given: inputs.append(given[0]))
+    network(pictures(500))
+    hook.remove()
+    features_ND = F.pad(inputs[0], (0, 1), value=1.0).double()
+    wanted_NK = 8 * torch.eye(10, dtype=torch.float64).repeat(50, 1)
+    size = features_ND.square().mean() * len(features_ND)
+    gram_DD = features_ND.T @ features_ND + 1e-1 * size * torch.eye(features_ND.shape[1])
+    solution_DK = torch.linalg.solve(gram_DD, features_ND.T @ wanted_NK)
+    last.weight.copy_(solution_DK[:-1].T)
+    last.bias.copy_(solution_DK[-1])
+    return model.fold(network)
+
+
+def choose(network: nn.Module, name: str, max_batch: int = 4) -> engine.Engine:
+    return engine.choose(copy.deepcopy(network), CPU, name=name, threads=1, max_batch=max_batch)
+
+
+@torch.inference_mode()
+def logits(engine: engine.Engine, pixels_NCHW: Tensor) -> Tensor:
+    return torch.cat([engine(part) for part in pixels_NCHW.split(50)])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_engine_says_what_the_float32_network_says(network: nn.Module, name: str) -> None:
+    pixels_NCHW = pictures(1000, seed=2)
+    expected_NK = network(pixels_NCHW)
+    assert expected_NK.softmax(dim=1).max(dim=1).values.mean() > 0.5, "only a network that has opinions proves anything"
+    given_NK = logits(choose(network, name), pixels_NCHW)
+    assert given_NK.dtype == torch.float32
+    assert (given_NK.argmax(1) == expected_NK.argmax(1)).float().mean() >= 0.998
+    tolerance = 1e-4 if choose_dtype(CPU) == torch.float32 else 0.02
+    torch.testing.assert_close(given_NK.softmax(1), expected_NK.softmax(1), atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_two_classes_tie(network: nn.Module, name: str) -> None:
+    """With logits in bfloat16 they do, for about one picture in five hundred."""
+    assert (logits(choose(network, name), pictures(1000, seed=2)).topk(2).values.diff() != 0).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pixels_and_weights_may_lie_in_memory_in_any_order(network: nn.Module, name: str) -> None:
+    pixels_NCHW = pictures(3)
+    expected_NK = logits(choose(network, name), pixels_NCHW)
+    channels_last = copy.deepcopy(network).to(memory_format=torch.channels_last)  # as training leaves them
+    for order in (torch.contiguous_format, torch.channels_last):
+        pixels_NCHW = pixels_NCHW.contiguous(memory_format=order)
+        torch.testing.assert_close(logits(choose(channels_last, name), pixels_NCHW), expected_NK)
+
+
+def test_rounded_kernels_are_bfloat16_and_keep_their_sums(network: nn.Module) -> None:
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        rounded = copy.deepcopy(network).to(memory_format=memory_format)
+        engine.round_kernels(rounded)
+        for before, after in zip(network.modules(), rounded.modules(), strict=True):
+            if isinstance(before, nn.Conv2d) and isinstance(after, nn.Conv2d):
+                plain, diffused = before.weight.bfloat16().float(), after.weight
+                assert torch.equal(diffused, diffused.bfloat16().float())
+                errors = [(each - before.weight).sum(dim=(2, 3)).abs().mean() for each in (plain, diffused)]
+                assert errors[1] < 0.5 * errors[0]
+                assert (diffused - before.weight).abs().max() <= 2 * (plain - before.weight).abs().max()
+
+
+@needs_openvino
+@pytest.mark.parametrize("fastest", ["torch", "openvino"])
+def test_auto_takes_the_faster(fastest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_cost", lambda each, _max_batch: 1.0 if each.name == fastest else 2.0)
+    assert choose(trained("net"), "auto").name == fastest
+
+
+@needs_openvino
+def test_the_times_are_of_one_picture_and_of_a_full_batch(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        choose(trained("net"), "auto", max_batch=7)
+    assert [record.args[::2] for record in caplog.records if isinstance(record.args, tuple)] == [
+        (name, size) for name in ("openvino", "torch") for size in (1, 7)
+    ]
+
+
+def test_auto_without_openvino_is_torch_and_says_so(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "app.openvino_engine", raising=False)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    engine.check("auto", CPU)
+    with caplog.at_level(logging.INFO):
+        assert choose(trained("net"), "auto").name == "torch"
+    assert "is not installed; the engine is torch" in caplog.text
+
+
+def test_openvino_that_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(SettingsError, match=r"OpenVINO is not installed\. Install it with `pip install openvino`, or"):
+        engine.check("openvino", CPU)
+
+
+def test_openvino_on_another_device_is_refused() -> None:
+    with pytest.raises(SettingsError, match="computes on a CPU only, and the device is cuda:1"):
+        engine.check("openvino", torch.device("cuda:1"))
+
+
+@needs_openvino
+def test_with_openvino_torch_keeps_to_one_thread() -> None:
+    before = torch.get_num_threads()
+    try:
+        engine.choose(trained("net"), CPU, name="openvino", threads=2, max_batch=1)
+        assert torch.get_num_threads() == 1
+        engine.choose(trained("net"), CPU, name="torch", threads=2, max_batch=1)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
