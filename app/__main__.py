@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
+from app import logs
 from app.errors import RequestError, SettingsError, StartError
 from app.settings import Settings, parse_settings
 
@@ -96,8 +97,7 @@ def bind(settings: Settings) -> socket.socket:
 
 
 def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logs.configure(sys.stderr)
     try:
         settings = parse_settings(arguments, environment)
         listener = bind(settings)
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     config = uvicorn.Config(
         app,
         log_config=None,
-        access_log=False,  # a line for each request costs a tenth of the throughput
+        access_log=False,  # ours is cheaper, and knows the request's id and route
         timeout_graceful_shutdown=math.ceil(settings.deadline_seconds) + 1,
     )
     server = Server(config, app.state.service)

@@ -137,6 +137,11 @@ class Batcher(Generic[Item, Prepared, Result]):
         return self._inference_thread.is_alive() and not self._closing
 
     @property
+    def waiting(self) -> int:
+        """Pictures admitted and not yet answered."""
+        return self._admission.waiting
+
+    @property
     def expected_wait_seconds(self) -> float:
         """What an item admitted now would wait."""
         return self._admission.expected_wait_seconds
@@ -176,8 +181,9 @@ class Batcher(Generic[Item, Prepared, Result]):
             raise NotReady(STOPPING, retry_after_seconds=1)
 
     def _admit(self, item: Item, size_bytes: int, count: int, deadline_seconds: float) -> Answer[Result]:
-        future = Answer[Result](loop=self._loop)
-        entry = Entry[Item, Prepared, Result](item, size_bytes, count, future, deadline_seconds, self._run)
+        # Not Answer[Result](...): the brackets would be evaluated anew for each request, which takes 2 us.
+        future: Answer[Result] = Answer(loop=self._loop)
+        entry: Entry[Item, Prepared, Result] = Entry(item, size_bytes, count, future, deadline_seconds, self._run)
         self._admission.enter(size_bytes, count)
         (self._large if size_bytes > self._limits.large_bytes * count else self._queue).put(entry)
         return future

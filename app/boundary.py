@@ -1,4 +1,5 @@
-"""Where requests enter and errors leave: request ids, the limit on bodies, one shape for every error.
+"""Where requests enter and answers leave: request ids, the limit on bodies, one shape for every error, and what is
+counted and logged of each.
 
 Pure ASGI: the framework's own middleware class costs several times as much for each request.
 """
@@ -6,7 +7,9 @@ Pure ASGI: the framework's own middleware class costs several times as much for 
 import logging
 import random
 import re
+from collections.abc import Set
 from http import HTTPStatus
+from time import monotonic
 from typing import Any
 
 from fastapi import FastAPI
@@ -17,32 +20,50 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import BodyTooLarge, RequestError
+from app.errors import BodyTooLarge, NotFound, RequestError
+from app.logs import AccessLog
+from app.statistics import Timing, Traffic
 
 logger = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 """What is taken over from X-Request-ID. Anything else could forge lines of a log."""
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+UNMATCHED = "unmatched"
+"""The route of all paths that do not exist: each with a name of its own would be as many metrics as a scanner likes."""
+LEFT = 499
+"""Never sent, only counted: the client left before its answer."""
 DEFECT = "The service has a defect and could not answer. Please report the request_id; the log has the details."
 
 
 class Boundary:
-    """Gives each request an id, counts the bytes of its body, turns a defect into an answer and a line in the log."""
+    """Gives each request an id, counts the bytes of its body, turns a defect into an answer and a line in the log.
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    Args:
+        paths: Of the routes without parameters, whose template is the path itself.
+    """
+
+    def __init__(
+        self, app: ASGIApp, max_body_bytes: int, paths: Set[str], traffic: Traffic, access_log: AccessLog | None
+    ) -> None:
         self.app = app
         self.max_body_bytes = max_body_bytes
+        self.paths = paths
+        self.traffic = traffic
+        self.access_log = access_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        started_at = monotonic()
+        status = LEFT
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"")
         request_id = given if REQUEST_ID.fullmatch(given) else b"%016x" % random.getrandbits(64)
-        scope.setdefault("state", {})["request_id"] = request_id.decode()
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id.decode()
         received = 0
-        started = False
 
         async def receive_within_limit() -> Message:
             nonlocal received
@@ -53,10 +74,12 @@ class Boundary:
             return message
 
         async def send_with_id(message: Message) -> None:
-            nonlocal started
+            nonlocal status
             if message["type"] == "http.response.start":
-                started = True
+                status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+                if "timing" in state:
+                    message["headers"].append(_server_timing(state["timing"], monotonic() - started_at))
             await send(message)
 
         try:
@@ -69,10 +92,31 @@ class Boundary:
         except RequestError as error:
             await error_response(scope, error)(scope, receive, send_with_id)
         except Exception:
-            logger.exception("Request %s, %s %s:", request_id.decode(), scope["method"], scope["path"])
-            if started:
+            where = (state["request_id"], scope["method"], self._route(scope))
+            logger.exception("Request %s, %s %s:", *where, extra={"request_id": where[0]})
+            if status != LEFT:
                 raise
             await error_response(scope, RequestError(DEFECT))(scope, receive, send_with_id)
+        finally:
+            self._record(scope, status, monotonic() - started_at)
+
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+        method = scope["method"] if scope["method"] in METHODS else "OTHER"
+        route = self._route(scope)
+        self.traffic.requests[route, method, status] += 1
+        self.traffic.seconds[route].add(seconds)
+        state = scope["state"]
+        if "refusal" in state:
+            self.traffic.refusals[state["refusal"]] += 1
+        if self.access_log is not None:
+            self.access_log.note(state["request_id"], method, route, status, seconds)
+
+    def _route(self, scope: Scope) -> str:
+        """The template of the path: itself, or the one with parameters that was found, or a mounted application's."""
+        path: str = scope["path"]
+        if path in self.paths:
+            return path
+        return getattr(scope.get("route"), "path", "") or scope.get("root_path", "") or UNMATCHED
 
     def _too_large(self) -> BodyTooLarge:
         limit = self.max_body_bytes
@@ -85,11 +129,21 @@ def error_response(scope: Scope, error: RequestError, headers: dict[str, str] | 
     headers = {**(headers or {}), **error.headers}
     if error.retry_after_seconds is not None:
         headers["Retry-After"] = str(error.retry_after_seconds)
+    scope["state"]["refusal"] = error.reason
     body = {"error": str(error), "detail": error.detail, "request_id": scope["state"]["request_id"]}
     return Response(to_json(body), error.status, headers, "application/json")
 
 
-def install(app: FastAPI, max_body_bytes: int) -> None:
+def _server_timing(timing: Timing, total: float) -> tuple[bytes, bytes]:
+    """A header, in milliseconds. What is missing from the total is HTTP: reading the body and writing the answer."""
+    queue, decode, inference = timing
+    milliseconds = (queue * 1e3, decode * 1e3, inference * 1e3, total * 1e3)
+    return b"server-timing", b"queue;dur=%.2f, decode;dur=%.2f, inference;dur=%.2f, total;dur=%.2f" % milliseconds
+
+
+def install(
+    app: FastAPI, max_body_bytes: int, paths: Set[str], traffic: Traffic, access_log: AccessLog | None = None
+) -> None:
     """Put `app` behind the boundary. The framework's own errors take the same shape as ours."""
 
     async def on_http_exception(request: Request, error: Exception) -> Response:
@@ -102,26 +156,28 @@ def install(app: FastAPI, max_body_bytes: int) -> None:
 
     app.add_exception_handler(HTTPException, on_http_exception)
     app.add_exception_handler(RequestValidationError, on_invalid)
-    app.add_middleware(Boundary, max_body_bytes=max_body_bytes)
+    app.add_middleware(Boundary, max_body_bytes=max_body_bytes, paths=paths, traffic=traffic, access_log=access_log)
 
 
-def _with_status(status: int, sentence: str, detail: object = None) -> RequestError:
+def _with_status(status: int, reason: str, sentence: str, detail: object = None) -> RequestError:
     error = RequestError(sentence, detail=detail)
     error.status = status
+    error.reason = reason
     return error
 
 
 def _translate(request: Request, error: HTTPException) -> RequestError:
     if error.status_code == HTTPStatus.NOT_FOUND:
-        return _with_status(404, f"There is no page {request.url.path}. The page /docs lists what there is.")
+        return NotFound(f"There is no page {request.url.path}. The page /docs lists what there is.")
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         allowed = (error.headers or {}).get("Allow", "another method")
-        return _with_status(405, f"The page {request.url.path} does not take {request.method}; it takes {allowed}.")
-    return _with_status(error.status_code, f"{error.detail}.".replace("..", "."))
+        sentence = f"The page {request.url.path} does not take {request.method}; it takes {allowed}."
+        return _with_status(405, "method_not_allowed", sentence)
+    return _with_status(error.status_code, "other", f"{error.detail}.".replace("..", "."))
 
 
 def _explain(problems: Any) -> RequestError:
     """A sentence for each parameter that was not accepted."""
     sentences = [f"The parameter {p['loc'][-1]} is {p.get('input')!r}. {p['msg']}." for p in problems]
     detail = [{"parameter": p["loc"][-1], "given": p.get("input"), "problem": p["msg"]} for p in problems]
-    return _with_status(422, " ".join(sentences), detail)
+    return _with_status(422, "invalid_parameter", " ".join(sentences), detail)

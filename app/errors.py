@@ -52,10 +52,12 @@ class DataError(AppError):
 class RequestError(AppError):
     """A request is refused.
 
-    `status` is the HTTP status, `detail` an optional machine-readable explanation, `headers` what else HTTP wants said.
+    `status` is the HTTP status, `reason` its name among the metrics, `detail` an optional machine-readable explanation,
+    `headers` what else HTTP wants said.
     """
 
     status = 500
+    reason = "defect"
 
     def __init__(
         self,
@@ -75,6 +77,7 @@ class BadRequest(RequestError):
     """The bytes are not what they should be: no image, a broken image, malformed multipart."""
 
     status = 400
+    reason = "bad_request"
 
 
 class Unauthorized(RequestError):
@@ -87,6 +90,7 @@ class NotFound(RequestError):
     """There is no such thing here."""
 
     status = 404
+    reason = "not_found"
 
 
 class WeightsRefused(RequestError):
@@ -99,39 +103,46 @@ class BodyTooLarge(RequestError):
     """More bytes or more pixels than the service accepts."""
 
     status = 413
+    reason = "body_too_large"
 
 
 class UnsupportedMedia(RequestError):
     """The content type is none the service reads."""
 
     status = 415
+    reason = "unsupported_media"
 
 
 class WrongSize(RequestError):
     """A readable picture whose size the network does not take."""
 
     status = 422
+    reason = "wrong_size"
 
 
 class Overloaded(RequestError):
     """The queue is full; trying again later helps."""
 
     status = 429
+    reason = "overloaded"
 
 
 class NotOffered(RequestError):
     """A part of a protocol that exists but not here."""
 
     status = 501
+    reason = "not_offered"
 
 
 class NotReady(RequestError):
     """The service is starting or stopping."""
 
     status = 503
+    reason = "not_ready"
 
 
 class DeadlineExceeded(RequestError):
     """The answer would have come too late."""
 
     status = 504
+    reason = "deadline_exceeded"

@@ -1,19 +1,23 @@
 """create_app(settings): wiring only."""
 
 import gc
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
-from app import boundary, engine
+from app import boundary, engine, exposition
 from app.device import choose_device
 from app.errors import SettingsError
+from app.logs import AccessLog
 from app.routes import admin, batch, health, metrics, open_inference, pages, predict
 from app.routes.fast_lane import FastLane
 from app.service import Service, load_aside
 from app.settings import Settings
+from app.statistics import Traffic
 
 DESCRIPTION = """Send a picture, get the probability of each class.
 
@@ -51,13 +55,17 @@ def create_app(settings: Settings) -> FastAPI:
         docs_url=None,  # the framework's pages load their scripts from elsewhere; ours is in static
         redoc_url=None,
     )
+    traffic = Traffic()
     app.state.service = service
-    for routes in (predict, batch, open_inference, metrics, health, pages):
+    app.state.registry = exposition.registry(service, traffic)
+    paths = {"/openapi.json"}
+    administration = () if settings.admin_key is None else (admin,)
+    for routes in (predict, batch, open_inference, metrics, health, pages, *administration):
         app.include_router(routes.router)
-    if settings.admin_key is not None:
-        app.include_router(admin.router)
+        paths |= {route.path for route in routes.router.routes if isinstance(route, Route)}
     app.mount("/static", StaticFiles(directory=pages.STATIC), name="static")
     lanes = {"/predict": predict.respond, f"/v2{open_inference.MODEL}/infer": open_inference.respond}
     app.add_middleware(FastLane, service=service, lanes=lanes)
-    boundary.install(app, settings.max_body_bytes)
+    access_log = AccessLog(sys.stderr) if settings.access_log else None
+    boundary.install(app, settings.max_body_bytes, paths, traffic, access_log)
     return app

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from app import checkpoint, data, images, self_test
 from app.admission import Limits
-from app.batching import Batcher, Building, finish
+from app.batching import Answer, Batcher, Building, finish
 from app.checkpoint import Checkpoint
 from app.device import describe
 from app.errors import CheckpointError, DataError, NotFound, WeightsRefused
@@ -23,7 +24,7 @@ from app.images import Resize
 from app.predictor import Predictor
 from app.report import Evaluation, evaluate_probabilities, report
 from app.settings import Settings
-from app.statistics import Statistics
+from app.statistics import Predictions, Statistics
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +52,6 @@ class Served:
     """Made in the inference thread."""
     measured: Evaluation | None = None
 
-    def run(self, items: Sequence[Tensor]) -> list[Verdict]:
-        return [Verdict(rows, self.checkpoint) for rows in self.predictor.predict_each(items)]
-
 
 class Service:
     """Holds everything that lives as long as the process."""
@@ -62,11 +60,12 @@ class Service:
         self.settings = settings
         self.device = device
         self.draining = False
+        self.predictions = Predictions()
         self._served = Served(checkpoint)
         self._reloading = asyncio.Lock()
         self._batcher: Batcher[Upload | Tensor, Tensor, Verdict] = Batcher(
             prepare=self._prepare,
-            build=lambda: finish(self._build(self._served)),
+            build=lambda: finish(self._build(self._served, settings.engine)),
             limits=Limits(
                 max_batch=settings.max_batch,
                 max_waiting=settings.max_waiting,
@@ -99,7 +98,7 @@ class Service:
                 if served.checkpoint.sha256 == self.checkpoint.sha256:
                     return False
                 self._check_replaces(served.checkpoint)
-                await self._batcher.exchange(self._build(served))
+                await self._batcher.exchange(self._build(served, self._served.predictor.engine.name))
             except CheckpointError as error:
                 raise WeightsRefused(f"{error} The weights {self.checkpoint.sha256[:12]} go on serving.") from None
             self._served = served
@@ -119,9 +118,9 @@ class Service:
 
     def describe(self) -> str:
         """What is served, in words, for the line that a person sees at the start."""
-        engine, accuracy = self._served.predictor.engine, ""
-        if self.checkpoint.evaluation is not None:
-            known = report(self.checkpoint.evaluation, self.checkpoint.classes)
+        engine, evaluation, accuracy = self._served.predictor.engine, self.checkpoint.evaluation, ""
+        if evaluation is not None:
+            known = report(evaluation, self.checkpoint.classes)
             accuracy = f" ({known['accuracy']:.2%} on {known['dataset']['name']})"
         return (
             f"{self.settings.weights}: {self.checkpoint.architecture} {self.checkpoint.sha256[:12]}{accuracy}, "
@@ -134,10 +133,15 @@ class Service:
         return self._batcher.expected_wait_seconds
 
     @property
+    def waiting(self) -> int:
+        """Pictures admitted and not yet answered."""
+        return self._batcher.waiting
+
+    @property
     def statistics(self) -> Statistics:
         return self._batcher.statistics
 
-    def predict(self, picture: bytes, resize: Resize | None) -> "asyncio.Future[Verdict]":
+    def predict(self, picture: bytes, resize: Resize | None) -> Answer[Verdict]:
         """One row: the probabilities of the classes, in their order; to be cancelled when the client has left.
 
         Raises:
@@ -211,20 +215,23 @@ class Service:
 
     # Inference thread
 
-    def _build(self, served: Served) -> Building[Tensor, Verdict]:
-        first = served is self._served
+    def _build(self, served: Served, engine_name: str) -> Building[Tensor, Verdict]:
         served.predictor = Predictor(
             served.checkpoint,
             self.device,
-            # A busy service is no place to compare engines again; the one it has will do for new weights.
-            engine_name=self.settings.engine if first else self._served.predictor.engine.name,
+            engine_name=engine_name,
             threads=self.settings.threads,
             max_batch=self.settings.max_batch,
         )
         yield
         yield from served.predictor.warm_up()
         self_test.check(served.predictor.predict)
-        return served.run
+        return partial(self._run, served)
+
+    def _run(self, served: Served, items: Sequence[Tensor]) -> list[Verdict]:
+        answers = served.predictor.predict_each(items)
+        self.predictions.record([row for rows in answers for row in rows], served.checkpoint.classes)
+        return [Verdict(rows, served.checkpoint) for rows in answers]
 
     def _evaluate(self, served: Served, split: data.Split) -> Iterator[None]:
         parts = []

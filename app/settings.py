@@ -52,6 +52,12 @@ def seconds(least: float, most: float) -> Parse:
     return parse
 
 
+def switch(value: str) -> bool:
+    if value not in ("on", "off"):
+        raise ValueError("on or off")
+    return value == "on"
+
+
 def nonempty(what: str) -> Parse:
     def parse(value: str) -> str:
         if not value.strip():
@@ -157,6 +163,7 @@ class Settings:
     drain_seconds: Annotated[
         float, Setting(seconds(0, 3600), "after SIGTERM: not ready, but still accepting for so long")
     ] = 5.0
+    access_log: Annotated[bool, Setting(switch, "on or off: a line on stderr for each request")] = True
     admin_key: Annotated[
         str | None,
         Setting(secret, "lets POST /admin/reload exchange the weights; others see a flag, so set the variable"),
@@ -227,7 +234,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     for name, setting in KNOWN.items():
-        default = DEFAULTS[name]
+        default = "on" if DEFAULTS[name] is True else DEFAULTS[name]
         shown = "" if default in (None, dataclasses.MISSING) else f" (default: {default})"
         parser.add_argument(_flag(name), metavar="VALUE", help=setting.help + shown)
     return parser

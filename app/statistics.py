@@ -27,9 +27,10 @@ class Histogram:
         self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
 
-    def add(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.sum += value
+    def add(self, *values: float) -> None:
+        for value in values:
+            self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += sum(values)
 
     @property
     def count(self) -> int:
@@ -77,10 +78,10 @@ class Statistics:
     """Seconds since 1970 when a batch last ended; 0 before the first."""
 
     def record(self, execution: Execution, now: float) -> None:
-        for timing in execution.timings:
-            self.queue.add(timing.queue_seconds)
-            self.prepare.add(timing.prepare_seconds)
-            self.run.add(timing.run_seconds)
+        queue, prepare, run = zip(*execution.timings, strict=True)
+        self.queue.add(*queue)
+        self.prepare.add(*prepare)
+        self.run.add(*run)
         self.batches.add(execution.pictures)
         self.pictures += execution.pictures
         self.forward_passes += execution.forward_passes
@@ -96,10 +97,9 @@ class Predictions:
     confidence: Histogram = field(default_factory=lambda: Histogram(CONFIDENCES))
 
     def record(self, rows: Sequence[Sequence[float]], classes: Sequence[str]) -> None:
-        for row in rows:
-            confidence = max(row)
-            self.classes[classes[row.index(confidence)]] += 1
-            self.confidence.add(confidence)
+        confidences = [max(row) for row in rows]
+        self.confidence.add(*confidences)
+        self.classes.update(classes[row.index(most)] for row, most in zip(rows, confidences, strict=True))
 
 
 @dataclass

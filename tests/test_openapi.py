@@ -29,6 +29,7 @@ def test_the_paths_are_these(openapi: dict[str, Any]) -> None:
         "/v2/models/cifar/config": ["get"],
         "/v2/models/cifar/infer": ["post"],
         "/v2/repository/index": ["post"],
+        "/metrics": ["get"],
         "/metrics/per-class": ["get"],
         "/healthz": ["get"],
         "/readyz": ["get"],

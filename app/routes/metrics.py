@@ -1,13 +1,27 @@
-"""GET /metrics/per-class."""
+"""GET /metrics for machines, GET /metrics/per-class for people."""
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
+from prometheus_client.exposition import choose_encoder
+from starlette.responses import PlainTextResponse, Response
 
 from app.routes import ServiceDep
 from app.schemas import Report, refusals
 
 router = APIRouter(tags=["metrics"])
+
+
+@router.get(
+    "/metrics",
+    summary="What the service has done",
+    response_class=PlainTextResponse,
+    response_description="In the text format of Prometheus, or as OpenMetrics where that is asked for.",
+)
+async def metrics(request: Request) -> Response:
+    """Since the start. Durations are in seconds."""
+    encode, content_type = choose_encoder(request.headers.get("accept", ""))
+    return Response(encode(request.app.state.registry), media_type=content_type)
 
 
 @router.get(

@@ -61,7 +61,9 @@ async def respond(
     request: Request, service: Service, resize: Resize | None = None, top_k: int | None = None
 ) -> Response:
     """The answer to a request whose parameters are known."""
-    verdict = await unless_left(request, service.predict(await _read_picture(request), resize))
+    future = service.predict(await _read_picture(request), resize)
+    verdict = await unless_left(request, future)
+    request.scope["state"]["timing"] = future.timing
     answer = scores(verdict.rows[0], verdict.checkpoint.classes, top_k)
     answer["model"] = model_info(verdict.checkpoint)
     return Response(to_json(answer), media_type="application/json")

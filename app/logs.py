@@ -1,0 +1,86 @@
+"""The log on stderr: JSON objects, one a line, for programs; short lines where a person looks on.
+
+Of a request it holds its id, its method, the template of its route and what became of it. Pictures, paths and queries
+are the client's own words and stay out.
+"""
+
+import asyncio
+import json
+import logging
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import TextIO
+
+TEXT = "%(asctime)s %(levelname)s %(message)s"
+QUIET = frozenset({"/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready", "/v2/models/cifar/ready"})
+"""Routes that are asked every few seconds, by machines."""
+
+
+def configure(stream: TextIO) -> None:
+    """Send the records of all loggers there, the server's own and Python's warnings among them."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter(TEXT) if stream.isatty() else JsonFormatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.captureWarnings(True)
+
+
+class JsonFormatter(logging.Formatter):
+    """A record as one line. `extra={"request_id": ...}` becomes a field of its own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": _timestamp(record.created),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if hasattr(record, "request_id"):
+            line["request_id"] = record.request_id
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+class AccessLog:
+    """A line for each request, past the logging module, which takes five times as long for one.
+
+    What is noted in one turn of the event loop is written at once in the next: the answers of a batch leave together,
+    and a system call for each of them, which hands the interpreter to another thread, took 13 % of the throughput.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._lines: list[str] = []
+        self._line = _as_text if stream.isatty() else _as_json
+
+    def note(self, request_id: str, method: str, route: str, status: int, seconds: float) -> None:
+        if route in QUIET:
+            return
+        if not self._lines:
+            asyncio.get_running_loop().call_soon(self._write)
+        self._lines.append(self._line(request_id, method, route, status, seconds * 1e3))
+
+    def _write(self) -> None:
+        lines, self._lines = self._lines, []
+        with suppress(OSError):  # whoever read the log is gone, which is no reason to fail
+            self._stream.write("".join(lines))
+
+
+def _as_text(request_id: str, method: str, route: str, status: int, milliseconds: float) -> str:
+    return f"{_timestamp()} {method} {route} {status} {milliseconds:.1f} ms {request_id}\n"
+
+
+def _as_json(request_id: str, method: str, route: str, status: int, milliseconds: float) -> str:
+    """By hand. Nothing needs escaping: ids are checked when they are taken over, the rest are words of ours."""
+    return (
+        f'{{"time": "{_timestamp()}", "level": "info", "logger": "app.access", '
+        f'"message": "{method} {route} {status}", "request_id": "{request_id}", "method": "{method}", '
+        f'"route": "{route}", "status": {status}, "milliseconds": {milliseconds:.2f}}}\n'
+    )
+
+
+def _timestamp(seconds: float | None = None) -> str:
+    """UTC, to the millisecond; now, if nothing else is said."""
+    moment = datetime.now(UTC) if seconds is None else datetime.fromtimestamp(seconds, UTC)
+    return moment.isoformat(timespec="milliseconds")
