@@ -1,6 +1,6 @@
 # One image for CPU and GPU hosts: torch's default wheels bring their own CUDA libraries and run on a CPU as well.
 #   docker build -t cifar-service .                                   # about 6 GB, of which CUDA is 5
-#   docker build -t cifar-service --build-arg TORCH_INDEX=URL .       # URL of PyTorch's CPU-only index: under 1 GB
+#   docker build -t cifar-service --build-arg TORCH_INDEX=URL .       # URL of PyTorch's CPU-only index: some 1.2 GB
 #   docker run --rm -p 8000:8000 --read-only [--gpus all] cifar-service
 
 FROM python:3.12-slim AS packages
@@ -8,8 +8,8 @@ ARG TORCH_INDEX=""
 WORKDIR /build
 COPY pyproject.toml .
 # Only the service's packages, read from the one place that lists them; this layer lives until that file changes.
-RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
-        > requirements.txt \
+RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+        print(*project['dependencies'], *project['optional-dependencies']['openvino'], sep='\n')" > requirements.txt \
     && python -m venv /venv \
     && if [ -n "$TORCH_INDEX" ]; then /venv/bin/pip install --no-cache-dir --index-url "$TORCH_INDEX" torch; fi \
     && /venv/bin/pip install --no-cache-dir --requirement requirements.txt

@@ -32,8 +32,10 @@ clean: ## remove .venv and caches
 		|| { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv .venv
 
+# OpenVINO doubles the speed on a CPU; where it has no wheel the service runs on torch alone.
 .venv/.service: .venv/bin/python pyproject.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[openvino]' \
+		|| $(BIN)/pip install --quiet --disable-pip-version-check -e .
 	@touch $@
 
 .venv/.training: .venv/bin/python pyproject.toml
@@ -41,5 +43,5 @@ clean: ## remove .venv and caches
 	@touch $@ .venv/.service
 
 .venv/.dev: .venv/bin/python pyproject.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[training,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[openvino,training,dev]'
 	@touch $@ .venv/.service .venv/.training

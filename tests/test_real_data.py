@@ -1,14 +1,21 @@
 """CIFAR-10 itself, where its files lie beside the repository."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from app import data
+from app import checkpoint, data
+from app.checkpoint import Checkpoint
+from app.predictor import Predictor
 from training.data import hold_out
+from training.evaluate import predict
 
-SHARED = Path(__file__).parent.parent.parent / "shared"
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+WEIGHTS = ROOT / "weights" / "cifar_net.pth"
 
 pytestmark = pytest.mark.skipif(
     not (SHARED / "cifar-10-batches-bin").is_dir(), reason="no CIFAR-10 in ../shared/cifar-10-batches-bin"
@@ -41,3 +48,30 @@ def test_the_names_say_which_images(splits: tuple[data.Split, data.Split]) -> No
     assert test.name == "CIFAR-10 test, JPEG q75"
     assert hold_out(train, 0.1)[1].name == "validation (5,000 held-out training images)"
     assert torch.equal(hold_out(train, 0.1)[1].pixels_NCHW, train.pixels_NCHW[45_000:])
+
+
+@pytest.fixture(scope="module")
+def trained() -> Checkpoint:
+    if not WEIGHTS.is_file():
+        pytest.skip("there is no weights/cifar_net.pth")
+    return checkpoint.load(WEIGHTS)
+
+
+@pytest.fixture(scope="module")
+def expected_NK(trained: Checkpoint, splits: tuple[data.Split, data.Split]) -> Tensor:
+    """What `python -m training evaluate` says of the test file, in float32."""
+    return predict(trained.network(), splits[1].pixels_NCHW, temperature=trained.temperature)
+
+
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
+def test_every_engine_agrees_with_float32_on_the_test_file(
+    engine: str, trained: Checkpoint, expected_NK: Tensor, splits: tuple[data.Split, data.Split]
+) -> None:
+    if find_spec(engine) is None:
+        pytest.skip(f"{engine} is not installed")
+    predictor = Predictor(trained, torch.device("cpu"), engine_name=engine, threads=1, max_batch=50)
+    given_NK = predictor.predict(splits[1].pixels_NCHW)
+    assert (given_NK.argmax(1) == expected_NK.argmax(1)).double().mean() >= 0.998
+    assert (given_NK - expected_NK).abs().max() <= 0.02
+    right_N, expected_right_N = ((each.argmax(1) == splits[1].labels_N).double() for each in (given_NK, expected_NK))
+    assert abs(right_N.mean() - expected_right_N.mean()) <= 0.001
