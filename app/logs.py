@@ -20,7 +20,9 @@ def configure(stream: TextIO) -> None:
     """Send the records of all loggers there, the server's own and Python's warnings among them."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter(TEXT) if stream.isatty() else JsonFormatter())
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    root = logging.getLogger()
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     logging.captureWarnings(True)
 
@@ -63,7 +65,7 @@ class AccessLog:
 
     def _write(self) -> None:
         lines, self._lines = self._lines, []
-        with suppress(OSError):  # whoever read the log is gone, which is no reason to fail
+        with suppress(OSError, ValueError):  # whoever read the log is gone, or has closed it
             self._stream.write("".join(lines))
 
 

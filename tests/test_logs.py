@@ -1,0 +1,216 @@
+"""The log: one line for each request, which a program can read and a client cannot write."""
+
+import asyncio
+import io
+import json
+import logging
+import re
+import signal
+import socket
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from fastapi.testclient import TestClient
+from test_start import SECONDS, get, serving
+
+from app import logs
+from app.logs import QUIET, AccessLog, JsonFormatter
+from app.main import create_app
+from app.predictor import Predictor
+from app.settings import Settings
+
+PNG = {"content-type": "image/png"}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Lines:
+    """A client of a service that logs, and what it has logged; to be read when the service has ended."""
+
+    def __init__(self, settings: Settings, capture: pytest.CaptureFixture[str]) -> None:
+        self.settings = settings
+        self.capture = capture
+
+    @property
+    def client(self) -> TestClient:
+        """Of an application made now, in the test: the fixtures' standard error is another one, closed meanwhile."""
+        return TestClient(create_app(self.settings), raise_server_exceptions=False)
+
+    def read(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.capture.readouterr().err.splitlines()]
+
+
+@pytest.fixture
+def log(settings: Settings, capsys: pytest.CaptureFixture[str]) -> Lines:
+    return Lines(settings, capsys)
+
+
+def test_one_line_for_each_request_with_its_id(log: Lines, png: bytes) -> None:
+    with log.client as client:
+        client.post("/predict", content=png, headers={**PNG, "x-request-id": "lane"})
+        client.post("/predict?top_k=1", content=png, headers={**PNG, "x-request-id": "router"})
+        client.post("/predict", content=b"abc", headers={**PNG, "x-request-id": "refused"})
+        made = client.get("/nowhere").headers["x-request-id"]
+    lines = log.read()
+    told = [(line["request_id"], line["method"], line["route"], line["status"]) for line in lines]
+    assert told == [
+        ("lane", "POST", "/predict", 200),
+        ("router", "POST", "/predict", 200),
+        ("refused", "POST", "/predict", 400),
+        (made, "GET", "unmatched", 404),
+    ]
+    fields = ["time", "level", "logger", "message", "request_id", "method", "route", "status", "milliseconds"]
+    assert all(list(line) == fields for line in lines)
+    assert lines[0]["message"] == "POST /predict 200"
+    assert (lines[0]["level"], lines[0]["logger"]) == ("info", "app.access")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", lines[0]["time"])
+    assert isinstance(lines[0]["milliseconds"], float)
+
+
+def test_what_machines_ask_all_the_time_is_not_logged(log: Lines) -> None:
+    with log.client as client:
+        assert all(client.get(path).status_code == 200 for path in QUIET)
+        client.get("/metrics/per-class")
+    assert [line["route"] for line in log.read()] == ["/metrics/per-class"]
+
+
+def test_the_words_of_a_client_are_not_logged(log: Lines, png: bytes) -> None:
+    with log.client as client:
+        client.post("/predict?resize=secret", content=png, headers=PNG)
+        client.get("/secret/path%0A%7B%22forged%22:1%7D?token=secret")
+        client.request("SECRET", "/predict", headers={"user-agent": "secret", "cookie": "secret"})
+    err = log.capture.readouterr().err
+    assert err.count("\n") == 3
+    assert "secret" not in err.lower()
+    assert "forged" not in err
+
+
+@pytest.mark.parametrize("hostile", ['"}', 'a", "status": 200, "b": "', "a b", "{}", "\\u0022", "a" * 129])
+def test_a_hostile_request_id_does_not_get_into_the_log(log: Lines, hostile: str) -> None:
+    with log.client as client:
+        made = client.get("/docs", headers={"x-request-id": hostile}).headers["x-request-id"]
+    (line,) = log.read()
+    assert line["request_id"] == made != hostile
+    assert line["status"] == 200
+
+
+def test_it_can_be_switched_off(settings: Settings, png: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    quiet = Settings(weights=settings.weights, device="cpu", threads=1, access_log=False)
+    with TestClient(create_app(quiet)) as client:
+        assert client.post("/predict", content=png, headers=PNG).status_code == 200
+    assert capsys.readouterr().err == ""
+
+
+def test_a_defect_is_logged_with_its_id_and_without_the_path(
+    log: Lines, png: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_args: object) -> None:
+        raise RuntimeError("the reason")
+
+    with log.client as client:
+        monkeypatch.setattr(Predictor, "predict", broken)
+        client.post("/predict?resize=pad", content=png, headers={**PNG, "x-request-id": "broken"})
+    (record,) = [record for record in caplog.records if record.name == "app.boundary"]
+    line = json.loads(JsonFormatter().format(record))
+    assert (line["request_id"], line["level"]) == ("broken", "error")
+    assert line["message"] == "Request broken, POST /predict:"
+    assert "RuntimeError: the reason" in line["exception"]
+    assert [(line["request_id"], line["status"]) for line in log.read()] == [("broken", 500)]
+
+
+@pytest.mark.anyio
+async def test_lines_of_one_turn_are_written_together_and_short_on_a_terminal() -> None:
+    writes: list[str] = []
+    stream = Terminal()
+    stream.write = lambda text: writes.append(text) or len(text)  # type: ignore[method-assign, func-returns-value]
+    access = AccessLog(stream)
+    for status in (200, 429):
+        access.note("abc", "POST", "/predict", status, 0.01234)
+    assert writes == []
+    await asyncio.sleep(0)
+    (text,) = writes
+    time = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00"
+    assert re.fullmatch(rf"{time} POST /predict 200 12\.3 ms abc\n{time} POST /predict 429 12\.3 ms abc\n", text)
+    access.note("next", "GET", "/docs", 200, 1.0)
+    await asyncio.sleep(0)
+    assert writes[1].endswith(" GET /docs 200 1000.0 ms next\n")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("error", [BrokenPipeError, ValueError("I/O operation on closed file.")])
+async def test_a_log_that_nobody_reads_any_more_fails_nothing(error: Exception) -> None:
+    failures: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: failures.append(context))
+    written: list[str] = []
+
+    class Broken(io.StringIO):
+        def write(self, text: str) -> int:
+            written.append(text)
+            raise error
+
+    AccessLog(Broken()).note("abc", "GET", "/docs", 200, 0.0)
+    await asyncio.sleep(0)
+    assert len(written) == 1
+    assert failures == []
+
+
+@pytest.fixture
+def _loggers() -> Iterator[None]:
+    """Put back what `configure` changes for the whole process."""
+    root, uvicorn = logging.getLogger(), logging.getLogger("uvicorn")
+    handlers, levels = root.handlers[:], (root.level, uvicorn.level)
+    yield
+    logging.captureWarnings(False)
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    uvicorn.setLevel(levels[1])
+
+
+@pytest.mark.usefixtures("_loggers")
+def test_every_record_is_one_line_of_json() -> None:
+    stream = io.StringIO()
+    logs.configure(stream)
+    logging.getLogger("app").info("two\nlines of %s", "\ud800")
+    logging.getLogger("uvicorn.error").warning("from the server")
+    logging.getLogger("uvicorn.error").info("chatter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("from Python", stacklevel=1)
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [(line["level"], line["logger"]) for line in lines] == [
+        ("info", "app"),
+        ("warning", "uvicorn.error"),
+        ("warning", "py.warnings"),
+    ]
+    assert lines[0]["message"] == "two\nlines of \ud800"
+    assert list(lines[0]) == ["time", "level", "logger", "message"]
+
+
+@pytest.mark.usefixtures("_loggers")
+def test_on_a_terminal_records_are_short_lines() -> None:
+    stream = Terminal()
+    logs.configure(stream)
+    logging.getLogger("app").info("a line")
+    assert re.fullmatch(r"\S+ \S+ INFO a line\n", stream.getvalue())
+
+
+def test_a_running_service_logs_nothing_but_json(weights: Path, png: bytes) -> None:
+    options = ("--drain-seconds", "0", "--weights", str(weights))
+    with serving(*options, CIFAR_ACCESS_LOG="on") as (process, url, _):
+        assert get(f"{url}/predict", png)[0] == 200
+        address = urlsplit(url)
+        with socket.create_connection((address.hostname or "", address.port or 0), SECONDS) as connection:
+            connection.sendall(b"this is not HTTP\r\n\r\n")
+            assert connection.recv(100).startswith(b"HTTP/1.1 400")
+        assert get(f"{url}/healthz")[0] == 200
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=SECONDS)
+    lines = [json.loads(line) for line in err.splitlines()]
+    assert [line["message"] for line in lines] == ["POST /predict 200", "Invalid HTTP request received."]
