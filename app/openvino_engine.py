@@ -1,7 +1,7 @@
 """The network in OpenVINO, an optional dependency; import this file only where it may be missing.
 
 Its graph is built node by node from the traced network: that takes a fifth of a second, where torch.export and
-OpenVINO's converter take two, and the converter reports its use to OpenVINO's makers.
+OpenVINO's converter take two.
 
 Shape letters: N images, C = 3, H = W = 32, D features, K classes.
 """
@@ -76,7 +76,7 @@ class _Translator(fx.Interpreter):
                 return ops.add(ops.matmul(x, layer.weight.numpy(), False, True), layer.bias.numpy())
             case nn.Linear() | nn.Identity():
                 return x
-        raise NotImplementedError(f"{layer} has no translation")
+        raise TypeError(f"{layer} has no translation")
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not isinstance(args[0], openvino.Node | openvino.Output):
