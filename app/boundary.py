@@ -103,8 +103,7 @@ class Boundary:
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         method = scope["method"] if scope["method"] in METHODS else "OTHER"
         route = self._route(scope)
-        self.traffic.requests[route, method, status] += 1
-        self.traffic.seconds[route].add(seconds)
+        self.traffic.seconds[route, method, status].add(seconds)
         state = scope["state"]
         if "refusal" in state:
             self.traffic.refusals[state["refusal"]] += 1

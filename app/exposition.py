@@ -3,6 +3,7 @@
 The numbers are turned into metrics when somebody asks for them, so that a request pays for an addition and no more.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
 
@@ -30,16 +31,19 @@ class ServiceCollector(Collector):
         yield from self._state()
 
     def _http(self) -> Iterator[Metric]:
+        by_route: defaultdict[tuple[str, ...], Histogram] = defaultdict(Histogram)
+        for (route, _, _), seconds in self._traffic.seconds.items():
+            by_route[route,].merge(seconds)
         yield _counter(
             "cifar_requests",
             "HTTP requests by route template, method and status; 499 is a client that left before its answer.",
             ("route", "method", "status"),
-            {(route, method, str(status)): count for (route, method, status), count in self._traffic.requests.items()},
+            {(route, method, str(status)): of.count for (route, method, status), of in self._traffic.seconds.items()},
         )
         yield _histogram(
             "cifar_request_seconds",
             "From the head of a request to the end of its answer.",
-            {(route,): seconds for route, seconds in self._traffic.seconds.items()},
+            by_route,
             ("route",),
         )
         yield _counter(

@@ -27,10 +27,20 @@ class Histogram:
         self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
 
-    def add(self, *values: float) -> None:
+    def add(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def extend(self, values: Sequence[float]) -> None:
+        bounds, counts = self.bounds, self.counts
         for value in values:
-            self.counts[bisect_left(self.bounds, value)] += 1
+            counts[bisect_left(bounds, value)] += 1
         self.sum += sum(values)
+
+    def merge(self, other: "Histogram") -> None:
+        """Take in another one with the same bounds."""
+        self.counts = [own + further for own, further in zip(self.counts, other.counts, strict=True)]
+        self.sum += other.sum
 
     @property
     def count(self) -> int:
@@ -79,9 +89,9 @@ class Statistics:
 
     def record(self, execution: Execution, now: float) -> None:
         queue, prepare, run = zip(*execution.timings, strict=True)
-        self.queue.add(*queue)
-        self.prepare.add(*prepare)
-        self.run.add(*run)
+        self.queue.extend(queue)
+        self.prepare.extend(prepare)
+        self.run.extend(run)
         self.batches.add(execution.pictures)
         self.pictures += execution.pictures
         self.forward_passes += execution.forward_passes
@@ -98,17 +108,15 @@ class Predictions:
 
     def record(self, rows: Sequence[Sequence[float]], classes: Sequence[str]) -> None:
         confidences = [max(row) for row in rows]
-        self.confidence.add(*confidences)
-        self.classes.update(classes[row.index(most)] for row, most in zip(rows, confidences, strict=True))
+        self.confidence.extend(confidences)
+        self.classes.update([classes[row.index(most)] for row, most in zip(rows, confidences, strict=True)])
 
 
 @dataclass
 class Traffic:
     """What came in over HTTP and how it ended. Counted in the event loop."""
 
-    requests: Counter[tuple[str, str, int]] = field(default_factory=Counter)
+    seconds: defaultdict[tuple[str, str, int], Histogram] = field(default_factory=lambda: defaultdict(Histogram))
     """By route, method and status."""
-    seconds: defaultdict[str, Histogram] = field(default_factory=lambda: defaultdict(Histogram))
-    """By route."""
     refusals: Counter[str] = field(default_factory=Counter)
     """By reason."""

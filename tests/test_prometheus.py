@@ -271,8 +271,11 @@ async def test_the_parts_are_those_of_the_item(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_histogram_counts_a_bound_as_within() -> None:
     histogram = Histogram((1.0, 2.0))
-    histogram.add(0.5, 1.0, 1.5, 2.0, 7.0)
+    histogram.extend([0.5, 1.0, 1.5, 2.0])
+    histogram.add(7.0)
     assert (histogram.counts, histogram.count, histogram.sum) == ([2, 2, 1], 5, 12.0)
+    histogram.merge(histogram)
+    assert (histogram.counts, histogram.count, histogram.sum) == ([4, 4, 2], 10, 24.0)
 
 
 def test_predictions_are_counted_by_name() -> None:
