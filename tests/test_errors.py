@@ -54,7 +54,7 @@ def form(*fields: tuple[str, bytes], end: bytes = b"--x--\r\n") -> bytes:
         ),
         ("/predict", form(("file", b"a"), ("file", b"b")), "multipart/form-data; boundary=x", 400, "exactly one field"),
         ("/predict", form(*[("a", b"")] * 40), "multipart/form-data; boundary=x", 400, "more than 32 fields"),
-        ("/predict", b"a=b", "application/x-www-form-urlencoded", 415, "'application/x-www-form-urlencoded'. Accepted"),
+        ("/predict", b"a=b", "application/x-www-form-urlencoded", 400, "The 3 bytes are not a readable picture"),
         ("/predict", b"{}", "application/json", 415, "The body has the content type 'application/json'. Accepted"),
         ("/predict", encode(drawing(40, 40)), "image/png", 422, "The picture is 40 x 40; the network takes 32 x 32."),
         ("/predict?resize=zoom", b"", "image/png", 422, "The parameter resize is 'zoom'. Input should be 'crop', 'str"),

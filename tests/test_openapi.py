@@ -6,6 +6,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from app.images import Resize
+from app.routes.predict import RAW
 from app.schemas import ErrorBody
 
 
@@ -73,7 +74,7 @@ def test_every_field_and_parameter_is_described(openapi: dict[str, Any]) -> None
 
 def test_the_body_and_the_parameters_of_predict(openapi: dict[str, Any]) -> None:
     operation = openapi["paths"]["/predict"]["post"]
-    assert set(operation["requestBody"]["content"]) == {"multipart/form-data", "image/*", "application/octet-stream"}
+    assert set(operation["requestBody"]["content"]) == {"multipart/form-data", "image/*", *RAW}
     resize, top_k = operation["parameters"]
     assert resize["schema"]["anyOf"][0]["enum"] == list(Resize.__args__)  # type: ignore[attr-defined]
     assert (resize["name"], top_k["name"]) == ("resize", "top_k")

@@ -15,6 +15,7 @@ from app import checkpoint, images
 from app.checkpoint import CIFAR10_CLASSES
 from app.main import create_app
 from app.predictor import Predictor
+from app.routes.predict import RAW
 from app.schemas import ErrorBody, Prediction
 from app.service import Service, Verdict
 from app.settings import Settings
@@ -34,7 +35,7 @@ def test_the_answer_is_what_the_network_says(client: TestClient, png: bytes, wei
     assert answer.model.model_dump() == {"name": "net", "sha256": loaded.sha256[:12]}
 
 
-@pytest.mark.parametrize("content_type", ["image/png", "image/whatever", "IMAGE/PNG; a=b", "application/octet-stream"])
+@pytest.mark.parametrize("content_type", ["image/png", "image/whatever", "IMAGE/PNG; a=b", *RAW])
 def test_form_and_raw_body_have_the_same_answer(client: TestClient, png: bytes, content_type: str) -> None:
     form = client.post("/predict", files={"file": ("picture.png", png, "image/png")})
     raw = client.post("/predict", content=png, headers={"content-type": content_type})

@@ -23,6 +23,8 @@ RESIZE = (
     "`pad` adds white margins. Without it another size is refused."
 )
 TOP_K = "Answer only so many probabilities, highest first."
+RAW = ("application/octet-stream", "application/x-www-form-urlencoded")
+"""The latter is what `curl --data-binary @picture.png` says of any body; what a body is shows in its bytes anyway."""
 PICTURE = {"schema": {"type": "string", "format": "binary"}}
 FORM = {"type": "object", "properties": {"file": PICTURE["schema"]}, "required": ["file"]}
 BODY = {
@@ -31,7 +33,7 @@ BODY = {
     "content": {
         "multipart/form-data": {"schema": FORM},
         "image/*": PICTURE,
-        "application/octet-stream": PICTURE,
+        **dict.fromkeys(RAW, PICTURE),
     },
 }
 
@@ -87,7 +89,7 @@ async def _read_picture(request: Request) -> bytes:
     kind, content_type = content_kind(request)
     if kind == "multipart/form-data":
         picture = read_field(await request.body(), content_type, "file")
-    elif kind.startswith("image/") or kind == "application/octet-stream":
+    elif kind.startswith("image/") or kind in RAW:
         picture = await request.body()
     else:
         raise UnsupportedMedia(
