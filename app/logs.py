@@ -48,7 +48,8 @@ class AccessLog:
     """A line for each request, past the logging module, which takes five times as long for one.
 
     What is noted in one turn of the event loop is written at once in the next: the answers of a batch leave together,
-    and a system call for each of them, which hands the interpreter to another thread, took 13 % of the throughput; like this it is some 4 %.
+    and a system call for each of them, which hands the interpreter to another thread, took 13 % of the throughput.
+    Like this it is some 4 %.
     """
 
     def __init__(self, stream: TextIO) -> None:
