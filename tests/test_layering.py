@@ -43,6 +43,8 @@ CORE = [
     "batching",
     "admission",
     "statistics",
+    "exposition",
+    "logs",
     "compression",
     "data",
 ]
