@@ -146,6 +146,14 @@ class Batcher(Generic[Item, Prepared, Result]):
         """What an item admitted now would wait."""
         return self._admission.expected_wait_seconds
 
+    def check_room(self) -> None:
+        """Whether the smallest item would be admitted now; what `submit` says of one that is known is the last word.
+
+        Raises:
+            Overloaded, NotReady: as `submit`.
+        """
+        self._check(0, 1, self._limits.deadline_seconds)
+
     def submit(self, item: Item, size_bytes: int) -> Answer[Result]:
         """Admit an item of one picture. Cancel the future when nobody wants the answer any more.
 

@@ -141,6 +141,14 @@ class Service:
     def statistics(self) -> Statistics:
         return self._batcher.statistics
 
+    def check_room(self) -> None:
+        """Whether another picture could be admitted now.
+
+        Raises:
+            Overloaded, NotReady: it could not.
+        """
+        self._batcher.check_room()
+
     def predict(self, picture: bytes, resize: Resize | None) -> Answer[Verdict]:
         """One row: the probabilities of the classes, in their order; to be cancelled when the client has left.
 

@@ -359,3 +359,19 @@ async def test_closing_does_not_wait_for_idle_work() -> None:
     batcher.run_when_idle(endless())
     assert await batcher.submit("5", 1) == 10
     await batcher.close()
+
+
+async def test_room_is_refused_as_an_item_would_be() -> None:
+    doubler = Doubler()
+    batcher = await start(doubler, Limits(max_batch=4, max_waiting=2, max_waiting_bytes=10_000, deadline_seconds=60))
+    held = await hold(doubler, batcher)
+    batcher.check_room()
+    waiting = batcher.submit("1", 1)
+    with pytest.raises(Overloaded, match="2 pictures wait"):
+        batcher.check_room()
+    doubler.gate.set()
+    assert (await held, await waiting) == (0, 2)
+    batcher.check_room()
+    await batcher.close()
+    with pytest.raises(NotReady):
+        batcher.check_room()

@@ -199,6 +199,7 @@ async def test_a_client_that_leaves_while_it_waits_cancels_its_work(
         futures.append(asyncio.get_running_loop().create_future())
         return futures[-1]
 
+    monkeypatch.setattr(service, "check_room", lambda: None)  # it was not started
     monkeypatch.setattr(service, "predict", never)
     messages = iter([{"type": "http.request", "body": png, "more_body": False}, {"type": "http.disconnect"}])
     sent: list[Any] = []

@@ -29,5 +29,6 @@ class FastLane:
         if respond is None:
             await self.app(scope, receive, send)
         else:
+            self.service.check_room()  # before anything is read: under too much load, refusals are most of the work
             response = await respond(Request(scope, receive), self.service)
             await response(scope, receive, send)
