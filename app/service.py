@@ -99,8 +99,9 @@ class Service:
                 if served.checkpoint.sha256 == self.checkpoint.sha256:
                     return False
                 self._check_replaces(served.checkpoint)
-                make = partial(self._make_predictor, served.checkpoint, self._served.predictor.engine.name)
-                if self._served.predictor.engine.name == "openvino":  # it may be built anywhere; torch's threads may not
+                engine_name = self._served.predictor.engine.name
+                make = partial(self._make_predictor, served.checkpoint, engine_name)
+                if engine_name == "openvino":  # unlike torch's, its threads do not depend on where it was built
                     predictor = await asyncio.to_thread(aside, make)
                     await self._batcher.exchange(self._build(served, lambda: predictor))
                 else:
