@@ -4,19 +4,18 @@ import gc
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 
 from fastapi import FastAPI
 from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
-from app import boundary, checkpoint, engine, exposition
+from app import boundary, engine, exposition
 from app.device import choose_device
 from app.errors import SettingsError
 from app.logs import AccessLog
 from app.routes import admin, batch, health, metrics, open_inference, pages, predict
 from app.routes.fast_lane import FastLane
-from app.service import Service, aside
+from app.service import Service, load_aside
 from app.settings import Settings
 from app.statistics import Traffic
 
@@ -37,7 +36,7 @@ def create_app(settings: Settings) -> FastAPI:
     except ValueError as error:
         raise SettingsError(str(error)) from None
     engine.check(settings.engine, device)
-    service = Service(settings, aside(partial(checkpoint.load, settings.weights)), device)
+    service = Service(settings, load_aside(settings.weights), device)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:

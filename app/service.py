@@ -3,12 +3,13 @@
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +30,6 @@ logger = logging.getLogger(__name__)
 
 EVALUATION_BATCH = 8
 """Images per idle step of the evaluation: what a request that comes at the wrong moment waits for, some 3 ms."""
-
-T = TypeVar("T")
 
 Upload = tuple[bytes, Resize | None]
 Rows = list[list[float]]
@@ -66,7 +65,7 @@ class Service:
         self._reloading = asyncio.Lock()
         self._batcher: Batcher[Upload | Tensor, Tensor, Verdict] = Batcher(
             prepare=self._prepare,
-            build=lambda: finish(self._build(self._served, partial(self._make_predictor, checkpoint, settings.engine))),
+            build=lambda: finish(self._build(self._served, settings.engine)),
             limits=Limits(
                 max_batch=settings.max_batch,
                 max_waiting=settings.max_waiting,
@@ -95,17 +94,11 @@ class Service:
         """
         async with self._reloading:
             try:
-                served = Served(await asyncio.to_thread(aside, partial(checkpoint.load, self.settings.weights)))
+                served = Served(await asyncio.to_thread(load_aside, self.settings.weights))
                 if served.checkpoint.sha256 == self.checkpoint.sha256:
                     return False
                 self._check_replaces(served.checkpoint)
-                engine_name = self._served.predictor.engine.name
-                make = partial(self._make_predictor, served.checkpoint, engine_name)
-                if engine_name == "openvino":  # unlike torch's, its threads do not depend on where it was built
-                    predictor = await asyncio.to_thread(aside, make)
-                    await self._batcher.exchange(self._build(served, lambda: predictor))
-                else:
-                    await self._batcher.exchange(self._build(served, make))
+                await self._batcher.exchange(self._build(served, self._served.predictor.engine.name))
             except CheckpointError as error:
                 raise WeightsRefused(f"{error} The weights {self.checkpoint.sha256[:12]} go on serving.") from None
             self._served = served
@@ -230,14 +223,14 @@ class Service:
 
     # Inference thread
 
-    def _make_predictor(self, checkpoint: Checkpoint, engine_name: str) -> Predictor:
-        settings = self.settings
-        return Predictor(
-            checkpoint, self.device, engine_name=engine_name, threads=settings.threads, max_batch=settings.max_batch
+    def _build(self, served: Served, engine_name: str) -> Building[Tensor, Verdict]:
+        served.predictor = Predictor(
+            served.checkpoint,
+            self.device,
+            engine_name=engine_name,
+            threads=self.settings.threads,
+            max_batch=self.settings.max_batch,
         )
-
-    def _build(self, served: Served, make: Callable[[], Predictor]) -> Building[Tensor, Verdict]:
-        served.predictor = make()
         yield
         yield from served.predictor.warm_up()
         self_test.check(served.predictor.predict)
@@ -280,11 +273,11 @@ class Service:
         self._batcher.run_when_idle(self._evaluate(served, split))
 
 
-def aside(work: Callable[[], T]) -> T:
-    """What `work` returns, done in a thread that ends.
+def load_aside(path: Path) -> Checkpoint:
+    """`checkpoint.load` in a thread that ends.
 
     A thread that ran parallel torch code and lives on would keep a pool of OpenMP threads, and with more of those than
     cores OpenMP stops spinning, which makes a forward pass of the service twice as slow.
     """
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(work).result()
+    with ThreadPoolExecutor(1) as loader:
+        return loader.submit(checkpoint.load, path).result()
