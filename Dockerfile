@@ -1,6 +1,6 @@
 # One image for CPU and GPU hosts: torch's default wheels bring their own CUDA libraries and run on a CPU as well.
 #   docker build -t cifar-service .                                   # about 6 GB, of which CUDA is 5
-#   docker build -t cifar-service --build-arg TORCH_INDEX=URL .       # URL of PyTorch's CPU-only index: some 1.2 GB
+#   docker build -t cifar-service --build-arg TORCH_INDEX=URL .       # URL of PyTorch's CPU-only index: a fraction of that
 #   docker run --rm -p 8000:8000 --read-only [--gpus all] cifar-service
 
 FROM python:3.12-slim AS packages

@@ -69,7 +69,7 @@ class Server(uvicorn.Server):
             await self._service.reload()
         except RequestError as error:
             logger.error("The weights were not exchanged. %s", error)
-        except Exception:
+        except Exception:  # a defect here would vanish with the task that nobody awaits
             logger.exception("The weights were not exchanged.")
 
     async def on_tick(self, counter: int) -> bool:
