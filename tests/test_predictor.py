@@ -7,6 +7,7 @@ import torch
 from conftest import random_checkpoint
 from torch import Tensor
 
+from app.calibration import Calibration
 from app.device import choose_dtype
 from app.predictor import Predictor
 
@@ -49,7 +50,7 @@ def test_items_of_one_and_of_several_pictures_keep_their_order() -> None:
 
 def test_the_temperature_divides_the_logits() -> None:
     checkpoint = random_checkpoint()
-    hot = dataclasses.replace(checkpoint, temperature=3.0)
+    hot = dataclasses.replace(checkpoint, calibration=Calibration(temperature=3.0))
     cold_NK, hot_NK = (
         Predictor(each, CPU, threads=1, max_batch=4).predict(some_pixels(4)) for each in (checkpoint, hot)
     )
