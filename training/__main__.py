@@ -2,6 +2,8 @@
 
 train      recipe -> runs/NAME/cifar_net.pth, with a log and learning curves beside it
 evaluate   weights and data -> accuracy with intervals, per class, confusion, calibration
+robustness the same weights on pictures that were compressed, moved, darkened or enlarged
+ablate     the recipe with one ingredient taken out at a time -> accuracy on held-out images
 show       a labelled grid of images
 plot       confusion matrix, per-class bars and reliability diagram of some weights
 summary    a network, layer by layer
@@ -18,6 +20,7 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +31,7 @@ from app.data import Split
 from app.device import choose_device, choose_dtype, describe
 from app.errors import AppError
 from app.report import report
-from training import plots
+from training import plots, robustness
 from training.calibrate import fit_temperature
 from training.card import card
 from training.config import RECIPES, Recipe, add_flags, override
@@ -156,6 +159,27 @@ def evaluate_command(options: argparse.Namespace) -> None:
     print(json.dumps(figures, indent=2) if options.json else format_report(figures))
 
 
+def robustness_command(options: argparse.Namespace) -> None:
+    checkpoint, split = load(options.weights), _split(options)
+    result = {
+        "weights": {
+            "file": options.weights.name,
+            "sha256": checkpoint.sha256,
+            "trained_on": checkpoint.trained.get("images", "images that the file does not name"),
+        },
+        "dataset": {"name": split.name, "sha256": split.digest, "images": len(split)},
+        "rows": robustness.measure(checkpoint, split, choose_device(options.device)),
+    }
+    _put_out(result, robustness.format_robustness(result), options)
+
+
+def _put_out(result: dict[str, Any], text: str, options: argparse.Namespace) -> None:
+    """As a table or as JSON on stdout; with --out the JSON goes into a file as well, for the model card."""
+    if options.out:
+        write_atomically(options.out, (json.dumps(result, indent=2) + "\n").encode())
+    print(json.dumps(result, indent=2) if options.json else text)
+
+
 def show_command(options: argparse.Namespace) -> None:
     split = _split(options)
     chosen_N = torch.randperm(len(split), generator=torch.Generator().manual_seed(options.seed))[: options.count]
@@ -232,6 +256,14 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--batch-size", type=int, default=500)
     measure.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")
     measure.set_defaults(command=evaluate_command)
+
+    robust = commands.add_parser(
+        "robustness", parents=[where, compute, held], help="measure some weights on worse pictures"
+    )
+    robust.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS)
+    robust.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")
+    robust.add_argument("--out", type=Path, help="write the JSON here as well, e.g. weights/cifar_net.robustness.json")
+    robust.set_defaults(command=robustness_command)
 
     show = commands.add_parser("show", parents=[where, compute, held], help="a labelled grid of images")
     show.add_argument("--weights", type=Path, help="also write what these weights predict")
