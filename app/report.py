@@ -1,10 +1,10 @@
 """From probabilities and labels to the figures that describe a classifier. Pure arithmetic on tensors.
 
-Shape letters: N images, K classes. Probabilities, accuracies and intervals are in [0, 1].
+Shape letters: N images, K classes, B bins. Probabilities, accuracies and intervals are in [0, 1].
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,8 @@ class Evaluation:
     """Mean over images of the sum over classes of (probability - truth)**2; between 0 and 2."""
     ece: float
     """Expected calibration error, see `calibration_error`."""
+    bins_B3: Tensor = field(default_factory=lambda: torch.zeros(0, 3, dtype=torch.float64))
+    """Count, mean confidence and accuracy of each of its bins: the reliability diagram. None in files of old."""
 
 
 def confusion_matrix(predicted_N: Tensor, labels_N: Tensor, num_classes: int) -> Tensor:
@@ -68,6 +70,7 @@ def evaluate_probabilities(
     """Every figure of `Evaluation` from the probabilities (N, K) and the true classes (N,)."""
     probabilities_NK = probabilities_NK.double()
     num_classes = probabilities_NK.shape[1]
+    bins = calibration_bins(probabilities_NK, labels_N)
     true_N = probabilities_NK.gather(1, labels_N[:, None])[:, 0]
     # Below the smallest normal float32 a probability has underflowed; the logarithm must stay finite.
     nll = -true_N.clamp_min(torch.finfo(torch.float32).tiny).log().mean().item()
@@ -81,6 +84,7 @@ def evaluate_probabilities(
         nll=nll,
         brier=brier,
         ece=calibration_error(probabilities_NK, labels_N),
+        bins_B3=torch.tensor([list(part.values()) for part in bins], dtype=torch.float64).reshape(-1, 3),
     )
 
 

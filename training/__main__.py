@@ -198,15 +198,12 @@ def show_command(options: argparse.Namespace) -> None:
 
 
 def plot_command(options: argparse.Namespace) -> None:
-    checkpoint, split, device = load(options.weights), _split(options), choose_device(options.device)
-    probabilities_NK = predict(
-        checkpoint.network(), split.pixels_NCHW, device=device, temperature=checkpoint.temperature
-    )
-    evaluation = evaluate(checkpoint, split, device)
+    checkpoint = load(options.weights)
+    evaluation = evaluate(checkpoint, _split(options), choose_device(options.device))
     figures = {
         "confusion.png": plots.confusion_matrix(evaluation.confusion_KK, checkpoint.classes, evaluation.dataset),
         "per_class.png": plots.per_class_bars(evaluation.confusion_KK, checkpoint.classes, evaluation.dataset),
-        "reliability.png": plots.reliability_diagram(probabilities_NK, split.labels_N, evaluation.dataset),
+        "reliability.png": plots.reliability_diagram(evaluation.bins_B3, evaluation.ece, evaluation.dataset),
     }
     for name, figure in figures.items():
         plots.save(figure, options.out / name)
