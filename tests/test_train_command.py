@@ -191,6 +191,39 @@ def test_the_card_says_what_the_file_says(data_folder: Path, monkeypatch: pytest
     assert f"**{right / 30:.2%}** of 30 images right" in text
 
 
+def test_robustness_begins_with_what_evaluate_says(
+    data_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(data_folder)
+    assert cli.main(["train", "--recipe", "debug", "--data", ".", "--name", "a", "--validation", "0.1"]) == 0
+    capsys.readouterr()
+    held = ["--weights", "runs/a/cifar_net.pth", "--data", ".", "--validation", "0.1", "--json"]
+    assert cli.main(["evaluate", *held]) == 0
+    evaluated = json.loads(capsys.readouterr().out)
+    assert cli.main(["robustness", *held, "--out", "new/robustness.json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["rows"][0]["accuracy"] == evaluated["accuracy"]
+    assert result["dataset"] == evaluated["dataset"]
+    checkpoint = load(Path("runs/a/cifar_net.pth"))
+    assert result["weights"]["sha256"] == checkpoint.sha256
+    assert result["weights"]["trained_on"] == "108 of CIFAR-10 training, 120 images"
+    assert json.loads(Path("new/robustness.json").read_text()) == result
+    assert cli.main(["robustness", *held[:-1]]) == 0
+    assert "JPEG quality 75" in capsys.readouterr().out
+
+
+def test_an_ablation_goes_on_where_it_stopped(
+    data_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(data_folder)
+    flags = ["ablate", "--recipe", "debug", "--data", ".", "--epochs", "1", "--out", "ablation.jsonl"]
+    assert cli.main([*flags, "--seeds", "0"]) == 0
+    first = Path("ablation.jsonl").read_text()
+    assert cli.main([*flags, "--seeds", "0", "1"]) == 0
+    assert Path("ablation.jsonl").read_text().startswith(first)
+    assert "has 10 runs" in capsys.readouterr().out
+
+
 def test_pictures_are_written(
     data_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -32,6 +32,7 @@ from app.device import choose_device, choose_dtype, describe
 from app.errors import AppError
 from app.report import report
 from training import plots, robustness
+from training.ablate import ablate
 from training.calibrate import fit_temperature
 from training.card import card
 from training.config import RECIPES, Recipe, add_flags, override
@@ -180,6 +181,21 @@ def _put_out(result: dict[str, Any], text: str, options: argparse.Namespace) -> 
     print(json.dumps(result, indent=2) if options.json else text)
 
 
+def ablate_command(options: argparse.Namespace) -> None:
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    train, _ = data.read(locate(options.data, os.environ))
+    rows = ablate(
+        train,
+        override(RECIPES[options.recipe], {"epochs": options.epochs}),
+        options.seeds,
+        options.out,
+        device=choose_device(options.device),
+        on_row=lambda row: print(f"seed {row['seed']}, {row['setting']}: {row['validation_accuracy']:.2%}", flush=True),
+    )
+    print(f"{options.out} has {len(rows)} runs.")
+
+
 def show_command(options: argparse.Namespace) -> None:
     split = _split(options)
     chosen_N = torch.randperm(len(split), generator=torch.Generator().manual_seed(options.seed))[: options.count]
@@ -261,6 +277,16 @@ def parser() -> argparse.ArgumentParser:
     robust.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")
     robust.add_argument("--out", type=Path, help="write the JSON here as well, e.g. weights/cifar_net.robustness.json")
     robust.set_defaults(command=robustness_command)
+
+    without = commands.add_parser("ablate", parents=[where, compute], help="train without one ingredient at a time")
+    without.add_argument("--recipe", choices=RECIPES, default="default")
+    without.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    without.add_argument("--epochs", type=int, default=4, help="of each run")
+    without.add_argument(
+        "--out", type=Path, default=DEFAULT_WEIGHTS.parent / "ablation.jsonl", help="a line for each run"
+    )
+    without.add_argument("--threads", type=int, help="CPU threads; torch's choice by default")
+    without.set_defaults(command=ablate_command)
 
     show = commands.add_parser("show", parents=[where, compute, held], help="a labelled grid of images")
     show.add_argument("--weights", type=Path, help="also write what these weights predict")
