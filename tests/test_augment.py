@@ -14,16 +14,6 @@ from training.config import Recipe
 PLAIN = Recipe(network="net")
 
 
-@pytest.fixture
-def photos_NCHW() -> Tensor:
-    """Smooth random pictures with edges, so that compression has something to lose."""
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(8, 3, 5, 5, generator=generator) * 255
-    smooth = torch.nn.functional.interpolate(coarse, size=(32, 32), mode="bicubic").clamp(0, 255)
-    smooth[:, :, 10:20, 8:24] = 255 - smooth[:, :, 10:20, 8:24]
-    return smooth.to(torch.uint8)
-
-
 def identity(count: int) -> Draws:
     return Draws(
         shift_N2=torch.zeros(count, 2, dtype=torch.int64),

@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -26,15 +25,6 @@ from training.robustness import (
     mirror,
     shift,
 )
-
-
-@pytest.fixture(scope="module")
-def photos_NCHW() -> Tensor:
-    """Smooth random pictures with edges, so that each corruption has something to spoil."""
-    coarse = torch.rand(8, 3, 5, 5, generator=torch.Generator().manual_seed(0)) * 255
-    smooth = F.interpolate(coarse, size=(32, 32), mode="bicubic").clamp(0, 255)
-    smooth[:, :, 10:20, 8:24] = 255 - smooth[:, :, 10:20, 8:24]
-    return smooth.to(torch.uint8)
 
 
 def lost(before_NCHW: Tensor, after_NCHW: Tensor) -> float:
