@@ -9,8 +9,9 @@ import torch
 
 from app.data import Split
 from training import ablate as module
-from training.ablate import ablate, read_rows, settings
+from training.ablate import ablate, settings
 from training.config import RECIPES, Recipe
+from training.log import read_rows
 
 CPU = torch.device("cpu")
 DEBUG = dataclasses.replace(RECIPES["debug"], epochs=1)

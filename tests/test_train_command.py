@@ -63,6 +63,7 @@ def test_a_run_leaves_weights_log_and_curves(data_folder: Path) -> None:
     assert checkpoint.evaluation is not None
     assert checkpoint.evaluation.digest == test.digest
     assert int(checkpoint.evaluation.confusion_KK.sum()) == 30
+    assert (data_folder / "out" / "net.log.jsonl").read_text() == (folder / "log.jsonl").read_text()
     assert "CIFAR_WEIGHTS=out/net.pth" in done.stdout
     assert f"epoch   2  loss {log_rows(data_folder, 'first')[1]['loss']:.4f}" in done.stdout
 
@@ -210,6 +211,8 @@ def test_robustness_begins_with_what_evaluate_says(
     assert json.loads(Path("new/robustness.json").read_text()) == result
     assert cli.main(["robustness", *held[:-1]]) == 0
     assert "JPEG quality 75" in capsys.readouterr().out
+    assert cli.main(["robustness", *held[:-2], "0.2"]) == 2  # they have seen half of those
+    assert "a run with --validation 0.2" in capsys.readouterr().err
 
 
 def test_an_ablation_goes_on_where_it_stopped(

@@ -34,12 +34,12 @@ from app.report import report
 from training import plots, robustness
 from training.ablate import ablate
 from training.calibrate import fit_temperature
-from training.card import card
+from training.card import write_card
 from training.config import RECIPES, Recipe, add_flags, override
 from training.data import download, hold_out, locate
 from training.evaluate import evaluate, format_report, predict
 from training.fit import fit, initialize, join_workers
-from training.log import RunLog
+from training.log import RunLog, write_rows
 from training.summary import summarize
 
 DEFAULT_WEIGHTS = Path(__file__).parent.parent / "weights" / "cifar_net.pth"
@@ -122,6 +122,7 @@ def train_command(options: argparse.Namespace) -> None:
     save(checkpoint, weights)
     if options.out:
         save(checkpoint, options.out)
+        write_rows(options.out.with_suffix(".log.jsonl"), progress.rows)  # for the model card
         weights = options.out
     log.say(format_report(report(checkpoint.evaluation, checkpoint.classes)))
     log.say(f"Wrote {weights}. Serve it with: CIFAR_WEIGHTS={weights} make serve")
@@ -161,7 +162,15 @@ def evaluate_command(options: argparse.Namespace) -> None:
 
 
 def robustness_command(options: argparse.Namespace) -> None:
-    checkpoint, split = load(options.weights), _split(options)
+    checkpoint = load(options.weights)
+    held_out = checkpoint.trained.get("validation", options.validation)
+    if held_out < options.validation:
+        raise ValueError(
+            f"These weights were trained with a share of {held_out} of the images held out, so --validation "
+            f"{options.validation} would measure images that they have seen. Name the weights of a run with "
+            f"--validation {options.validation}."
+        )
+    split = _split(options)
     result = {
         "weights": {
             "file": options.weights.name,
@@ -231,8 +240,8 @@ def summary_command(options: argparse.Namespace) -> None:
 
 
 def card_command(options: argparse.Namespace) -> None:
-    write_atomically(options.folder / "README.md", card(options.folder).encode())
-    print(f"Wrote {options.folder / 'README.md'}.")
+    for path in write_card(options.folder):
+        print(f"Wrote {path}.")
 
 
 def download_command(options: argparse.Namespace) -> None:

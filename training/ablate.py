@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from app import model
-from app.checkpoint import write_atomically
 from app.data import Split
 from training.config import Recipe, override
 from training.data import hold_out
 from training.evaluate import predict
 from training.fit import fit, initialize
+from training.log import read_rows, write_rows
 
 VALIDATION = 0.1
 NO_INGREDIENTS = {
@@ -73,15 +73,10 @@ def ablate(
             row = {"ingredient": ingredient, "setting": setting, "seed": seed, "epochs": recipe.epochs}
             row |= {"validation_accuracy": _train(changed, train, held_out, device), "recipe": digest}
             rows.append(row)
-            write_atomically(file, "".join(json.dumps(each) + "\n" for each in rows).encode())
+            write_rows(file, rows)
             if on_row is not None:
                 on_row(row)
     return rows
-
-
-def read_rows(file: Path) -> list[Row]:
-    """The finished runs in `file`; none where there is no file yet."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def _train(recipe: Recipe, train: Split, held_out: Split, device: torch.device) -> float:
