@@ -7,6 +7,7 @@ ablate     the recipe with one ingredient taken out at a time -> accuracy on hel
 show       a labelled grid of images
 plot       confusion matrix, per-class bars and reliability diagram of some weights
 summary    a network, layer by layer
+card       the model card of the weights in a folder, from what lies beside them
 download   CIFAR-10 from its home page
 """
 
