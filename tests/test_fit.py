@@ -1,6 +1,9 @@
 """The training loop: it learns, repeats itself exactly, resumes exactly, and stops with a sentence."""
 
 import dataclasses
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -179,3 +182,23 @@ def test_each_parameter_has_exactly_one_optimizer() -> None:
     assert sorted(owned) == sorted(id(parameter) for parameter in network.parameters())
     decayed = {id(p) for group in groups if group.get("weight_decay") for p in group["params"]}
     assert not decayed & {id(p) for p in network.parameters() if p.ndim == 1}
+
+
+RESIDENT = """
+import resource, torch
+from training.fit import keep_memory
+
+def resident_after_a_large_tensor():
+    torch.ones(1 << 26)  # 256 MiB, freed at once
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+
+before = resident_after_a_large_tensor()
+keep_memory()
+print(resident_after_a_large_tensor() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's malloc")
+def test_freed_memory_is_kept_for_the_next_step() -> None:
+    done = subprocess.run([sys.executable, "-c", RESIDENT], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 200 * 2**20

@@ -3,7 +3,9 @@
 Shape letters: N images, C = 3, H = W = 32, K classes.
 """
 
+import ctypes
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +27,9 @@ from training.augment import augment, draw, epoch_generator
 from training.config import Recipe
 from training.meter import Meter, TrainingError
 from training.muon import Muon
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+KEPT_BYTES = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,18 @@ class Progress:
     epochs_done: int = 0
     rows: list[dict[str, float]] = field(default_factory=list)
     """One an epoch: what the log and the learning curves show."""
+
+
+def keep_memory() -> None:
+    """Have glibc keep what is freed for the next step, for the rest of the process.
+
+    By default it hands large tensors back to the system and gets them anew in the next step, cleared page by page:
+    on two cores that was a fifth of a step of the default recipe (950 -> 1,190 images/s). Does nothing elsewhere.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def initialize(network: Normalized, recipe: Recipe, pixels_NCHW: Tensor) -> None:
@@ -116,6 +133,7 @@ def fit(
             f"A batch of {recipe.batch_size} images cannot be shared evenly by {workers.count} processes; "
             f"choose --batch-size as a multiple of {workers.count}."
         )
+    keep_memory()
     dtype = choose_dtype(device) if recipe.precision == "auto" else torch.float32
     network.to(device)
     if dtype == torch.bfloat16:
