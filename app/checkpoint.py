@@ -1,14 +1,18 @@
 """The only definition of what a weights file holds. Reading never runs code from the file; writing is atomic.
 
-    format        1
+    format        2
     architecture  {"name": "cifar_net", "arguments": {...}}, what `model.build` needs
     state_dict    float32 tensors on the CPU, mean and std among them, so that preprocessing is never typed twice
     classes       the class names, in the order of the outputs
-    temperature   what the logits are divided by before the softmax (Guo et al., 2017, arXiv:1706.04599)
+    calibration   the fields of `calibration.Calibration`
+    prototypes    (P, D), unit vectors: where the training images lie among the features of this network, or None
+    self_test     (N, K), the probabilities of `self_test.drawings` in float32, or None
     evaluation    the fields of `report.Evaluation`, or None
     trained       where the weights come from: shown to people, never interpreted
 
-The tutorial's own file, a bare state_dict of `Net`, is read as well.
+The tutorial's own file, a bare state_dict of `Net`, is read as well. It lacks all that may be None.
+
+Shape letters: N images, K classes, P prototypes, D features.
 """
 
 import dataclasses
@@ -20,17 +24,19 @@ import pickle
 import tempfile
 import warnings
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
 
-from app import model
+from app import model, self_test
+from app.calibration import UNCALIBRATED, Calibration
 from app.errors import CheckpointError
 from app.report import Evaluation
 
-FORMAT = 1
+FORMAT = 2
 CIFAR10_CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 EXPECTED = "Expected is a file written by `python -m training train`, or the state_dict of the tutorial's Net."
 
@@ -43,7 +49,9 @@ class Checkpoint:
     arguments: dict[str, Any]
     state_dict: dict[str, Tensor]
     classes: tuple[str, ...]
-    temperature: float = 1.0
+    calibration: Calibration = UNCALIBRATED
+    prototypes_PD: Tensor | None = None
+    self_test_NK: Tensor | None = None
     evaluation: Evaluation | None = None
     trained: dict[str, Any] = field(default_factory=dict)
     sha256: str = ""
@@ -98,7 +106,9 @@ def save(checkpoint: Checkpoint, path: Path) -> str:
         "architecture": {"name": checkpoint.architecture, "arguments": checkpoint.arguments},
         "state_dict": {name: tensor.detach().cpu().clone() for name, tensor in checkpoint.state_dict.items()},
         "classes": list(checkpoint.classes),
-        "temperature": checkpoint.temperature,
+        "calibration": vars(checkpoint.calibration).copy(),
+        "prototypes": checkpoint.prototypes_PD,
+        "self_test": checkpoint.self_test_NK,
         "evaluation": None if checkpoint.evaluation is None else vars(checkpoint.evaluation).copy(),
         "trained": checkpoint.trained,
     }
@@ -158,7 +168,7 @@ def load(path: Path) -> Checkpoint:
         ) from None
     try:
         checkpoint = _parse(content)
-        checkpoint.network()
+        _check_prototypes(checkpoint.prototypes_PD, checkpoint.network())
     except CheckpointError as error:
         raise CheckpointError(f"{error} (File {path}.) {EXPECTED}") from None
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError):
@@ -182,7 +192,9 @@ def _parse(content: object) -> Checkpoint:
             arguments=content["architecture"]["arguments"],
             state_dict=content["state_dict"],
             classes=tuple(content["classes"]),
-            temperature=float(content["temperature"]),
+            calibration=Calibration(**content["calibration"]),
+            prototypes_PD=content["prototypes"],
+            self_test_NK=content["self_test"],
             evaluation=None if evaluation is None else Evaluation(**evaluation),
             trained=content["trained"],
         )
@@ -226,20 +238,66 @@ def _check(checkpoint: Checkpoint) -> None:
             raise CheckpointError(f"In the weights file the tensor {name} has values that are not finite.")
     if not (checkpoint.state_dict.get("std", torch.ones(3)) > 0).all():
         raise CheckpointError("In the weights file a standard deviation of the normalisation is not positive.")
-    if not 0 < checkpoint.temperature < math.inf:
-        raise CheckpointError(
-            f"The weights file has the temperature {checkpoint.temperature}; it must be positive and finite."
-        )
+    _check_calibration(checkpoint.calibration)
+    for name, matrix in (("prototypes", checkpoint.prototypes_PD), ("self_test", checkpoint.self_test_NK)):
+        if matrix is not None and not _is_matrix(matrix):
+            raise CheckpointError(f"In the weights file the field {name} is no matrix of finite float32 numbers.")
+    if checkpoint.self_test_NK is not None:
+        expected = (len(self_test.drawings()), len(checkpoint.classes))
+        if checkpoint.self_test_NK.shape != expected:
+            raise CheckpointError(
+                f"In the weights file the field self_test has the shape {tuple(checkpoint.self_test_NK.shape)}; "
+                f"expected is {expected}."
+            )
     if checkpoint.evaluation is not None:
         _check_evaluation(checkpoint.evaluation, len(checkpoint.classes))
 
 
+def _is_matrix(value: object) -> bool:
+    return (
+        isinstance(value, Tensor) and value.dtype == torch.float32 and value.ndim == 2 and bool(value.isfinite().all())
+    )
+
+
+def _check_calibration(calibration: Calibration) -> None:
+    _check_kinds(calibration, "calibration")
+    if not 0 < calibration.temperature < math.inf:
+        raise CheckpointError(
+            f"The weights file has the temperature {calibration.temperature}; it must be positive and finite."
+        )
+    if calibration.set_threshold is not None and not 0 <= calibration.set_threshold <= 1:
+        raise CheckpointError(
+            f"In the weights file the threshold of the prediction sets is {calibration.set_threshold}; it must be from "
+            "0 to 1."
+        )
+    quantiles = calibration.strangeness_quantiles
+    if quantiles is not None and not (
+        len(quantiles) > 1
+        and all(isinstance(value, float) and math.isfinite(value) for value in quantiles)
+        and all(low <= high for low, high in pairwise(quantiles))
+    ):
+        raise CheckpointError("In the weights file the quantiles of the strangeness are not rising numbers.")
+
+
+def _check_prototypes(prototypes_PD: Tensor | None, network: nn.Module) -> None:
+    features = model.split(network)[1].in_features
+    if prototypes_PD is not None and prototypes_PD.shape[1] != features:
+        raise CheckpointError(
+            f"In the weights file the prototypes have {prototypes_PD.shape[1]} features; the network has {features}."
+        )
+
+
 def _check_evaluation(evaluation: Evaluation, size: int) -> None:
-    for entry in dataclasses.fields(evaluation):
-        value = getattr(evaluation, entry.name)
-        if type(value) is not entry.type:
-            raise CheckpointError(f"In the weights file {entry.name} of the evaluation is a {type(value).__name__}.")
+    _check_kinds(evaluation, "evaluation")
     if evaluation.confusion_KK.shape != (size, size) or evaluation.confusion_KK.dtype != torch.int64:
         raise CheckpointError(f"In the weights file the confusion matrix is not {size} x {size} whole numbers.")
     if evaluation.bins_B3.ndim != 2 or evaluation.bins_B3.shape[1] != 3 or evaluation.bins_B3.dtype != torch.float64:
         raise CheckpointError("In the weights file the calibration bins are not rows of three numbers.")
+
+
+def _check_kinds(holder: Calibration | Evaluation, name: str) -> None:
+    for entry in dataclasses.fields(holder):
+        kinds = tuple(get_origin(kind) or kind for kind in get_args(entry.type) or (entry.type,))
+        value = getattr(holder, entry.name)
+        if not isinstance(value, kinds):
+            raise CheckpointError(f"In the weights file {entry.name} of the {name} is a {type(value).__name__}.")

@@ -99,8 +99,8 @@ class CifarNet(Normalized):
         x = F.relu(self.stem(self.normalize(pixels_NCHW)))
         for down, refine in zip(self.down, self.refine, strict=True):
             x = refine(F.relu(down(x)))
-        # In the head's own precision: a bfloat16 mean would throw away most of what averaging gains.
-        return cast(Tensor, self.head(x.mean(dim=(2, 3), dtype=self.head.weight.dtype)))
+        # A bfloat16 mean would throw away most of what averaging gains.
+        return cast(Tensor, self.head(x.mean(dim=(2, 3), dtype=torch.float32)))
 
 
 NETWORKS: dict[str, type[Normalized]] = {"net": Net, "cifar_net": CifarNet}
@@ -125,3 +125,11 @@ def fold(network: nn.Module) -> nn.Module:
             module.conv = fuse_conv_bn_eval(module.conv, module.norm)
             module.norm = nn.Identity()
     return folded
+
+
+def split(network: nn.Module) -> tuple[nn.Module, nn.Linear]:
+    """A copy without the last layer, which gives the features (N, D) that this layer makes logits of; and the layer."""
+    body = copy.deepcopy(network)
+    name, head = [(name, layer) for name, layer in body.named_modules() if isinstance(layer, nn.Linear)][-1]
+    setattr(body, name, nn.Identity())
+    return body, head

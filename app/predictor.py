@@ -28,7 +28,7 @@ class Predictor:
             max_batch: Larger batches are split.
         """
         self._max_batch = max_batch
-        self._temperature = checkpoint.temperature
+        self._temperature = checkpoint.calibration.temperature
         network = model.fold(checkpoint.network())
         self.engine = engine.choose(network, device, name=engine_name, threads=threads, max_batch=max_batch)
 

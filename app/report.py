@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 CALIBRATION_BINS = 15
+COVERAGE = 0.95
+"""Share of pictures whose prediction set should hold the true class."""
+CONFUSIONS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,14 @@ class Evaluation:
     """Expected calibration error, see `calibration_error`."""
     bins_B3: Tensor = field(default_factory=lambda: torch.zeros(0, 3, dtype=torch.float64))
     """Count, mean confidence and accuracy of each of its bins: the reliability diagram. None in files of old."""
+    uncalibrated_nll: float
+    """The same three at temperature 1."""
+    uncalibrated_brier: float
+    uncalibrated_ece: float
+    coverage: float | None = None
+    """Share of images whose prediction set holds the true class; None if the weights know of no such sets."""
+    set_size: float | None = None
+    """Mean number of classes in a set."""
 
 
 def confusion_matrix(predicted_N: Tensor, labels_N: Tensor, num_classes: int) -> Tensor:
@@ -65,27 +76,67 @@ def calibration_error(probabilities_NK: Tensor, labels_N: Tensor, bins: int = CA
 
 
 def evaluate_probabilities(
-    probabilities_NK: Tensor, labels_N: Tensor, *, dataset: str, digest: str, evaluated_at: str
+    probabilities_NK: Tensor,
+    labels_N: Tensor,
+    *,
+    dataset: str,
+    digest: str,
+    evaluated_at: str,
+    temperature: float = 1.0,
+    set_threshold: float | None = None,
 ) -> Evaluation:
-    """Every figure of `Evaluation` from the probabilities (N, K) and the true classes (N,)."""
+    """Every figure of `Evaluation` from the probabilities (N, K) and the true classes (N,).
+
+    Args:
+        temperature: What the logits were divided by.
+        set_threshold: The least probability of a class in a prediction set, if there are such sets.
+    """
     probabilities_NK = probabilities_NK.double()
-    num_classes = probabilities_NK.shape[1]
+    # Dividing the logits by a temperature raises the probabilities to a power, up to a factor; this is the way back.
+    # What has underflowed stays below the smallest normal float32.
+    logarithms_NK = probabilities_NK.clamp_min(torch.finfo(torch.float32).tiny).log()
+    uncalibrated_NK = (logarithms_NK * temperature).softmax(dim=1)
+    nll, brier, ece = _scores(probabilities_NK, labels_N)
+    uncalibrated_nll, uncalibrated_brier, uncalibrated_ece = _scores(uncalibrated_NK, labels_N)
+    coverage, set_size = _prediction_sets(probabilities_NK, labels_N, set_threshold)
     bins = calibration_bins(probabilities_NK, labels_N)
+    return Evaluation(
+        dataset=dataset,
+        digest=digest,
+        evaluated_at=evaluated_at,
+        confusion_KK=confusion_matrix(probabilities_NK.argmax(dim=1), labels_N, probabilities_NK.shape[1]),
+        nll=nll,
+        brier=brier,
+        ece=ece,
+        bins_B3=torch.tensor([list(part.values()) for part in bins], dtype=torch.float64).reshape(-1, 3),
+        uncalibrated_nll=uncalibrated_nll,
+        uncalibrated_brier=uncalibrated_brier,
+        uncalibrated_ece=uncalibrated_ece,
+        coverage=coverage,
+        set_size=set_size,
+    )
+
+
+def _scores(probabilities_NK: Tensor, labels_N: Tensor) -> tuple[float, float, float]:
+    """Negative log likelihood, Brier score and expected calibration error."""
     true_N = probabilities_NK.gather(1, labels_N[:, None])[:, 0]
     # Below the smallest normal float32 a probability has underflowed; the logarithm must stay finite.
     nll = -true_N.clamp_min(torch.finfo(torch.float32).tiny).log().mean().item()
     # sum_k (p_k - y_k)^2 = sum_k p_k^2 - 2 p_true + 1
     brier = (probabilities_NK.square().sum(dim=1) - 2 * true_N + 1).mean().item()
-    return Evaluation(
-        dataset=dataset,
-        digest=digest,
-        evaluated_at=evaluated_at,
-        confusion_KK=confusion_matrix(probabilities_NK.argmax(dim=1), labels_N, num_classes),
-        nll=nll,
-        brier=brier,
-        ece=calibration_error(probabilities_NK, labels_N),
-        bins_B3=torch.tensor([list(part.values()) for part in bins], dtype=torch.float64).reshape(-1, 3),
-    )
+    return nll, brier, calibration_error(probabilities_NK, labels_N)
+
+
+def _prediction_sets(
+    probabilities_NK: Tensor, labels_N: Tensor, threshold: float | None
+) -> tuple[float, float] | tuple[None, None]:
+    """Coverage and mean size of the sets that `Calibration.prediction_set` makes."""
+    if threshold is None:
+        return None, None
+    # The most probable class is in each set, the others from the threshold on.
+    sets_NK = probabilities_NK >= probabilities_NK.amax(dim=1, keepdim=True).clamp_max(threshold)
+    coverage = sets_NK.gather(1, labels_N[:, None]).double().mean().item()
+    return coverage, sets_NK.sum(dim=1).double().mean().item()
 
 
 def wilson_interval(successes: int, total: int, z: float = 1.959964) -> tuple[float, float]:
@@ -107,6 +158,8 @@ def _ratio(part: int, whole: int) -> float:
 def per_class(confusion_KK: Tensor, classes: tuple[str, ...]) -> list[dict[str, Any]]:
     """For each class: support, predicted, correct, accuracy (= recall), precision, f1 and the accuracy's interval.
 
+    And what its images are most often taken for, by number of images: at most `CONFUSIONS` other classes.
+
     A ratio without any case (a class never predicted, a class without images) is 0, never a division by zero.
     """
     rows = []
@@ -125,9 +178,16 @@ def per_class(confusion_KK: Tensor, classes: tuple[str, ...]) -> list[dict[str, 
                 "precision": _ratio(correct, predicted),
                 "f1": _ratio(2 * correct, support + predicted),
                 "interval": wilson_interval(correct, support),
+                "confusions": _confusions(confusion_KK[index].tolist(), index, classes),
             }
         )
     return rows
+
+
+def _confusions(counts_K: list[int], own: int, classes: tuple[str, ...]) -> list[dict[str, Any]]:
+    wrong = [(count, name) for index, (count, name) in enumerate(zip(counts_K, classes, strict=True)) if index != own]
+    ranked = sorted(wrong, key=lambda pair: -pair[0])[:CONFUSIONS]
+    return [{"label": name, "images": count} for count, name in ranked if count]
 
 
 def report(evaluation: Evaluation, classes: tuple[str, ...]) -> dict[str, Any]:
@@ -145,7 +205,15 @@ def report(evaluation: Evaluation, classes: tuple[str, ...]) -> dict[str, Any]:
             "brier": evaluation.brier,
             "ece": evaluation.ece,
             "ece_estimator": f"{CALIBRATION_BINS} equal-mass bins of the highest probability",
+            "uncalibrated": {
+                "nll": evaluation.uncalibrated_nll,
+                "brier": evaluation.uncalibrated_brier,
+                "ece": evaluation.uncalibrated_ece,
+            },
         },
+        "prediction_sets": None
+        if evaluation.coverage is None
+        else {"target": COVERAGE, "coverage": evaluation.coverage, "mean_size": evaluation.set_size},
         "classes": per_class(evaluation.confusion_KK, classes),
         "confusion": evaluation.confusion_KK.tolist(),
     }

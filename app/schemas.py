@@ -57,6 +57,13 @@ class BatchPrediction(BaseModel):
     model: ModelInfo = Field(description="Which weights answered.")
 
 
+class Confusion(BaseModel):
+    """What images of a class are taken for."""
+
+    label: str = Field(description="The class that was answered.")
+    images: int = Field(description="For how many images of the true class.")
+
+
 class ClassReport(BaseModel):
     """How well one class is recognised."""
 
@@ -69,6 +76,9 @@ class ClassReport(BaseModel):
     precision: float = Field(description="correct / predicted.")
     f1: float = Field(description="Harmonic mean of accuracy and precision.")
     interval: tuple[float, float] = Field(description="95 % Wilson interval of the accuracy.")
+    confusions: list[Confusion] = Field(
+        description="The classes that its images are most often taken for, at most three, the most frequent first."
+    )
 
 
 class DatasetInfo(BaseModel):
@@ -79,6 +89,14 @@ class DatasetInfo(BaseModel):
     images: int = Field(description="How many.")
 
 
+class Uncalibrated(BaseModel):
+    """The same three figures without the temperature that the logits are divided by."""
+
+    nll: float = Field(description="Mean negative log likelihood of the true class, in nats.")
+    brier: float = Field(description="Mean squared distance of the probabilities from the truth, 0 to 2.")
+    ece: float = Field(description="Expected calibration error, 0 to 1.")
+
+
 class Calibration(BaseModel):
     """How far the probabilities can be taken at their word."""
 
@@ -86,6 +104,15 @@ class Calibration(BaseModel):
     brier: float = Field(description="Mean squared distance of the probabilities from the truth, 0 to 2.")
     ece: float = Field(description="Expected calibration error, 0 to 1.")
     ece_estimator: str = Field(description="How it is estimated.")
+    uncalibrated: Uncalibrated = Field(description="The three without the temperature.")
+
+
+class PredictionSets(BaseModel):
+    """How well the sets of classes keep their promise."""
+
+    target: float = Field(description="Share of pictures whose set should hold the true class.", examples=[0.95])
+    coverage: float = Field(description="Share of images whose set does.")
+    mean_size: float = Field(description="Number of classes in a set, on average.")
 
 
 class WeightsInfo(BaseModel):
@@ -111,6 +138,9 @@ class Report(BaseModel):
     correct: int = Field(description="Their number.")
     interval: tuple[float, float] = Field(description="95 % Wilson interval of the accuracy.")
     calibration: Calibration = Field(description="How far the probabilities can be taken at their word.")
+    prediction_sets: PredictionSets | None = Field(
+        description="How well the sets of classes keep their promise; null if these weights know of none."
+    )
     classes: list[ClassReport] = Field(description="In the order of the classes.")
     confusion: list[list[int]] = Field(description="Rows are true classes, columns predicted ones.")
 

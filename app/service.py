@@ -250,7 +250,13 @@ class Service:
             yield
         evaluated_at = datetime.now(UTC).isoformat(timespec="seconds")
         served.measured = evaluate_probabilities(
-            torch.cat(parts), split.labels_N, dataset=split.name, digest=split.digest, evaluated_at=evaluated_at
+            torch.cat(parts),
+            split.labels_N,
+            dataset=split.name,
+            digest=split.digest,
+            evaluated_at=evaluated_at,
+            temperature=served.checkpoint.calibration.temperature,
+            set_threshold=served.checkpoint.calibration.set_threshold,
         )
         logger.info("Evaluated on %s: %d images.", split.name, len(split))
 

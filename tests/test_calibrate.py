@@ -1,10 +1,17 @@
-"""Fitting the temperature."""
+"""What is learned from held-out images: the temperature, the prediction sets, what is familiar."""
+
+import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import random_checkpoint
 
+from app.calibration import Calibration, strangeness
+from app.checkpoint import CIFAR10_CLASSES
+from app.data import Split
 from app.report import calibration_error
-from training.calibrate import fit_temperature
+from training.calibrate import calibrate, find_prototypes, fit_temperature, set_threshold
 
 
 @pytest.mark.parametrize("true_temperature", [0.5, 1.0, 2.5])
@@ -20,3 +27,84 @@ def test_the_temperature_behind_the_labels_is_found(true_temperature: float) -> 
     assert after < 0.01
     if true_temperature != 1.0:
         assert calibration_error(said_NK, labels_N) > 3 * after
+
+
+def test_the_threshold_is_the_finite_sample_quantile() -> None:
+    probabilities_N = torch.arange(1, 100) / 100  # of the true class, for 99 images
+    probabilities_NK = torch.stack([probabilities_N, 1 - probabilities_N], dim=1).double()
+    labels_N = torch.zeros(99, dtype=torch.int64)
+    assert set_threshold(probabilities_NK, labels_N) == pytest.approx(0.05)  # floor(100 x 0.05) = the fifth smallest
+    assert set_threshold(probabilities_NK[1:], labels_N[1:]) == pytest.approx(0.05)  # 98: the fourth of one fewer
+    assert set_threshold(probabilities_NK[-18:], labels_N[-18:]) == 0  # 18 cannot promise 95 %: 19 can
+    assert set_threshold(probabilities_NK[-19:], labels_N[-19:]) == pytest.approx(0.81)
+
+
+def test_sets_of_new_pictures_hold_the_true_class_as_often_as_promised() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits_NK = 2 * torch.randn(12_000, 10, generator=generator)
+    labels_N = (2 * logits_NK).softmax(dim=1).multinomial(1, generator=generator)[:, 0]  # the network is too modest
+    probabilities_NK = logits_NK.softmax(dim=1)
+    threshold = set_threshold(probabilities_NK[:2000], labels_N[:2000])
+    known = Calibration(set_threshold=threshold)
+    sets = [known.prediction_set(row) for row in probabilities_NK[2000:].tolist()]
+    assert all(sets)
+    coverage = (
+        sum(label in chosen for label, chosen in zip(labels_N[2000:].tolist(), sets, strict=True) if chosen) / 1e4
+    )
+    assert coverage == pytest.approx(0.95, abs=0.015)  # 3 standard deviations of both samples
+
+
+def test_a_prediction_set_is_ranked_and_never_empty() -> None:
+    known = Calibration(set_threshold=0.3)
+    assert known.prediction_set([0.3, 0.25, 0.45]) == [2, 0]
+    assert known.prediction_set([0.1, 0.9, 0.0]) == [1]
+    assert known.prediction_set([0.28, 0.22, 0.26, 0.24]) == [0]
+    assert Calibration().prediction_set([0.5, 0.5]) is None
+
+
+def test_familiarity_is_the_share_of_held_out_images_that_are_stranger() -> None:
+    known = Calibration(strangeness_quantiles=(1.0, 2.0, 2.0, 4.0, 8.0))
+    given = {0.5: 1.0, 1.0: 1.0, 1.5: 0.875, 2.0: 0.75, 3.0: 0.375, 4.0: 0.25, 6.0: 0.125, 8.0: 0.0, 9.0: 0.0}
+    assert {value: known.familiarity(value) for value in given} == pytest.approx(given)
+
+
+def test_strangeness_by_hand() -> None:
+    prototypes_PD = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    features_ND = torch.tensor([[5.0, 0.0], [3.0, 4.0], [-1.0, 0.0]])
+    sure_NK, torn_NK = torch.tensor([[100.0, 0.0]]).expand(3, 2), torch.zeros(3, 2)
+    assert strangeness(features_ND, sure_NK, prototypes_PD).tolist() == pytest.approx([0, 0.2, 1])
+    torn_N = strangeness(features_ND, torn_NK, prototypes_PD)
+    torch.testing.assert_close(torn_N, torch.tensor([0, 0.2, 1]) * (1 + torch.tensor(2.0).log()))
+
+
+def test_prototypes_lie_where_the_features_do() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres_PD = F.normalize(torch.randn(6, 8, generator=generator), dim=1)
+    which_N = torch.arange(600) % 6
+    features_ND = 3 * centres_PD[which_N] + 0.1 * torch.randn(600, 8, generator=generator)
+    prototypes_PD = find_prototypes(features_ND, which_N % 2, per_class=3)
+    assert prototypes_PD.shape == (6, 8)
+    torch.testing.assert_close(prototypes_PD.norm(dim=1), torch.ones(6))
+    # Three of each class: a random start may give two of them one centre, but each has one nearby.
+    assert ((prototypes_PD @ centres_PD.T).amax(dim=1) > 0.7).all()
+    assert (find_prototypes(features_ND, which_N, per_class=1) @ centres_PD.T).argmax(dim=1).tolist() == [*range(6)]
+    assert len(find_prototypes(features_ND[:4], which_N[:4], per_class=3)) == 4  # one image of each class
+
+
+def test_half_of_the_held_out_images_are_more_familiar_than_the_median() -> None:
+    generator = torch.Generator().manual_seed(0)
+    held_out = Split(
+        name="held out",
+        classes=CIFAR10_CLASSES,
+        pixels_NCHW=torch.randint(0, 256, (60, 3, 32, 32), dtype=torch.uint8, generator=generator),
+        labels_N=torch.arange(60) % 10,
+    )
+    given = random_checkpoint()
+    prototypes_PD = F.normalize(torch.rand(10, 84, generator=generator), dim=1)
+    found = calibrate(dataclasses.replace(given, prototypes_PD=prototypes_PD), held_out)
+    assert (found.images, found.count, found.digest) == ("held out", 60, held_out.digest)
+    logits_NK = given.network()(held_out.pixels_NCHW)
+    assert found.temperature == pytest.approx(fit_temperature(logits_NK.softmax(dim=1), held_out.labels_N), rel=1e-4)
+    assert found.strangeness_quantiles is not None
+    ranks = sorted(found.familiarity(value) for value in found.strangeness_quantiles[::100])
+    assert ranks == pytest.approx([index / 10 for index in range(11)], abs=1e-6)

@@ -1,5 +1,6 @@
 """The card says what the files beside it say, leaves out what is missing, and shows pictures that are there."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import random_checkpoint, random_evaluation
 
+from app.calibration import Calibration
 from app.checkpoint import load, save
 from training.card import write_card
 from training.log import write_rows
@@ -53,12 +55,23 @@ def test_weights_alone_make_a_card(folder: Path) -> None:
     assert "62,006 parameters" in text
     assert checkpoint.sha256 in text
     assert "| recipe | `random` |" in text
-    assert f"expected calibration error {evaluation.ece:.4f}" in text
+    assert f"| expected calibration error | {evaluation.ece:.4f} | {evaluation.uncalibrated_ece:.4f} |" in text
+    assert "Temperature 1.0000. On random test" in text
+    assert "Prediction sets" not in text
     assert "| **cat** | " + " | ".join(map(str, evaluation.confusion_KK[3].tolist())) + " |" in text
     assert {path.name for path in folder.glob("*.png")} == {"a.confusion.png", "a.reliability.png"}
     assert text.index("## a.pth") < text.index("## bare.pth") < text.index("## Limits")
     for missing in ("Robustness", "Learning curves", "Ablation", "something else"):
         assert missing not in text
+
+
+def test_the_calibration_says_where_it_is_from(folder: Path) -> None:
+    held_out = Calibration(temperature=0.75, set_threshold=0.2, images="validation", count=9, digest="f" * 64)
+    sets = dataclasses.replace(random_evaluation(), coverage=0.9512, set_size=1.25)
+    save(dataclasses.replace(random_checkpoint(evaluation=sets), calibration=held_out), folder / "a.pth")
+    text = card(folder)
+    assert "Temperature 0.7500, fitted on validation, sha256 `ffffffffffff`. On random test" in text
+    assert "for 95% of pictures): 95.12% of them hold it; they have 1.250 classes on average." in text
 
 
 def test_robustness_brings_the_figure_on_exact_pixels(folder: Path) -> None:

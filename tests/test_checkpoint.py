@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from app import checkpoint, model
+from app.calibration import Calibration
 from app.checkpoint import CIFAR10_CLASSES, Checkpoint, load, save, write_atomically
 from app.errors import CheckpointError
 from app.report import Evaluation
@@ -25,6 +26,19 @@ EVALUATION = Evaluation(
     brier=0.125,
     ece=0.0625,
     bins_B3=torch.tensor([[2, 0.5, 0.75], [1, 0.875, 1]], dtype=torch.float64),
+    uncalibrated_nll=0.5,
+    uncalibrated_brier=0.25,
+    uncalibrated_ece=0.125,
+    coverage=0.9375,
+    set_size=1.5,
+)
+CALIBRATION = Calibration(
+    temperature=1.25,
+    set_threshold=0.375,
+    strangeness_quantiles=(0.0, 0.125, 0.5),
+    images="validation (12 held-out training images)",
+    count=12,
+    digest="1" * 64,
 )
 
 
@@ -35,7 +49,9 @@ def example(name: str = "net") -> Checkpoint:
         arguments={"num_classes": 10},
         state_dict=model.build(name).state_dict(),
         classes=CIFAR10_CLASSES,
-        temperature=1.25,
+        calibration=CALIBRATION,
+        prototypes_PD=torch.eye(84 if name == "net" else 224)[:5],
+        self_test_NK=torch.full((8, 10), 0.1),
         evaluation=EVALUATION,
         trained={"recipe": "debug", "seed": 3, "versions": {"torch": "2"}},
     )
@@ -49,7 +65,9 @@ def content(**changes: object) -> dict[str, Any]:
         "architecture": {"name": given.architecture, "arguments": given.arguments},
         "state_dict": given.state_dict,
         "classes": list(given.classes),
-        "temperature": given.temperature,
+        "calibration": vars(CALIBRATION),
+        "prototypes": given.prototypes_PD,
+        "self_test": given.self_test_NK,
         "evaluation": vars(EVALUATION),
         "trained": given.trained,
     } | changes
@@ -57,6 +75,10 @@ def content(**changes: object) -> dict[str, Any]:
 
 def tensors(**changes: object) -> dict[str, Any]:
     return content(state_dict={**example().state_dict, **changes})
+
+
+def calibrated(**changes: object) -> dict[str, Any]:
+    return content(calibration={**vars(CALIBRATION), **changes})
 
 
 def evaluated(**changes: object) -> dict[str, Any]:
@@ -69,8 +91,10 @@ def test_round_trip(tmp_path: Path, name: str) -> None:
     sha256 = save(saved, tmp_path / "new" / "weights.pth")
     loaded = load(tmp_path / "new" / "weights.pth")
     assert loaded.sha256 == sha256
-    for field in ("architecture", "arguments", "classes", "temperature", "trained"):
+    for field in ("architecture", "arguments", "classes", "calibration", "trained"):
         assert getattr(loaded, field) == getattr(saved, field)
+    for field in ("prototypes_PD", "self_test_NK"):
+        assert torch.equal(getattr(loaded, field), getattr(saved, field))
     assert loaded.evaluation is not None
     tables = {"confusion_KK": EVALUATION.confusion_KK, "bins_B3": EVALUATION.bins_B3}
     assert all(torch.equal(getattr(loaded.evaluation, name), table) for name, table in tables.items())
@@ -125,7 +149,8 @@ def test_the_tutorials_state_dict_is_read(tmp_path: Path) -> None:
     torch.save(net.state_dict(), tmp_path / "cifar_net.pth")
     loaded = load(tmp_path / "cifar_net.pth")
     assert loaded.classes == CIFAR10_CLASSES
-    assert loaded.evaluation is None
+    assert (loaded.evaluation, loaded.prototypes_PD, loaded.self_test_NK) == (None, None, None)
+    assert loaded.calibration == Calibration()
     pixels_NCHW = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     normalized = (pixels_NCHW / 255 - 0.5) / 0.5  # ToTensor and Normalize of the tutorial
     torch.testing.assert_close(loaded.network()(pixels_NCHW), net(normalized).detach(), atol=1e-5, rtol=1e-4)
@@ -186,8 +211,8 @@ REFUSED: dict[str, tuple[object, str]] = {
     "without content": (tensors(**{"fc1.bias": torch.ones(120, device="meta")}), "fc1.bias is not an ordinary"),
     "no tensor": (tensors(**{"fc1.bias": [0.0]}), "something else than a tensor under the name 'fc1.bias'"),
     "zero deviation": (tensors(std=torch.zeros(3)), "standard deviation of the normalisation is not positive"),
-    "newer format": (content(format=2), "has the format 2; this version reads format 1"),
-    "missing field": ({"format": 1}, "lacks a field of the format"),
+    "newer format": (content(format=3), "has the format 3; this version reads format 2"),
+    "missing field": ({"format": 2}, "lacks a field of the format"),
     "unknown network": (
         content(architecture={"name": "vgg", "arguments": {"num_classes": 10}}),
         "is for a network 'vgg'; known are net, cifar_net",
@@ -199,8 +224,30 @@ REFUSED: dict[str, tuple[object, str]] = {
     "fewer names": (content(classes=["cat", "dog"]), "number of class names differs from the number of outputs"),
     "same names": (content(classes=["cat"] * 10), "class names are not distinct texts"),
     "names that are none": (content(classes=[*range(10)]), "class names are not distinct texts"),
-    "negative temperature": (content(temperature=-1.0), r"temperature -1.0; it must be positive"),
-    "no temperature": (content(temperature=float("nan")), r"temperature nan; it must be positive"),
+    "negative temperature": (calibrated(temperature=-1.0), r"temperature -1.0; it must be positive"),
+    "no temperature": (calibrated(temperature=float("nan")), r"temperature nan; it must be positive"),
+    "text for a temperature": (calibrated(temperature="hot"), "temperature of the calibration is a str"),
+    "a threshold above 1": (
+        calibrated(set_threshold=1.5),
+        "threshold of the prediction sets is 1.5; it must be from 0",
+    ),
+    "quantiles that fall": (calibrated(strangeness_quantiles=(0.5, 0.25)), "of the strangeness are not rising numbers"),
+    "one quantile": (calibrated(strangeness_quantiles=(0.5,)), "of the strangeness are not rising numbers"),
+    "quantiles of text": (calibrated(strangeness_quantiles=("a", "b")), "of the strangeness are not rising numbers"),
+    "unknown calibration": (calibrated(shift=1.0), "lacks a field of the format it claims, or has one too many"),
+    "prototypes of another network": (
+        content(prototypes=torch.eye(5)),
+        "prototypes have 5 features; the network has 84",
+    ),
+    "prototypes that are none": (content(prototypes=[1.0]), "field prototypes is no matrix of finite float32"),
+    "infinite prototypes": (
+        content(prototypes=torch.full((5, 84), torch.inf)),
+        "field prototypes is no matrix of finite",
+    ),
+    "a short self-test": (
+        content(self_test=torch.zeros(3, 10)),
+        r"self_test has the shape \(3, 10\); expected is \(8, 10",
+    ),
     "small matrix": (evaluated(confusion_KK=torch.zeros(2, 2).long()), "confusion matrix is not 10 x 10"),
     "no matrix": (evaluated(confusion_KK=3), "confusion_KK of the evaluation is a int"),
     "bins of two numbers": (evaluated(bins_B3=torch.zeros(3, 2).double()), "bins are not rows of three numbers"),
@@ -231,7 +278,7 @@ def test_refusals(tmp_path: Path, given: object, sentence: str) -> None:
 
 def test_the_content_that_the_refusals_vary_is_itself_accepted(tmp_path: Path) -> None:
     torch.save(content(), tmp_path / "weights.pth")
-    assert load(tmp_path / "weights.pth").temperature == 1.25
+    assert load(tmp_path / "weights.pth").calibration == CALIBRATION
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
@@ -257,4 +304,5 @@ def test_the_file_holds_only_what_weights_only_reads(tmp_path: Path) -> None:
     save(example(), tmp_path / "weights.pth")
     raw = io.BytesIO((tmp_path / "weights.pth").read_bytes())
     read = torch.load(raw, weights_only=True)
-    assert list(read) == ["format", "architecture", "state_dict", "classes", "temperature", "evaluation", "trained"]
+    names = ["format", "architecture", "state_dict", "classes", "calibration", "prototypes", "self_test", "evaluation"]
+    assert list(read) == [*names, "trained"]

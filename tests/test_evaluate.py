@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from app import model
+from app.calibration import Calibration
 from app.checkpoint import CIFAR10_CLASSES, Checkpoint
 from app.data import Split
 from app.errors import DataError
@@ -33,7 +34,7 @@ def checkpoint(temperature: float = 1.0, name: str = "cifar_net") -> Checkpoint:
         arguments={"num_classes": 10},
         state_dict=model.build(name).state_dict(),
         classes=CIFAR10_CLASSES,
-        temperature=temperature,
+        calibration=Calibration(temperature=temperature),
     )
 
 
@@ -116,7 +117,10 @@ def test_the_table_shows_the_figures_of_the_report() -> None:
     figures = dataclasses.replace(evaluate(checkpoint(), split()), nll=1.23456, brier=0.51239, ece=0.08714)
     confusion_KK = torch.diag(torch.arange(1000, 1010))
     confusion_KK[3, 5] = 1003  # every second cat is called a dog
-    text = format_report(report(dataclasses.replace(figures, confusion_KK=confusion_KK), CIFAR10_CLASSES))
+    figures = dataclasses.replace(
+        figures, confusion_KK=confusion_KK, uncalibrated_nll=2.5, coverage=0.951, set_size=1.25
+    )
+    text = format_report(report(figures, CIFAR10_CLASSES))
     lines = {line.split()[0]: line.split() for line in text.splitlines() if line}
     assert "noise test: 11,048 images, sha256 " + split().digest[:12] in text
     assert "accuracy 90.92 %  (10,045 of 11,048; 95 % Wilson interval 90.37 to 91.44 %)" in text
@@ -140,6 +144,8 @@ def test_the_table_shows_the_figures_of_the_report() -> None:
     assert "1.2346 nats" in text
     assert "0.5124 (0 to 2)" in text
     assert "0.0871 (15 equal-mass bins of the highest probability)" in text
+    assert "at temperature 1   2.5000, " in text
+    assert "95.10 % hold the true class (meant are 95%), 1.250 classes on average" in text
 
 
 def test_the_table_keeps_its_columns_with_long_names() -> None:

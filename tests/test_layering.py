@@ -35,6 +35,7 @@ def test_the_app_imports_neither_training_nor_its_libraries(path: Path) -> None:
 CORE = [
     "model",
     "report",
+    "calibration",
     "device",
     "checkpoint",
     "images",
@@ -63,7 +64,7 @@ def test_only_one_file_knows_pillow() -> None:
 def test_the_batcher_and_the_codec_know_no_torch_and_the_leaves_import_nothing_of_ours() -> None:
     for name in ["batching", *CODEC]:
         assert "torch" not in tops(ROOT / "app" / f"{name}.py")
-    for leaf in ("errors", "model", "report", "device", "statistics"):
+    for leaf in ("errors", "model", "report", "calibration", "device", "statistics"):
         assert "app" not in tops(ROOT / "app" / f"{leaf}.py")
 
 

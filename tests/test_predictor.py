@@ -10,6 +10,7 @@ from conftest import random_checkpoint
 from torch import Tensor
 
 from app import checkpoint
+from app.calibration import Calibration
 from app.device import choose_dtype
 from app.predictor import Predictor
 
@@ -74,7 +75,7 @@ def test_items_of_one_and_of_several_pictures_keep_their_order() -> None:
 
 def test_the_temperature_divides_the_logits() -> None:
     cold = random_checkpoint()
-    hot = dataclasses.replace(cold, temperature=3.0)
+    hot = dataclasses.replace(cold, calibration=Calibration(temperature=3.0))
     cold_NK, hot_NK = (Predictor(each, CPU, threads=1, max_batch=4).predict(some_pixels(4)) for each in (cold, hot))
     assert torch.allclose((cold_NK.log() / 3).softmax(dim=1), hot_NK)
 

@@ -58,7 +58,7 @@ def trained() -> Checkpoint:
 @pytest.fixture(scope="module")
 def expected_NK(trained: Checkpoint, splits: tuple[data.Split, data.Split]) -> Tensor:
     """What `python -m training evaluate` says of the test file, in float32."""
-    return predict(trained.network(), splits[1].pixels_NCHW, temperature=trained.temperature)
+    return predict(trained.network(), splits[1].pixels_NCHW, temperature=trained.calibration.temperature)
 
 
 @pytest.mark.parametrize("engine", ["torch", "openvino"])

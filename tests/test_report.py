@@ -1,10 +1,12 @@
 """Figures worked out by hand for three classes, and published values."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
+from app.calibration import Calibration
 from app.report import (
     calibration_bins,
     calibration_error,
@@ -132,3 +134,43 @@ def test_report_has_the_whole_in_plain_types() -> None:
     assert body["classes"] == per_class(CONFUSION_KK, CLASSES)
     assert body["calibration"]["ece"] == pytest.approx(0.5)  # always sure, right half of the time
     assert "15 equal-mass bins" in body["calibration"]["ece_estimator"]
+    assert body["prediction_sets"] is None
+
+
+def test_the_figures_without_the_temperature_are_those_of_the_plain_logits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits_NK, labels_N = torch.randn(200, 5, generator=generator).double(), torch.arange(200) % 5
+    names: Any = {"dataset": "d", "digest": "x", "evaluated_at": "now"}
+    plain = evaluate_probabilities(logits_NK.softmax(dim=1), labels_N, **names)
+    sharp = evaluate_probabilities((logits_NK / 0.5).softmax(dim=1), labels_N, **names, temperature=0.5)
+    assert (plain.uncalibrated_nll, plain.uncalibrated_ece) == pytest.approx((plain.nll, plain.ece))
+    without = (sharp.uncalibrated_nll, sharp.uncalibrated_brier, sharp.uncalibrated_ece)
+    assert without == pytest.approx((plain.nll, plain.brier, plain.ece))
+    assert sharp.nll > plain.nll + 0.1
+    body = report(sharp, tuple("abcde"))["calibration"]
+    assert body["uncalibrated"] == pytest.approx({"nll": plain.nll, "brier": plain.brier, "ece": plain.ece})
+
+
+def test_coverage_and_size_of_the_prediction_sets_by_hand() -> None:
+    probabilities_NK = torch.tensor([[0.5, 0.4, 0.1], [0.1, 0.2, 0.7], [0.34, 0.33, 0.33], [0.05, 0.5, 0.45]])
+    labels_N = torch.tensor([1, 1, 0, 2])  # the sets from 0.4 on: {0, 1}, {2}, {0} for want of any, {1, 2}
+    names: Any = {"dataset": "d", "digest": "x", "evaluated_at": "now"}
+    figures = evaluate_probabilities(probabilities_NK.double(), labels_N, **names, set_threshold=0.399)
+    assert report(figures, CLASSES)["prediction_sets"] == {"target": 0.95, "coverage": 0.75, "mean_size": 1.5}
+    known = Calibration(set_threshold=0.399)
+    sets = [known.prediction_set(row) for row in probabilities_NK.tolist()]
+    assert sets == [[0, 1], [2], [0], [1, 2]]
+
+
+def test_the_most_frequent_confusions_come_first_and_none_is_made_up() -> None:
+    confusion_KK = torch.diag(torch.tensor([9, 9, 9, 9, 9]))
+    confusion_KK[0, 1:] = torch.tensor([1, 4, 2, 3])
+    confusion_KK[1, 4] = 5
+    rows = per_class(confusion_KK, ("a", "b", "c", "d", "e"))
+    assert rows[0]["confusions"] == [
+        {"label": "c", "images": 4},
+        {"label": "e", "images": 3},
+        {"label": "d", "images": 2},
+    ]
+    assert rows[1]["confusions"] == [{"label": "e", "images": 5}]
+    assert rows[2]["confusions"] == []

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from app import self_test
 from app.checkpoint import load
 from app.data import read
 from training import __main__ as cli
@@ -78,8 +79,60 @@ def test_held_out_images_replace_the_test_images(data_folder: Path) -> None:
     # The log's figure may come in bfloat16, the checkpoint's is float32; on 12 images they agree but for a borderline.
     measured = checkpoint.evaluation.confusion_KK.diagonal().sum().item() / 12
     assert rows[-1]["validation_accuracy"] == pytest.approx(measured, abs=1 / 12 + 1e-9)
-    assert f"is {checkpoint.temperature:.4f}" in done.stdout
-    assert checkpoint.temperature != 1.0
+    calibration = checkpoint.calibration
+    assert f"the temperature is {calibration.temperature:.4f}" in done.stdout
+    assert calibration.temperature != 1.0
+    assert (calibration.images, calibration.count) == (checkpoint.evaluation.dataset, 12)
+    assert calibration.digest == checkpoint.evaluation.digest
+    assert calibration.set_threshold == 0.0  # 12 images cannot promise 95 %: a set holds all classes
+    assert (checkpoint.evaluation.coverage, checkpoint.evaluation.set_size) == (1.0, 10.0)
+
+
+def test_a_run_on_all_images_takes_over_the_calibration_of_one_with_held_out_images(
+    data_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(data_folder)
+    train = ["train", "--recipe", "debug", "--data", "."]
+    final = [*train, "--name", "final", "--calibration", "runs/held/cifar_net.pth"]
+    assert cli.main(final) == 2  # it has trained before it misses the file
+    assert "run the same command with --resume" in capsys.readouterr().err
+    assert cli.main([*train, "--name", "held", "--validation", "0.2"]) == 0
+    before = Path("runs/final/log.jsonl").read_text()
+    assert cli.main([*final, "--resume"]) == 0
+    assert Path("runs/final/log.jsonl").read_text() == before  # no step was trained for it
+    held, taken = load(Path("runs/held/cifar_net.pth")), load(Path("runs/final/cifar_net.pth"))
+    assert taken.calibration == held.calibration
+    assert taken.calibration.count == 24
+    assert taken.prototypes_PD is not None
+    assert held.prototypes_PD is not None
+    assert taken.prototypes_PD.shape == (100, 84)
+    assert not torch.equal(taken.prototypes_PD[:90], held.prototypes_PD[:90])  # they are of each network's own features
+    network_NK = taken.network()(self_test.drawings()) / held.calibration.temperature
+    torch.testing.assert_close(taken.self_test_NK, network_NK.softmax(dim=1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--network", "cifar_net"], "is of a network net for the classes plane, car"),
+        (["--validation", "0.1"], "A run with --validation makes its own calibration"),
+        (["--calibration", "runs/plain/cifar_net.pth"], "has no calibration; name one that a run with --validation"),
+    ],
+)
+def test_a_calibration_that_does_not_fit_is_refused_before_the_training(
+    data_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    sentence: str,
+) -> None:
+    monkeypatch.chdir(data_folder)
+    train = ["train", "--recipe", "debug", "--data", "."]
+    assert cli.main([*train, "--name", "held", "--validation", "0.1"]) == 0
+    assert cli.main([*train, "--name", "plain"]) == 0
+    assert cli.main([*train, "--name", "final", "--calibration", "runs/held/cifar_net.pth", *flags]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not Path("runs/final/state.pt").exists()
 
 
 def test_two_processes_reach_the_loss_of_one(data_folder: Path) -> None:
@@ -179,17 +232,26 @@ def test_evaluate_agrees_with_the_file_and_prints_only_json(
     assert figures["calibration"]["nll"] == pytest.approx(evaluation.nll, rel=1e-4)
 
 
-def test_the_card_says_what_the_file_says(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_leave_what_the_card_is_made_of(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(data_folder)
-    assert cli.main(["train", "--recipe", "debug", "--data", ".", "--name", "a"]) == 0
-    assert cli.main(["card", "--folder", "runs/a"]) == 0
-    text = Path("runs/a/README.md").read_text()
-    checkpoint = load(Path("runs/a/cifar_net.pth"))
-    assert checkpoint.evaluation is not None
-    assert checkpoint.sha256 in text
-    assert "62,006 parameters" in text
-    right = int(checkpoint.evaluation.confusion_KK.diagonal().sum())
+    train, held_out = ["train", "--recipe", "debug", "--data", "."], ["--validation", "0.1"]
+    held = "runs/held/cifar_net.pth"
+    assert cli.main([*train, *held_out, "--name", "held"]) == 0
+    assert cli.main([*train, "--name", "final", "--calibration", held, "--out", "weights/net.pth"]) == 0
+    robustness = ["robustness", "--weights", held, "--data", ".", *held_out, "--out", "weights/net.robustness.json"]
+    assert cli.main(robustness) == 0
+    assert cli.main(["card", "--folder", "weights"]) == 0
+    assert Path("weights/net.validation.log.jsonl").read_bytes() == Path("runs/held/log.jsonl").read_bytes()
+    assert Path("weights/net.curves.png").read_bytes() == Path("runs/held/curves.png").read_bytes()
+    text = Path("weights/README.md").read_text()
+    final, evaluation = load(Path("weights/net.pth")), load(Path(held)).evaluation
+    assert final.evaluation is not None
+    assert evaluation is not None
+    right, right_held = (int(each.confusion_KK.diagonal().sum()) for each in (final.evaluation, evaluation))
     assert f"**{right / 30:.2%}** of 30 images right" in text
+    assert f"**{right_held / 12:.2%}** of 12 images right" in text
+    assert "trained on 108 of CIFAR-10 training, 120 images" in text
+    assert f"fitted on validation (12 held-out training images), sha256 `{evaluation.digest[:12]}`" in text
 
 
 def test_robustness_begins_with_what_evaluate_says(

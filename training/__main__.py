@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from app import data, model
+from app.calibration import Calibration
 from app.checkpoint import Checkpoint, load, save, write_atomically
 from app.data import Split
 from app.device import choose_device, choose_dtype, describe
@@ -34,13 +35,13 @@ from app.errors import AppError
 from app.report import report
 from training import plots, robustness
 from training.ablate import ablate
-from training.calibrate import fit_temperature
+from training.calibrate import complete
 from training.card import write_card
 from training.config import RECIPES, Recipe, add_flags, override
 from training.data import download, hold_out, locate
 from training.evaluate import evaluate, format_report, predict
 from training.fit import fit, initialize, join_workers
-from training.log import RunLog, write_rows
+from training.log import RunLog, read_rows, write_rows
 from training.summary import summarize
 
 DEFAULT_WEIGHTS = Path(__file__).parent.parent / "weights" / "cifar_net.pth"
@@ -63,6 +64,10 @@ def train_command(options: argparse.Namespace) -> None:
     if workers.is_first and not options.resume and (run / "state.pt").exists():
         raise ValueError(f"{run} already holds a run; add --resume to continue it, or choose another one with --name.")
     train, test = data.read(locate(options.data, os.environ))
+    if options.calibration and recipe.validation:
+        raise ValueError("A run with --validation makes its own calibration; leave out --calibration, or --validation.")
+    if options.calibration and options.calibration.exists():
+        _calibration(options.calibration, recipe, train.classes)  # better known before the training than after it
     held_out = None
     if recipe.validation:
         train, held_out = hold_out(train, recipe.validation)
@@ -90,17 +95,11 @@ def train_command(options: argparse.Namespace) -> None:
     if not log:
         return
 
-    temperature = recipe.temperature
-    if held_out:
-        network.eval()
-        temperature = fit_temperature(predict(network, held_out.pixels_NCHW, device=device), held_out.labels_N)
-        log.say(f"The temperature that suits the held-out images best is {temperature:.4f}.")
     untested = Checkpoint(
         architecture=recipe.network,
         arguments={"num_classes": len(train.classes)},
         state_dict=network.state_dict(),
         classes=train.classes,
-        temperature=temperature,
         trained={
             "recipe": options.recipe,
             **dataclasses.asdict(recipe),
@@ -116,17 +115,55 @@ def train_command(options: argparse.Namespace) -> None:
             "finished_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         },
     )
+    taken_over = _calibration(options.calibration, recipe, train.classes) if options.calibration else None
+    complete_checkpoint = complete(untested, train, held_out, taken_over, device)
+    log.say(_describe(complete_checkpoint.calibration))
     # The one reading of the test images, after everything is decided; none at all when images were held out.
-    checkpoint = dataclasses.replace(untested, evaluation=evaluate(untested, held_out or test, device))
+    evaluation = evaluate(complete_checkpoint, held_out or test, device)
+    checkpoint = dataclasses.replace(complete_checkpoint, evaluation=evaluation)
     assert checkpoint.evaluation is not None
     weights = run / "cifar_net.pth"
     save(checkpoint, weights)
     if options.out:
         save(checkpoint, options.out)
-        write_rows(options.out.with_suffix(".log.jsonl"), progress.rows)  # for the model card
+        # For the model card, with the log of the run that the calibration is from.
+        write_rows(options.out.with_suffix(".log.jsonl"), progress.rows)
+        if options.calibration and (rows := read_rows(options.calibration.parent / "log.jsonl")):
+            write_rows(options.out.with_suffix(".validation.log.jsonl"), rows)
         weights = options.out
     log.say(format_report(report(checkpoint.evaluation, checkpoint.classes)))
     log.say(f"Wrote {weights}. Serve it with: CIFAR_WEIGHTS={weights} make serve")
+
+
+def _calibration(file: Path, recipe: Recipe, classes: tuple[str, ...]) -> Calibration:
+    """What a run with --validation found, for a run on all images, which has none to calibrate on.
+
+    Raises:
+        CheckpointError, ValueError: the file cannot be used, or the two runs do not fit.
+    """
+    if not file.exists():
+        raise ValueError(
+            f"The training is done, but there is no {file} to take the calibration from. When it is there, run the "
+            "same command with --resume, which only writes the weights."
+        )
+    found = load(file)
+    if (found.architecture, found.classes) != (recipe.network, classes):
+        raise ValueError(
+            f"The calibration in {file} is of a network {found.architecture} for the classes "
+            f"{', '.join(found.classes)}; this run trains {recipe.network} for {', '.join(classes)}."
+        )
+    if not found.calibration.count:
+        raise ValueError(f"The file {file} has no calibration; name one that a run with --validation 0.1 has written.")
+    return found.calibration
+
+
+def _describe(calibration: Calibration) -> str:
+    if not calibration.count:
+        return "Without held-out images (--validation) or their --calibration the probabilities are as they come."
+    return (
+        f"Calibrated on {calibration.images}: the temperature is {calibration.temperature:.4f}, and a class of at "
+        f"least {calibration.set_threshold:.4f} is in the prediction set."
+    )
 
 
 def _local_gpu() -> str | None:
@@ -270,6 +307,12 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--name", help="of the folder under runs/; recipe and time by default")
     train.add_argument("--resume", action="store_true", help="continue the run of this name where it stopped")
     train.add_argument("--out", type=Path, help="write the weights here as well, e.g. weights/cifar_net.pth")
+    train.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="weights of a run with --validation, whose calibration this run on all images takes over; read at the end",
+    )
     train.add_argument("--threads", type=int, help="CPU threads; torch's choice by default")
     add_flags(train.add_argument_group("fields of the recipe", "each overrides the recipe's own value"))
     train.set_defaults(command=train_command)

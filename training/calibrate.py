@@ -1,15 +1,78 @@
-"""Temperature scaling: one number that makes the probabilities mean what they say (Guo et al., 2017, arXiv:1706.04599).
+"""What held-out images teach about the probabilities, and where the training images lie among the features.
 
-Shape letters: N images, K classes.
+Shape letters: N images, K classes, D features, P prototypes.
 """
+
+import dataclasses
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from app import model, self_test
+from app.calibration import Calibration, strangeness
+from app.checkpoint import Checkpoint
+from app.data import Split
+from app.report import COVERAGE
+from training.evaluate import forward, predict
+
+PROTOTYPES_PER_CLASS = 10
+PROTOTYPE_IMAGES = 10_000
+"""Of the training images, to find prototypes among: more take minutes on a CPU and change nothing."""
+QUANTILES = 1001
+"""In steps of a thousandth."""
+
+
+def complete(
+    untested: Checkpoint,
+    train: Split,
+    held_out: Split | None,
+    taken_over: Calibration | None,
+    device: torch.device | str = "cpu",
+) -> Checkpoint:
+    """A trained checkpoint with all that it says besides its weights, but for the evaluation.
+
+    Args:
+        held_out: What to calibrate on.
+        taken_over: Without such images, the calibration that the same recipe found when it had some.
+    """
+    found = untested
+    if held_out is not None or taken_over is not None:
+        body, _ = model.split(untested.network())
+        some_NCHW, labels_N = train.pixels_NCHW[:PROTOTYPE_IMAGES], train.labels_N[:PROTOTYPE_IMAGES]
+        prototypes_PD = find_prototypes(forward(body, some_NCHW, device=device), labels_N)
+        found = dataclasses.replace(untested, prototypes_PD=prototypes_PD)
+    if held_out is not None:
+        found = dataclasses.replace(found, calibration=calibrate(found, held_out, device))
+    elif taken_over is not None:
+        found = dataclasses.replace(found, calibration=taken_over)
+    drawn_NK = predict(found.network(), self_test.drawings(), temperature=found.calibration.temperature)
+    return dataclasses.replace(found, self_test_NK=drawn_NK)
+
+
+def calibrate(checkpoint: Checkpoint, held_out: Split, device: torch.device | str = "cpu") -> Calibration:
+    """Everything that images can tell which a checkpoint was not trained on; it must have its prototypes."""
+    assert checkpoint.prototypes_PD is not None
+    body, head = model.split(checkpoint.network())
+    features_ND = forward(body, held_out.pixels_NCHW, device=device)
+    logits_NK = head(features_ND)
+    temperature = fit_temperature(logits_NK.softmax(dim=1), held_out.labels_N)
+    probabilities_NK = (logits_NK / temperature).softmax(dim=1)
+    steps = torch.linspace(0, 1, QUANTILES, dtype=torch.float64)
+    strangeness_N = strangeness(features_ND, logits_NK, checkpoint.prototypes_PD).double()
+    return Calibration(
+        temperature=temperature,
+        set_threshold=set_threshold(probabilities_NK, held_out.labels_N),
+        strangeness_quantiles=tuple(strangeness_N.quantile(steps).tolist()),
+        images=held_out.name,
+        count=len(held_out),
+        digest=held_out.digest,
+    )
+
 
 def fit_temperature(probabilities_NK: Tensor, labels_N: Tensor) -> float:
-    """The temperature that minimises the negative log likelihood of held-out images the network was not trained on.
+    """The temperature that minimises the negative log likelihood (Guo et al., 2017, arXiv:1706.04599).
 
     Args:
         probabilities_NK: At temperature 1. Their logarithms are the logits up to a constant per image, which cancels.
@@ -29,3 +92,38 @@ def fit_temperature(probabilities_NK: Tensor, labels_N: Tensor) -> float:
 
     optimizer.step(closure)
     return log_temperature.exp().item()
+
+
+def set_threshold(probabilities_NK: Tensor, labels_N: Tensor, coverage: float = COVERAGE) -> float:
+    """The least probability of a class in a prediction set, by split conformal prediction.
+
+    Of N + 1 exchangeable pictures the next one is as likely to take any rank, so that the sets hold the true class with
+    at least probability `coverage` if they go down to the floor((N + 1) (1 - coverage))-th smallest probability of a
+    true class (Vovk, Gammerman and Shafer, 2005; Angelopoulos and Bates, 2021, arXiv:2107.07511, section 1).
+    With too few images for any promise it is 0: all classes.
+    """
+    true_N = probabilities_NK.gather(1, labels_N[:, None])[:, 0].sort().values
+    rank = math.floor((len(true_N) + 1) * (1 - coverage) + 1e-9)
+    return true_N[rank - 1].item() if rank else 0.0
+
+
+def find_prototypes(
+    features_ND: Tensor, labels_N: Tensor, per_class: int = PROTOTYPES_PER_CLASS, seed: int = 0
+) -> Tensor:
+    """Unit vectors (P, D) that lie where the features of each class do, by spherical k-means.
+
+    (Dhillon and Modha, 2001.) A class with fewer images has as many prototypes as images; one without any, none.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    directions_ND = F.normalize(features_ND, dim=1)
+    found = []
+    for label in range(int(labels_N.max()) + 1):
+        own_ND = directions_ND[labels_N == label]
+        centres_PD = own_ND[torch.randperm(len(own_ND), generator=generator)[:per_class]]
+        for _ in range(20):
+            nearest_N = (own_ND @ centres_PD.T).argmax(dim=1)
+            sums_PD = torch.zeros_like(centres_PD).index_add_(0, nearest_N, own_ND)
+            empty_P1 = nearest_N.bincount(minlength=len(centres_PD))[:, None] == 0
+            centres_PD = torch.where(empty_P1, centres_PD, F.normalize(sums_PD, dim=1))
+        found.append(centres_PD)
+    return torch.cat(found)

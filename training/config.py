@@ -51,9 +51,6 @@ class Recipe:
     """Share of the images that go through a JPEG compression of random quality: people post JPEGs."""
     average: float = 0.0
     """Decay of an exponential moving average of the weights, which is then what is kept; 0 for none."""
-    temperature: float = 1.0
-    """What the logits are divided by when served. Only held-out images can tell: a run with --validation fits it to
-    them, and a run on all images takes over what the same recipe found that way."""
     precision: Literal["auto", "float32"] = "auto"
     """auto: bfloat16 autocast and channels_last where the hardware has the instructions."""
     report_every: int = 0
@@ -74,7 +71,6 @@ class Recipe:
             "cutout": (0, 32),
             "jpeg": (0, 1),
             "average": (0, 0.999999),
-            "temperature": (0.01, 100),
             "report_every": (0, 10**9),
         }
         for name, (low, high) in bounds.items():
@@ -128,7 +124,6 @@ RECIPES = {
         flip=True,
         shift=2,
         jpeg=0.3,
-        temperature=0.68,  # what this recipe finds with --validation 0.1: label smoothing leaves it too modest
     ),
     # Seconds, for tests: the same path through the code.
     "debug": Recipe(network="net", epochs=2, batch_size=16, learning_rate=0.01, flip=True, shift=1, jpeg=0.5, cutout=4),

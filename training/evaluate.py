@@ -18,15 +18,14 @@ BATCH_SIZE = 250
 
 
 @torch.inference_mode()
-def predict(
+def forward(
     network: nn.Module,
     pixels_NCHW: Tensor,
     batch_size: int = BATCH_SIZE,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    temperature: float = 1.0,
 ) -> Tensor:
-    """Probabilities (N, K), float32 on the CPU, of uint8 pixels (N, C, H, W).
+    """What a network gives for uint8 pixels (N, C, H, W): logits (N, K), or features; float32 on the CPU.
 
     Args:
         network: In evaluation mode; it is moved to `device`.
@@ -43,11 +42,23 @@ def predict(
     # By default NVIDIA's convolutions round float32 to 10 bits (TF32), and may differ from run to run.
     exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
     with exact, torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        logits = [
+        parts = [
             network(part_NCHW.to(device, memory_format=torch.channels_last)).float()  # what convolutions are fastest in
             for part_NCHW in torch.split(pixels_NCHW, batch_size)
         ]
-    return (torch.cat(logits) / temperature).softmax(dim=1).cpu()
+    return torch.cat(parts).cpu()
+
+
+def predict(
+    network: nn.Module,
+    pixels_NCHW: Tensor,
+    batch_size: int = BATCH_SIZE,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Probabilities (N, K), float32 on the CPU, of uint8 pixels (N, C, H, W). The arguments are those of `forward`."""
+    return (forward(network, pixels_NCHW, batch_size, device, dtype) / temperature).softmax(dim=1)
 
 
 def evaluate(
@@ -66,7 +77,7 @@ def evaluate(
             "trained on, or train new weights on this data."
         )
     probabilities_NK = predict(
-        checkpoint.network(), split.pixels_NCHW, batch_size, device, temperature=checkpoint.temperature
+        checkpoint.network(), split.pixels_NCHW, batch_size, device, temperature=checkpoint.calibration.temperature
     )
     return evaluate_probabilities(
         probabilities_NK,
@@ -74,12 +85,15 @@ def evaluate(
         dataset=split.name,
         digest=split.digest,
         evaluated_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        temperature=checkpoint.calibration.temperature,
+        set_threshold=checkpoint.calibration.set_threshold,
     )
 
 
 def format_report(report: dict[str, Any]) -> str:
     """The report (`app.report.report`) as text: overall, per class, confusion matrix, calibration."""
     dataset, calibration, rows = report["dataset"], report["calibration"], report["classes"]
+    plain = calibration["uncalibrated"]
     width = max(len("class"), *(len(row["label"]) for row in rows))
     lines = [
         f"{dataset['name']}: {dataset['images']:,} images, sha256 {dataset['sha256'][:12]}",
@@ -103,7 +117,13 @@ def format_report(report: dict[str, Any]) -> str:
         f"negative log likelihood     {calibration['nll']:.4f} nats",
         f"Brier score                 {calibration['brier']:.4f} (0 to 2)",
         f"expected calibration error  {calibration['ece']:.4f} ({calibration['ece_estimator']})",
+        f"the three at temperature 1   {plain['nll']:.4f}, {plain['brier']:.4f}, {plain['ece']:.4f}",
     ]
+    if (sets := report["prediction_sets"]) is not None:
+        lines.append(
+            f"prediction sets             {_percent(sets['coverage'])} hold the true class (meant are "
+            f"{sets['target']:.0%}), {sets['mean_size']:.3f} classes on average"
+        )
     return "\n".join(lines)
 
 

@@ -214,8 +214,7 @@ def _load_state(
     if not file.exists():
         return Progress()
     state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    if state["recipe"] != vars(recipe):
-        changed = [name for name, value in vars(recipe).items() if state["recipe"].get(name) != value]
+    if changed := [name for name, value in vars(recipe).items() if state["recipe"].get(name) != value]:
         raise TrainingError(
             f"The run to resume was started with another {', '.join(changed)}; "
             "resume with the same flags, or start a new run under another --name."
