@@ -5,7 +5,7 @@ For each NAME.pth there may be, and what is missing is left out:
     NAME.log.jsonl             the epochs of its run, written by `train --out`
     NAME.validation.log.jsonl  those of the same recipe with images held out, copied by `train --out --calibration`
     NAME.robustness.json       written by `robustness --out`
-    NAME.unfamiliar.json       written by `unfamiliar --out`
+    NAME.unfamiliar.json       what `unfamiliar --json` prints
 
 and for all of them ablation.jsonl, written by `ablate`.
 """
