@@ -47,6 +47,18 @@ def test_shift_reflects_the_border(photos_NCHW: Tensor, rows: int, columns: int,
     assert augment(photos_NCHW, torch.arange(8), draws, PLAIN).equal(expected)
 
 
+def test_each_image_has_its_own_shift_and_flip(photos_NCHW: Tensor) -> None:
+    recipe = dataclasses.replace(PLAIN, shift=3, flip=True)
+    draws = draw(8, 0, recipe, epoch_generator(0, 0))
+    assert len(draws.shift_N2.unique(dim=0)) > 1 < len(draws.flip_N.unique())
+    chosen = torch.tensor([6, 1, 1, 4, 0])
+    padded = torch.nn.functional.pad(photos_NCHW.float(), (3, 3, 3, 3), mode="reflect").to(torch.uint8)
+    for index, image_CHW in zip(chosen.tolist(), augment(photos_NCHW, chosen, draws, recipe), strict=True):
+        row, column = (3 + draws.shift_N2[index]).tolist()
+        expected_CHW = padded[index, :, row : row + 32, column : column + 32]
+        assert image_CHW.equal(expected_CHW.flip(2) if draws.flip_N[index] else expected_CHW)
+
+
 def test_cutout_greys_exactly_one_square(photos_NCHW: Tensor) -> None:
     recipe = dataclasses.replace(PLAIN, cutout=6)
     draws = dataclasses.replace(identity(8), cutout_N2=torch.tensor([[2, 20]] * 8))

@@ -83,17 +83,18 @@ def initialize(network: Normalized, recipe: Recipe, pixels_NCHW: Tensor) -> None
 
 
 def optimizers_for(network: nn.Module, recipe: Recipe) -> list[Optimizer]:
-    """Weights decay, biases and batch norms do not. With muon, convolutions but the first have their own optimizer."""
+    """Weights decay, biases and batch norms do not. With muon, weights of hidden layers have their own optimizer."""
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    convolutions = [p for p in parameters if p.ndim == 4 and p.shape[1] > 3] if recipe.optimizer == "muon" else []
-    taken = {id(parameter) for parameter in convolutions}
+    # Not the first, which sees pixels, nor the last, whose norm is how sure the network may be.
+    hidden = [p for p in parameters if p.ndim > 1][1:-1] if recipe.optimizer == "muon" else []
+    taken = {id(parameter) for parameter in hidden}
     rest = [parameter for parameter in parameters if id(parameter) not in taken]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in rest if p.ndim > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in rest if p.ndim <= 1]},
     ]
     sgd = SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.nesterov)
-    return [sgd, Muon(convolutions, recipe.muon_learning_rate)] if convolutions else [sgd]
+    return [sgd, Muon(hidden, recipe.muon_learning_rate)] if hidden else [sgd]
 
 
 def learning_rate_factor(step: int, total: int, recipe: Recipe) -> float:

@@ -31,10 +31,11 @@ def orthogonalize(matrix_MN: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor
 
 
 class Muon(Optimizer):
-    """For convolution weights that a batch norm follows.
+    """For the weights of hidden layers, convolutions and linear ones.
 
-    Their scale has no effect on the output, only on the effective step, so each step first resets the norm of a weight
-    to sqrt(outputs); the learning rate is then a rotation rate.
+    Each step first resets the norm of a weight to sqrt(outputs); the learning rate is then a rotation rate. Where a
+    batch norm follows, the scale of a weight has no effect on the output anyway; elsewhere the last layer, which has
+    another optimizer, can make up for it, because ReLU passes a scale on.
     """
 
     newton_schulz_steps = NEWTON_SCHULZ_STEPS
