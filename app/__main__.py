@@ -40,6 +40,12 @@ class Server(uvicorn.Server):
         self._close_at = math.inf
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        try:
+            await self._service.start()
+        except StartError as error:  # from the application's lifespan it would come out as a traceback
+            print(error, file=sys.stderr)
+            self.should_exit = True
+            return
         await super().startup(sockets)
         if not self.started:
             return

@@ -1,10 +1,10 @@
-"""What computes the logits: torch, or on a CPU OpenVINO where it is installed and faster.
+"""What computes the features: torch, or on a CPU OpenVINO where it is installed and faster.
 
 An engine answers for any number of pictures, but the first time it meets a number it also chooses kernels. Build and
 call it in one and the same thread: from another one, torch's threads are made anew and a forward pass of two threads
 takes twice the time.
 
-Shape letters: N images, C = 3, H = W = 32, K classes, O and I output and input channels of a convolution.
+Shape letters: N images, C = 3, H = W = 32, D features, O and I output and input channels of a convolution.
 """
 
 import importlib
@@ -25,14 +25,14 @@ REPETITIONS = 5
 
 
 class Engine(Protocol):
-    """A network, ready to compute."""
+    """A network without its last layer, ready to compute."""
 
     name: str
     dtype: torch.dtype
-    """Of what costs time; logits and the layer that makes them are float32."""
+    """Of what costs time; the features are float32."""
 
     def __call__(self, pixels_NCHW: Tensor) -> Tensor:
-        """Logits (N, K), float32 on the CPU, of uint8 pixels in 0..255 (fastest if channels are last in memory)."""
+        """Features (N, D), float32 on the CPU, of uint8 pixels in 0..255 (fastest if channels are last in memory)."""
 
 
 class TorchEngine:
@@ -45,17 +45,15 @@ class TorchEngine:
         self.dtype = dtype
         self._device = device
         self._network = network.to(device).to(memory_format=torch.channels_last)
-        first, *middle, last = (layer for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.Linear))
-        for layer in (first, *middle):
+        layers = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+        for layer in layers:
             layer.to(dtype)
-        # Normalisation stays in float32: bfloat16 would shift all pixels by what mean and std are rounded. So does the
-        # last layer: logits in bfloat16 are so coarse that two classes often share the highest one.
-        for layer in (first, last):
-            layer.register_forward_pre_hook(_to_own_dtype)
+        # Normalisation stays in float32: bfloat16 would shift all pixels by what mean and std are rounded.
+        layers[0].register_forward_pre_hook(_to_own_dtype)
 
     def __call__(self, pixels_NCHW: Tensor) -> Tensor:
-        logits_NK: Tensor = self._network(pixels_NCHW.to(self._device, memory_format=torch.channels_last))
-        return logits_NK.cpu()
+        features_ND: Tensor = self._network(pixels_NCHW.to(self._device, memory_format=torch.channels_last))
+        return features_ND.float().cpu()
 
 
 def check(name: str, device: torch.device) -> None:
@@ -81,9 +79,10 @@ def check(name: str, device: torch.device) -> None:
 
 
 def choose(network: nn.Module, device: torch.device, *, name: str, threads: int, max_batch: int) -> Engine:
-    """The engine `name` for a folded float32 `network`, which it takes over; "auto" is the fastest there is.
+    """The engine `name`; "auto" is the fastest there is.
 
     Args:
+        network: Folded and without its last layer (`model.split`), float32; the engine takes it over.
         threads: How many a forward pass uses on a CPU.
         max_batch: Of which batch size, besides one picture, the engines are compared.
     """

@@ -40,7 +40,8 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        await service.start()
+        if not service.ready:  # `python -m app` has started it, to say itself what is wrong with the weights
+            await service.start()
         # What is loaded stays; without this, a full garbage collection stops all requests for 60 ms now and then.
         gc.collect()
         gc.freeze()

@@ -1,17 +1,27 @@
 """The loaded network, ready to answer: folded, in an engine, warm. Build it and call it in one and the same thread.
 
-Shape letters: N images, C = 3, H = W = 32, K classes.
+Shape letters: N images, C = 3, H = W = 32, D features, K classes.
 """
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from app import engine, model
+from app.calibration import strangeness
 from app.checkpoint import Checkpoint
 from app.model import IMAGE_SIZE
+
+
+class Estimate(NamedTuple):
+    """What the network makes of one picture, in plain numbers."""
+
+    probabilities_K: list[float]
+    familiarity: float | None
+    """Share of held-out images that are stranger, in [0, 1]; None if the weights do not know."""
 
 
 class Predictor:
@@ -28,9 +38,11 @@ class Predictor:
             max_batch: Larger batches are split.
         """
         self._max_batch = max_batch
-        self._temperature = checkpoint.calibration.temperature
-        network = model.fold(checkpoint.network())
-        self.engine = engine.choose(network, device, name=engine_name, threads=threads, max_batch=max_batch)
+        self._calibration = checkpoint.calibration
+        self._prototypes_PD = checkpoint.prototypes_PD
+        # The last layer is small; in bfloat16 its logits would be so coarse that two classes often shared the highest.
+        body, self._head = model.split(model.fold(checkpoint.network()))
+        self.engine = engine.choose(body, device, name=engine_name, threads=threads, max_batch=max_batch)
 
     def warm_up(self) -> Iterator[None]:
         """Run each size of a batch once, one a step, because the first run of a size also chooses its kernels.
@@ -44,12 +56,28 @@ class Predictor:
     @torch.inference_mode()
     def predict(self, pixels_NCHW: Tensor) -> Tensor:
         """Probabilities (N, K), float64 on the CPU so that each row sums to 1, of uint8 pixels (N, C, H, W)."""
-        logits_NK = torch.cat([self.engine(part) for part in pixels_NCHW.split(self._max_batch)])
-        return (logits_NK.double() / self._temperature).softmax(dim=1)
+        return self._probabilities(self._head(self._features(pixels_NCHW)))
 
-    def predict_each(self, items: Sequence[Tensor]) -> list[list[list[float]]]:
-        """For each item of pixels (N, C, H, W) its probabilities (N, K), in plain numbers."""
+    @torch.inference_mode()
+    def estimate(self, pixels_NCHW: Tensor) -> list[Estimate]:
+        """The same for each picture, and how familiar it is."""
+        features_ND = self._features(pixels_NCHW)
+        logits_NK = self._head(features_ND)
+        rows_NK = self._probabilities(logits_NK).tolist()
+        if self._prototypes_PD is None or self._calibration.strangeness_quantiles is None:
+            return [Estimate(row_K, None) for row_K in rows_NK]
+        strange_N = strangeness(features_ND, logits_NK, self._prototypes_PD).tolist()
+        return list(map(Estimate, rows_NK, map(self._calibration.familiarity, strange_N)))
+
+    def estimate_each(self, items: Sequence[Tensor]) -> list[list[Estimate]]:
+        """The estimates for each item of pixels (N, C, H, W)."""
         # Joined as (N, H, W, C), the order they have in memory.
         pixels_NHWC = torch.cat([pixels_NCHW.permute(0, 2, 3, 1) for pixels_NCHW in items])
-        rows = iter(self.predict(pixels_NHWC.permute(0, 3, 1, 2)).tolist())
-        return [list(islice(rows, len(pixels_NCHW))) for pixels_NCHW in items]
+        estimates = iter(self.estimate(pixels_NHWC.permute(0, 3, 1, 2)))
+        return [list(islice(estimates, len(pixels_NCHW))) for pixels_NCHW in items]
+
+    def _features(self, pixels_NCHW: Tensor) -> Tensor:
+        return torch.cat([self.engine(part) for part in pixels_NCHW.split(self._max_batch)])
+
+    def _probabilities(self, logits_NK: Tensor) -> Tensor:
+        return (logits_NK.double() / self._calibration.temperature).softmax(dim=1)

@@ -33,6 +33,21 @@ class Scores(BaseModel):
         description="The probability of every class by name, in the order of the classes, unrounded; they sum to 1. "
         "With top_k only the k most probable, highest first."
     )
+    prediction_set: list[str] | None = Field(
+        description="The classes it may be, the most probable first, at least one. Such a set holds the true class "
+        "for 95 % of pictures of the kind that the network was trained on (split conformal prediction, least ambiguous "
+        "sets). Null if these weights know of no such sets.",
+        examples=[["cat", "dog"]],
+    )
+    familiarity: float | None = Field(
+        description="How much the picture resembles what the network was trained on: the share of held-out images of "
+        "that kind that are stranger, 0 to 1. Null if these weights do not know.",
+        examples=[0.62],
+    )
+    unfamiliar: bool | None = Field(
+        description="Whether `familiarity` is below 0.05: then the picture may well show something else, and the "
+        "probabilities mean little. One in twenty pictures of the right kind is called so, too."
+    )
 
 
 class Prediction(Scores):

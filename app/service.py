@@ -21,7 +21,7 @@ from app.checkpoint import Checkpoint
 from app.device import describe
 from app.errors import CheckpointError, DataError, NotFound, WeightsRefused
 from app.images import Resize
-from app.predictor import Predictor
+from app.predictor import Estimate, Predictor
 from app.report import Evaluation, evaluate_probabilities, report
 from app.settings import Settings
 from app.statistics import Predictions, Statistics
@@ -32,12 +32,12 @@ EVALUATION_BATCH = 8
 """Images per idle step of the evaluation: what a request that comes at the wrong moment waits for, some 3 ms."""
 
 Upload = tuple[bytes, Resize | None]
-Rows = list[list[float]]
-"""Probabilities (N, K) in plain numbers."""
+Rows = list[Estimate]
+"""One for each picture."""
 
 
 class Verdict(NamedTuple):
-    """Probabilities, and the weights they came from, which may have been exchanged since."""
+    """Estimates, and the weights they came from, which may have been exchanged since."""
 
     rows: Rows
     checkpoint: Checkpoint
@@ -150,7 +150,7 @@ class Service:
         self._batcher.check_room()
 
     def predict(self, picture: bytes, resize: Resize | None) -> Answer[Verdict]:
-        """One row: the probabilities of the classes, in their order; to be cancelled when the client has left.
+        """One row; to be cancelled when the client has left.
 
         Raises:
             Overloaded, NotReady: at once. The future may fail with any other `RequestError`.
@@ -233,12 +233,13 @@ class Service:
         )
         yield
         yield from served.predictor.warm_up()
-        self_test.check(served.predictor.predict)
+        self_test.check(served.predictor.predict, served.checkpoint.self_test_NK)
         return partial(self._run, served)
 
     def _run(self, served: Served, items: Sequence[Tensor]) -> list[Verdict]:
-        answers = served.predictor.predict_each(items)
-        self.predictions.record([row for rows in answers for row in rows], served.checkpoint.classes)
+        answers = served.predictor.estimate_each(items)
+        probabilities_NK = [row.probabilities_K for rows in answers for row in rows]
+        self.predictions.record(probabilities_NK, served.checkpoint.classes)
         return [Verdict(rows, served.checkpoint) for rows in answers]
 
     def _evaluate(self, served: Served, split: data.Split) -> Iterator[None]:

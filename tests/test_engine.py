@@ -58,13 +58,17 @@ def trained(architecture: str) -> nn.Module:
     return model.fold(network)
 
 
-def choose(network: nn.Module, name: str, max_batch: int = 4) -> engine.Engine:
-    return engine.choose(copy.deepcopy(network), CPU, name=name, threads=1, max_batch=max_batch)
+def choose(network: nn.Module, name: str, threads: int = 1, max_batch: int = 4) -> engine.Engine:
+    return engine.choose(model.split(network)[0], CPU, name=name, threads=threads, max_batch=max_batch)
 
 
 @torch.inference_mode()
-def logits(engine: engine.Engine, pixels_NCHW: Tensor) -> Tensor:
-    return torch.cat([engine(part) for part in pixels_NCHW.split(50)])
+def logits(network: nn.Module, name: str, pixels_NCHW: Tensor) -> Tensor:
+    chosen, (_, head) = choose(network, name), model.split(network)
+    features_ND = torch.cat([chosen(part) for part in pixels_NCHW.split(50)])
+    assert features_ND.dtype == torch.float32
+    found: Tensor = head(features_ND)
+    return found
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -72,8 +76,7 @@ def test_an_engine_says_what_the_float32_network_says(network: nn.Module, name: 
     pixels_NCHW = pictures(1000, seed=2)
     expected_NK = network(pixels_NCHW)
     assert expected_NK.softmax(dim=1).max(dim=1).values.mean() > 0.5, "only a network that has opinions proves anything"
-    given_NK = logits(choose(network, name), pixels_NCHW)
-    assert given_NK.dtype == torch.float32
+    given_NK = logits(network, name, pixels_NCHW)
     assert (given_NK.argmax(1) == expected_NK.argmax(1)).float().mean() >= 0.998
     tolerance = 1e-4 if choose_dtype(CPU) == torch.float32 else 0.02
     torch.testing.assert_close(given_NK.softmax(1), expected_NK.softmax(1), atol=tolerance, rtol=0)
@@ -82,17 +85,17 @@ def test_an_engine_says_what_the_float32_network_says(network: nn.Module, name: 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_two_classes_tie(network: nn.Module, name: str) -> None:
     """With logits in bfloat16 they do, for about one picture in five hundred."""
-    assert (logits(choose(network, name), pictures(1000, seed=2)).topk(2).values.diff() != 0).all()
+    assert (logits(network, name, pictures(1000, seed=2)).topk(2).values.diff() != 0).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_pixels_and_weights_may_lie_in_memory_in_any_order(network: nn.Module, name: str) -> None:
     pixels_NCHW = pictures(3)
-    expected_NK = logits(choose(network, name), pixels_NCHW)
+    expected_NK = logits(network, name, pixels_NCHW)
     channels_last = copy.deepcopy(network).to(memory_format=torch.channels_last)  # as training leaves them
     for order in (torch.contiguous_format, torch.channels_last):
         pixels_NCHW = pixels_NCHW.contiguous(memory_format=order)
-        torch.testing.assert_close(logits(choose(channels_last, name), pixels_NCHW), expected_NK)
+        torch.testing.assert_close(logits(channels_last, name, pixels_NCHW), expected_NK)
 
 
 def test_rounded_kernels_are_bfloat16_and_keep_their_sums(network: nn.Module) -> None:
@@ -150,9 +153,9 @@ def test_openvino_on_another_device_is_refused() -> None:
 def test_with_openvino_torch_keeps_to_one_thread() -> None:
     before = torch.get_num_threads()
     try:
-        engine.choose(trained("net"), CPU, name="openvino", threads=2, max_batch=1)
+        choose(trained("net"), "openvino", threads=2)
         assert torch.get_num_threads() == 1
-        engine.choose(trained("net"), CPU, name="torch", threads=2, max_batch=1)
+        choose(trained("net"), "torch", threads=2)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

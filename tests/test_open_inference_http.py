@@ -107,9 +107,9 @@ def test_a_picture_without_any_json(client: TestClient, png: bytes) -> None:
     assert response.headers["content-type"] == "application/octet-stream"
     text = json.loads(response.content[: int(response.headers[LENGTH])])
     tail = response.content[int(response.headers[LENGTH]) :]
-    assert [output["name"] for output in text["outputs"]] == ["probabilities", "label", "class_id"]
+    assert [output["name"] for output in text["outputs"]] == ["probabilities", "label", "class_id", "familiarity"]
     assert sum(output["parameters"]["binary_data_size"] for output in text["outputs"]) == len(tail)
-    probabilities, (class_id,) = struct.unpack("<10f", tail[:40]), struct.unpack("<q", tail[-8:])
+    probabilities, (class_id,) = struct.unpack("<10f", tail[:40]), struct.unpack("<q", tail[-12:-4])
     assert probabilities.index(max(probabilities)) == class_id
 
     response = infer(client, png, {LENGTH: "0", "accept": "application/json"})

@@ -12,7 +12,7 @@ from app.open_inference.request import Inference, Wanted, decode
 
 IMAGE = bytes(range(256)) * 12
 """Of 32 x 32 x 3 bytes that are not all the same."""
-ALL = [Wanted(name, binary=False) for name in ("probabilities", "label", "class_id")]
+ALL = [Wanted(name, binary=False) for name in ("probabilities", "label", "class_id", "familiarity")]
 
 
 def pixels(data: Any = None, **changes: Any) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from app.open_inference.request import Inference, Wanted
 from app.open_inference.response import encode
 from app.statistics import Execution, Statistics, Timing
 
-ALL = [Wanted(name, binary=False) for name in ("probabilities", "label", "class_id")]
+ALL = [Wanted(name, binary=False) for name in ("probabilities", "label", "class_id", "familiarity")]
 ROWS = [[0.25, 0.5, 0.125, 0.125], [0.0625, 0.0625, 0.125, 0.75]]
+FAMILIARITY = [0.75, None]
 CLASSES = ["plane", "car", "bird", "chat é"]
 
 
@@ -21,7 +22,7 @@ def strings(*elements: bytes) -> bytes:
 
 
 def write(*outputs: Wanted, id: str = "") -> tuple[dict[str, Any], bytes, int | None]:
-    body, length = encode(Inference(outputs=list(outputs), id=id), ROWS, CLASSES, "abc")
+    body, length = encode(Inference(outputs=list(outputs), id=id), ROWS, FAMILIARITY, CLASSES, "abc")
     return json.loads(body[:length]), body[len(body) if length is None else length :], length
 
 
@@ -37,6 +38,7 @@ def test_an_answer_in_json() -> None:
             {"name": "probabilities", "datatype": "FP32", "shape": [2, 4], "data": [*ROWS[0], *ROWS[1]]},
             {"name": "label", "datatype": "BYTES", "shape": [2], "data": ["car", "chat é"]},
             {"name": "class_id", "datatype": "INT64", "shape": [2], "data": [1, 3]},
+            {"name": "familiarity", "datatype": "FP32", "shape": [2], "data": [0.75, -1.0]},
         ],
     }
 
@@ -44,9 +46,9 @@ def test_an_answer_in_json() -> None:
 def test_an_answer_in_binary() -> None:
     text, tail, _ = write(*(Wanted(wanted.name, binary=True) for wanted in ALL))
     labels = strings(b"car", "chat é".encode())
-    assert [output["parameters"]["binary_data_size"] for output in text["outputs"]] == [32, len(labels), 16]
+    assert [output["parameters"]["binary_data_size"] for output in text["outputs"]] == [32, len(labels), 16, 8]
     assert not any("data" in output for output in text["outputs"])
-    assert tail == struct.pack("<8f", *ROWS[0], *ROWS[1]) + labels + struct.pack("<2q", 1, 3)
+    assert tail == struct.pack("<8f", *ROWS[0], *ROWS[1]) + labels + struct.pack("<2q2f", 1, 3, 0.75, -1.0)
 
 
 def test_a_mixed_answer_keeps_the_order_asked_for() -> None:

@@ -1,17 +1,20 @@
 """POST /predict as clients use it."""
 
 import asyncio
+import dataclasses
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import drawing, encode
+import torch.nn.functional as F
+from conftest import drawing, encode, random_checkpoint
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from app import checkpoint, images
+from app import checkpoint, images, model
+from app.calibration import UNFAMILIAR, Calibration, strangeness
 from app.checkpoint import CIFAR10_CLASSES
 from app.main import create_app
 from app.predictor import Predictor
@@ -116,6 +119,54 @@ def test_the_event_loop_neither_decodes_nor_runs_the_network(
         assert client.post("/predict?resize=crop", content=picture).status_code == 200
     assert threads["event loop"] not in (threads["decode"], threads["predict"])
     assert (threads["decode"] == threads["predict"]) is (side == 32)  # a large one has a thread of its own
+
+
+def calibrated(path: Path) -> checkpoint.Checkpoint:
+    """Weights that know what they know, in a file."""
+    prototypes_PD = F.normalize(torch.rand(20, 84, generator=torch.Generator().manual_seed(2)), dim=1)
+    known = Calibration(
+        temperature=0.5,
+        set_threshold=0.1,
+        strangeness_quantiles=tuple((torch.arange(101) / 50).tolist()),
+        images="some",
+        count=100,
+    )
+    given = dataclasses.replace(random_checkpoint(), calibration=known, prototypes_PD=prototypes_PD)
+    checkpoint.save(given, path)
+    return given
+
+
+def test_familiarity_and_prediction_set_are_those_of_the_calibration(tmp_path: Path, png: bytes) -> None:
+    given = calibrated(tmp_path / "calibrated.pth")
+    body, head = model.split(given.network())
+    features_1D = body(images.decode(png)[None])
+    assert given.prototypes_PD is not None
+    strange = strangeness(features_1D, head(features_1D), given.prototypes_PD).item()
+    with TestClient(create_app(Settings(weights=tmp_path / "calibrated.pth", device="cpu", threads=1))) as client:
+        answer = client.post("/predict", content=png).json()
+        many = client.post("/predict/batch", files=[("files", png), ("files", png[:99])]).json()["predictions"]
+        outputs = client.post(
+            "/v2/models/cifar/infer",
+            content=png,
+            headers={"inference-header-content-length": "0", "accept": "application/json"},
+        ).json()["outputs"]
+        few = client.post("/predict?top_k=1", content=png).json()
+    Prediction.model_validate(answer, strict=True)
+    assert answer["familiarity"] == pytest.approx(given.calibration.familiarity(strange), abs=0.02)
+    assert 0 < answer["familiarity"] < 1
+    assert answer["unfamiliar"] is (answer["familiarity"] < UNFAMILIAR)
+    ranked = sorted(answer["probabilities"], key=lambda label: -answer["probabilities"][label])
+    likely = [label for label in ranked if answer["probabilities"][label] >= 0.1]
+    assert 1 < len(likely) < 10
+    assert answer["prediction_set"] == few["prediction_set"] == likely
+    assert many[0] == {name: value for name, value in answer.items() if name != "model"}
+    assert "error" in many[1]
+    assert next(output for output in outputs if output["name"] == "familiarity")["data"] == [answer["familiarity"]]
+
+
+def test_what_these_weights_do_not_know_is_null(client: TestClient, png: bytes) -> None:
+    answer = client.post("/predict", content=png).json()
+    assert (answer["prediction_set"], answer["familiarity"], answer["unfamiliar"]) == (None, None, None)
 
 
 def test_the_bare_state_dict_of_the_tutorial_is_served(tmp_path: Path, png: bytes) -> None:

@@ -13,8 +13,9 @@ import torch
 from conftest import random_checkpoint, random_evaluation
 from fastapi.testclient import TestClient
 from httpx2 import Response
+from torch import nn
 
-from app import checkpoint, data, self_test
+from app import checkpoint, data, model, self_test
 from app.checkpoint import CIFAR10_CLASSES
 from app.data import Split
 from app.errors import CheckpointError, NotReady, SettingsError, WeightsRefused
@@ -23,6 +24,7 @@ from app.model import IMAGE_BYTES
 from app.service import EVALUATION_BATCH, Service
 from app.settings import Settings, parse_settings
 
+SHIPPED = Path(__file__).parent.parent / "weights" / "cifar_net.pth"
 KEY = "0123456789abcdef"
 HEADERS = {"authorization": f"Bearer {KEY}"}
 
@@ -179,7 +181,7 @@ def test_a_request_that_waits_is_answered_by_the_weights_it_was_admitted_to(
     service: Service = client.app.state.service  # type: ignore[attr-defined]
     entered, gate = threading.Event(), threading.Event()
     predictor = service._served.predictor
-    forward = predictor.predict_each
+    forward = predictor.estimate_each
 
     def held(items: Any) -> Any:
         entered.set()
@@ -187,7 +189,7 @@ def test_a_request_that_waits_is_answered_by_the_weights_it_was_admitted_to(
         return forward(items)
 
     expected = client.post("/predict/batch", content=bytes(12 * IMAGE_BYTES)).json()
-    monkeypatch.setattr(predictor, "predict_each", held)
+    monkeypatch.setattr(predictor, "estimate_each", held)
     answers: list[Response] = []
     many = threading.Thread(
         target=lambda: answers.append(client.post("/predict/batch", content=bytes(12 * IMAGE_BYTES)))
@@ -294,6 +296,39 @@ async def test_a_refusal_within_the_service_is_of_one_class(settings: Settings) 
     with pytest.raises(WeightsRefused):
         await service.reload()
     await service.close()
+
+
+def test_an_engine_that_computes_wrongly_is_refused_and_the_old_weights_go_on(
+    client: TestClient, settings: Settings, old: str, png: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(SHIPPED, settings.weights)
+    fold = model.fold
+
+    def fold_wrongly(network: nn.Module) -> nn.Module:
+        """As a translation might that mixes up the channels of one layer."""
+        folded = fold(network)
+        layer = [layer for layer in folded.modules() if isinstance(layer, nn.Conv2d)][2]
+        layer.weight = nn.Parameter(layer.weight.flip(0))
+        return folded
+
+    monkeypatch.setattr(model, "fold", fold_wrongly)
+    answer = reload(client)
+    assert answer.status_code == 409
+    assert answer.json()["error"].startswith(
+        "The network computes wrongly here: it gives a drawing a probability that is "
+    )
+    assert answer.json()["error"].endswith(f"The weights {old} go on serving.")
+    assert served(client, png) == old
+    assert client.get("/readyz").status_code == 200
+    monkeypatch.undo()
+    assert reload(client).json()["changed"]  # the same file, when nothing is mixed up
+
+
+def test_the_self_test_allows_for_rounding_and_for_nothing_more() -> None:
+    expected_NK = torch.full((len(self_test.drawings()), 10), 0.1)
+    self_test.check(lambda pixels_NCHW: expected_NK[: len(pixels_NCHW)] + 0.01, expected_NK)
+    with pytest.raises(CheckpointError, match=r"a probability that is 0\.06 from the one that training put"):
+        self_test.check(lambda pixels_NCHW: expected_NK[: len(pixels_NCHW)] + 0.06, expected_NK)
 
 
 def test_the_self_test_wants_numbers() -> None:

@@ -1,5 +1,6 @@
 """`python -m app` as a person or a container starts it: real processes, real sockets, real signals."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -19,7 +20,7 @@ import pytest
 import torch
 from conftest import random_checkpoint
 
-from app import checkpoint
+from app import checkpoint, self_test
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 60
@@ -144,6 +145,20 @@ def test_weights_that_cannot_be_used(kind: str, tmp_path: Path, weights: Path) -
     assert str(path) in sentence
     assert "Expected is a file written by" in sentence
     assert not (ROOT / "harm.txt").exists()
+
+
+def test_weights_that_compute_something_else_here_than_where_they_were_trained(tmp_path: Path) -> None:
+    given = random_checkpoint()
+    drawn_NK = given.network()(self_test.drawings()).softmax(dim=1)
+    checkpoint.save(dataclasses.replace(given, self_test_NK=drawn_NK), tmp_path / "good.pth")
+    with serving("--weights", str(tmp_path / "good.pth")) as (_, url, _):
+        assert get(f"{url}/readyz")[0] == 200
+    given.state_dict["fc3.bias"] = given.state_dict["fc3.bias"] + torch.linspace(-2, 2, 10)
+    checkpoint.save(dataclasses.replace(given, self_test_NK=drawn_NK), tmp_path / "bad.pth")
+    sentence = refusal("--weights", str(tmp_path / "bad.pth"))
+    assert re.match(
+        r"The network computes wrongly here: it gives a drawing a probability that is 0\.\d\d from", sentence
+    )
 
 
 def test_settings_that_are_not_accepted() -> None:

@@ -1,4 +1,4 @@
-"""Probabilities -> the body of an inference response."""
+"""Probabilities and familiarity -> the body of an inference response."""
 
 import struct
 import sys
@@ -10,11 +10,15 @@ from typing import Any, Literal
 from pydantic_core import to_json
 
 from app.open_inference.request import Inference, Wanted
-from app.open_inference.spec import MODEL_NAME, MODEL_VERSION
+from app.open_inference.spec import MODEL_NAME, MODEL_VERSION, UNKNOWN
 
 
 def encode(
-    inference: Inference, probabilities_NK: Sequence[Sequence[float]], classes: Sequence[str], weights: str
+    inference: Inference,
+    probabilities_NK: Sequence[Sequence[float]],
+    familiarity_N: Sequence[float | None],
+    classes: Sequence[str],
+    weights: str,
 ) -> tuple[bytes, int | None]:
     """The response body, and the length of its JSON if raw tensors follow.
 
@@ -23,7 +27,7 @@ def encode(
     """
     outputs, blobs = [], []
     for wanted in inference.outputs:
-        datatype, shape, elements = _tensor(wanted, probabilities_NK, classes)
+        datatype, shape, elements = _tensor(wanted, probabilities_NK, familiarity_N, classes)
         output: dict[str, Any] = {"name": wanted.name, "datatype": datatype, "shape": shape}
         if wanted.binary:
             blobs.append(_binary(datatype, elements))
@@ -42,7 +46,10 @@ Datatype = Literal["FP32", "INT64", "BYTES"]
 
 
 def _tensor(
-    wanted: Wanted, probabilities_NK: Sequence[Sequence[float]], classes: Sequence[str]
+    wanted: Wanted,
+    probabilities_NK: Sequence[Sequence[float]],
+    familiarity_N: Sequence[float | None],
+    classes: Sequence[str],
 ) -> tuple[Datatype, list[int], list[Any]]:
     """Datatype, shape and the elements in row-major order."""
     count, num_classes = len(probabilities_NK), len(classes)
@@ -51,6 +58,8 @@ def _tensor(
         return "BYTES", [count, top_k], [text for row in probabilities_NK for text in _ranked(row, classes)[:top_k]]
     if wanted.name == "probabilities":
         return "FP32", [count, num_classes], list(chain.from_iterable(probabilities_NK))
+    if wanted.name == "familiarity":
+        return "FP32", [count], [UNKNOWN if value is None else value for value in familiarity_N]
     class_ids = [row.index(max(row)) for row in probabilities_NK]
     if wanted.name == "class_id":
         return "INT64", [count], class_ids

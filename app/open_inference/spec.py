@@ -32,7 +32,10 @@ PIXEL_SHAPE = (IMAGE_SIZE, IMAGE_SIZE, 3)
 PIXELS = TensorSpec("pixels", "UINT8", (-1, *PIXEL_SHAPE))
 IMAGE = TensorSpec("image", "BYTES", (-1,))
 INPUTS = {spec.name: spec for spec in (PIXELS, IMAGE)}
-OUTPUT_NAMES = ("probabilities", "label", "class_id")
+OUTPUT_NAMES = ("probabilities", "label", "class_id", "familiarity")
+
+UNKNOWN = -1.0
+"""The familiarity with weights that do not know of it; a tensor cannot have null."""
 
 
 def output_specs(num_classes: int) -> tuple[TensorSpec, ...]:
@@ -41,6 +44,7 @@ def output_specs(num_classes: int) -> tuple[TensorSpec, ...]:
         TensorSpec("probabilities", "FP32", (-1, num_classes)),
         TensorSpec("label", "BYTES", (-1,)),
         TensorSpec("class_id", "INT64", (-1,)),
+        TensorSpec("familiarity", "FP32", (-1,)),
     )
 
 

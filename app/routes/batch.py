@@ -53,7 +53,7 @@ async def predict_batch(
             raise answer
         else:
             rows, checkpoint = answer
-            predictions += [scores(row, checkpoint.classes, top_k) for row in rows]
+            predictions += [scores(row, checkpoint, top_k) for row in rows]
     body = {"predictions": predictions, "model": model_info(checkpoint)}
     return Response(to_json(body), media_type="application/json")
 

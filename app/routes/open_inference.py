@@ -134,7 +134,8 @@ async def not_offered() -> None:
 @router.post(
     f"{MODEL}/infer",
     summary="Classify pictures",
-    response_description="The outputs asked for, all of them if none is: `probabilities`, `label` and `class_id`.",
+    response_description="The outputs asked for, all of them if none is: `probabilities`, `label`, `class_id` and "
+    f"`familiarity` ({spec.UNKNOWN:g} if the weights do not know it).",
     responses=refusals(400, 413, 415, 422, 429, 500, 501, 503, 504),
     openapi_extra={"requestBody": BODY},
 )
@@ -157,7 +158,10 @@ async def respond(request: Request, service: Service, resize: Resize | None = No
         max_pictures=service.settings.max_pictures,
     )
     rows, checkpoint = await _probabilities(request, service, inference, resize)
-    body, json_length = responses.encode(inference, rows, checkpoint.classes, checkpoint.sha256[:12])
+    probabilities_NK, familiarity_N = zip(*rows, strict=True)
+    body, json_length = responses.encode(
+        inference, probabilities_NK, familiarity_N, checkpoint.classes, checkpoint.sha256[:12]
+    )
     headers = {} if json_length is None else {JSON_LENGTH: str(json_length)}
     encoding = compression.accepted(request.headers.get("accept-encoding", ""))
     if encoding is not None and len(body) > WORTH_COMPRESSING_BYTES:

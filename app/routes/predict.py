@@ -1,16 +1,17 @@
 """POST /predict."""
 
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from pydantic_core import to_json
 from starlette.responses import Response
 
+from app.calibration import UNFAMILIAR
 from app.checkpoint import Checkpoint
 from app.errors import BadRequest, UnsupportedMedia
 from app.images import Resize
 from app.multipart import read_field
+from app.predictor import Estimate
 from app.routes import ServiceDep
 from app.routes.waiting import unless_left
 from app.schemas import Prediction, refusals
@@ -66,7 +67,7 @@ async def respond(
     future = service.predict(await _read_picture(request), resize)
     verdict = await unless_left(request, future)
     request.scope["state"]["timing"] = future.timing
-    answer = scores(verdict.rows[0], verdict.checkpoint.classes, top_k)
+    answer = scores(verdict.rows[0], verdict.checkpoint, top_k)
     answer["model"] = model_info(verdict.checkpoint)
     return Response(to_json(answer), media_type="application/json")
 
@@ -102,14 +103,25 @@ async def _read_picture(request: Request) -> bytes:
     return picture
 
 
-def scores(probabilities: list[float], classes: Sequence[str], top_k: int | None) -> dict[str, Any]:
+def scores(estimate: Estimate, checkpoint: Checkpoint, top_k: int | None) -> dict[str, Any]:
     """What `schemas.Scores` describes; by hand, because validating our own answer takes longer than making it."""
+    probabilities, familiarity = estimate
+    classes = checkpoint.classes
     confidence = max(probabilities)
     class_id = probabilities.index(confidence)
     ranked = list(zip(classes, probabilities, strict=True))
     if top_k is not None:
         ranked = sorted(ranked, key=lambda pair: -pair[1])[:top_k]
-    return {"label": classes[class_id], "class_id": class_id, "confidence": confidence, "probabilities": dict(ranked)}
+    likely = checkpoint.calibration.prediction_set(probabilities)
+    return {
+        "label": classes[class_id],
+        "class_id": class_id,
+        "confidence": confidence,
+        "probabilities": dict(ranked),
+        "prediction_set": None if likely is None else [classes[index] for index in likely],
+        "familiarity": familiarity,
+        "unfamiliar": None if familiarity is None else familiarity < UNFAMILIAR,
+    }
 
 
 def model_info(checkpoint: Checkpoint) -> dict[str, str]:
