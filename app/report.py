@@ -1,10 +1,10 @@
 """From probabilities and labels to the figures that describe a classifier. Pure arithmetic on tensors.
 
-Shape letters: N images, K classes. Probabilities, accuracies and intervals are in [0, 1].
+Shape letters: N images, K classes, B bins. Probabilities, accuracies and intervals are in [0, 1].
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ class Evaluation:
     """Mean over images of the sum over classes of (probability - truth)**2; between 0 and 2."""
     ece: float
     """Expected calibration error, see `calibration_error`."""
+    bins_B3: Tensor = field(default_factory=lambda: torch.zeros(0, 3, dtype=torch.float64))
+    """Count, mean confidence and accuracy of each of its bins: the reliability diagram. None in files of old."""
     uncalibrated_nll: float
     """The same three at temperature 1."""
     uncalibrated_brier: float
@@ -97,6 +99,7 @@ def evaluate_probabilities(
     nll, brier, ece = _scores(probabilities_NK, labels_N)
     uncalibrated_nll, uncalibrated_brier, uncalibrated_ece = _scores(uncalibrated_NK, labels_N)
     coverage, set_size = _prediction_sets(probabilities_NK, labels_N, set_threshold)
+    bins = calibration_bins(probabilities_NK, labels_N)
     return Evaluation(
         dataset=dataset,
         digest=digest,
@@ -105,6 +108,7 @@ def evaluate_probabilities(
         nll=nll,
         brier=brier,
         ece=ece,
+        bins_B3=torch.tensor([list(part.values()) for part in bins], dtype=torch.float64).reshape(-1, 3),
         uncalibrated_nll=uncalibrated_nll,
         uncalibrated_brier=uncalibrated_brier,
         uncalibrated_ece=uncalibrated_ece,

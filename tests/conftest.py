@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fastapi.testclient import TestClient
 from PIL import Image
+from torch import Tensor
 
 from app import checkpoint, model
 from app.checkpoint import CIFAR10_CLASSES, Checkpoint
@@ -59,6 +61,15 @@ def encode(picture: Image.Image, format: str = "PNG", **options: object) -> byte
     buffer = io.BytesIO()
     picture.save(buffer, format, **options)
     return buffer.getvalue()
+
+
+@pytest.fixture
+def photos_NCHW() -> Tensor:
+    """Smooth random pictures with edges, so that there is something to lose; eight of them."""
+    coarse = torch.rand(8, 3, 5, 5, generator=torch.Generator().manual_seed(0)) * 255
+    smooth = F.interpolate(coarse, size=(32, 32), mode="bicubic").clamp(0, 255)
+    smooth[:, :, 10:20, 8:24] = 255 - smooth[:, :, 10:20, 8:24]
+    return smooth.to(torch.uint8)
 
 
 @pytest.fixture

@@ -14,16 +14,6 @@ from training.config import Recipe
 PLAIN = Recipe(network="net")
 
 
-@pytest.fixture
-def photos_NCHW() -> Tensor:
-    """Smooth random pictures with edges, so that compression has something to lose."""
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(8, 3, 5, 5, generator=generator) * 255
-    smooth = torch.nn.functional.interpolate(coarse, size=(32, 32), mode="bicubic").clamp(0, 255)
-    smooth[:, :, 10:20, 8:24] = 255 - smooth[:, :, 10:20, 8:24]
-    return smooth.to(torch.uint8)
-
-
 def identity(count: int) -> Draws:
     return Draws(
         shift_N2=torch.zeros(count, 2, dtype=torch.int64),
@@ -55,6 +45,18 @@ def test_shift_reflects_the_border(photos_NCHW: Tensor, rows: int, columns: int,
     expected = padded[:, :, 4 + rows : 36 + rows, 4 + columns : 36 + columns]
     expected = expected.flip(3) if flip else expected
     assert augment(photos_NCHW, torch.arange(8), draws, PLAIN).equal(expected)
+
+
+def test_each_image_has_its_own_shift_and_flip(photos_NCHW: Tensor) -> None:
+    recipe = dataclasses.replace(PLAIN, shift=3, flip=True)
+    draws = draw(8, 0, recipe, epoch_generator(0, 0))
+    assert len(draws.shift_N2.unique(dim=0)) > 1 < len(draws.flip_N.unique())
+    chosen = torch.tensor([6, 1, 1, 4, 0])
+    padded = torch.nn.functional.pad(photos_NCHW.float(), (3, 3, 3, 3), mode="reflect").to(torch.uint8)
+    for index, image_CHW in zip(chosen.tolist(), augment(photos_NCHW, chosen, draws, recipe), strict=True):
+        row, column = (3 + draws.shift_N2[index]).tolist()
+        expected_CHW = padded[index, :, row : row + 32, column : column + 32]
+        assert image_CHW.equal(expected_CHW.flip(2) if draws.flip_N[index] else expected_CHW)
 
 
 def test_cutout_greys_exactly_one_square(photos_NCHW: Tensor) -> None:

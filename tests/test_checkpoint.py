@@ -25,6 +25,7 @@ EVALUATION = Evaluation(
     nll=0.25,
     brier=0.125,
     ece=0.0625,
+    bins_B3=torch.tensor([[2, 0.5, 0.75], [1, 0.875, 1]], dtype=torch.float64),
     uncalibrated_nll=0.5,
     uncalibrated_brier=0.25,
     uncalibrated_ece=0.125,
@@ -95,8 +96,9 @@ def test_round_trip(tmp_path: Path, name: str) -> None:
     for field in ("prototypes_PD", "self_test_NK"):
         assert torch.equal(getattr(loaded, field), getattr(saved, field))
     assert loaded.evaluation is not None
-    assert torch.equal(loaded.evaluation.confusion_KK, EVALUATION.confusion_KK)
-    assert dataclasses.replace(loaded.evaluation, confusion_KK=EVALUATION.confusion_KK) == EVALUATION
+    tables = {"confusion_KK": EVALUATION.confusion_KK, "bins_B3": EVALUATION.bins_B3}
+    assert all(torch.equal(getattr(loaded.evaluation, name), table) for name, table in tables.items())
+    assert dataclasses.replace(loaded.evaluation, **tables) == EVALUATION  # type: ignore[arg-type]
     assert loaded.state_dict.keys() == saved.state_dict.keys()
     assert all(torch.equal(loaded.state_dict[key], tensor) for key, tensor in saved.state_dict.items())
     network = loaded.network()
@@ -248,9 +250,20 @@ REFUSED: dict[str, tuple[object, str]] = {
     ),
     "small matrix": (evaluated(confusion_KK=torch.zeros(2, 2).long()), "confusion matrix is not 10 x 10"),
     "no matrix": (evaluated(confusion_KK=3), "confusion_KK of the evaluation is a int"),
+    "bins of two numbers": (evaluated(bins_B3=torch.zeros(3, 2).double()), "bins are not rows of three numbers"),
     "text for a figure": (evaluated(nll="low"), "nll of the evaluation is a str"),
     "list for tensors": (content(state_dict=[1]), "has a field of a wrong kind"),
 }
+
+
+def test_an_evaluation_of_old_has_no_bins(tmp_path: Path) -> None:
+    torch.save(
+        content(evaluation={name: value for name, value in vars(EVALUATION).items() if name != "bins_B3"}),
+        tmp_path / "old.pth",
+    )
+    evaluation = load(tmp_path / "old.pth").evaluation
+    assert evaluation is not None
+    assert evaluation.bins_B3.shape == (0, 3)
 
 
 @pytest.mark.parametrize(("given", "sentence"), REFUSED.values(), ids=REFUSED.keys())

@@ -1,6 +1,9 @@
 """The training loop: it learns, repeats itself exactly, resumes exactly, and stops with a sentence."""
 
 import dataclasses
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from app.data import Split
 from training.config import RECIPES, Recipe
 from training.fit import Progress, fit, initialize, learning_rate_factor, optimizers_for
 from training.meter import TrainingError
+from training.muon import Muon
 
 CPU = torch.device("cpu")
 DEBUG = RECIPES["debug"]
@@ -171,11 +175,44 @@ def test_learning_rate_rises_and_falls() -> None:
     assert {learning_rate_factor(step, 100, RECIPES["tutorial"]) for step in range(100)} == {1.0}
 
 
-def test_each_parameter_has_exactly_one_optimizer() -> None:
-    network: nn.Module = model.build("cifar_net")
-    recipe = RECIPES["default"]
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_parameter_has_exactly_one_optimizer(name: str) -> None:
+    recipe = RECIPES[name]
+    network: nn.Module = model.build(recipe.network)
     groups = [group for optimizer in optimizers_for(network, recipe) for group in optimizer.param_groups]
     owned = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(owned) == sorted(id(parameter) for parameter in network.parameters())
     decayed = {id(p) for group in groups if group.get("weight_decay") for p in group["params"]}
     assert not decayed & {id(p) for p in network.parameters() if p.ndim == 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "others"), [("net", ["conv1.weight", "fc3.weight"]), ("default", ["stem.conv.weight", "head.weight"])]
+)
+def test_muon_has_the_weights_of_all_layers_but_the_first_and_the_last(name: str, others: list[str]) -> None:
+    network: nn.Module = model.build(RECIPES[name].network)
+    sgd, muon = optimizers_for(network, RECIPES[name])
+    names = {id(parameter): name for name, parameter in network.named_parameters() if parameter.ndim > 1}
+    assert isinstance(muon, Muon)
+    assert [names[id(p)] for p in muon.param_groups[0]["params"]] == [n for n in names.values() if n not in others]
+    assert [names[id(p)] for p in sgd.param_groups[0]["params"]] == others
+
+
+RESIDENT = """
+import resource, torch
+from training.fit import keep_memory
+
+def resident_after_a_large_tensor():
+    torch.ones(1 << 26)  # 256 MiB, freed at once
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+
+before = resident_after_a_large_tensor()
+keep_memory()
+print(resident_after_a_large_tensor() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's malloc")
+def test_freed_memory_is_kept_for_the_next_step() -> None:
+    done = subprocess.run([sys.executable, "-c", RESIDENT], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 200 * 2**20

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from app.checkpoint import CIFAR10_CLASSES
 from app.errors import AppError
-from app.report import wilson_interval
+from app.report import evaluate_probabilities, wilson_interval
 from training import plots
 
 CONFUSION_KK = torch.tensor([[8, 2, 0], [1, 9, 0], [0, 0, 5]])
@@ -119,7 +119,10 @@ def test_the_bars_show_accuracy_and_interval() -> None:
 
 def test_the_reliability_diagram_shows_the_bins() -> None:
     probabilities_NK = torch.tensor([[0.9, 0.1], [0.6, 0.4]]).repeat(30, 1)
-    axes = plots.reliability_diagram(probabilities_NK, torch.tensor([0, 1]).repeat(30), "two insects").axes[0]
+    figures = evaluate_probabilities(
+        probabilities_NK, torch.tensor([0, 1]).repeat(30), dataset="two insects", digest="", evaluated_at=""
+    )
+    axes = plots.reliability_diagram(figures.bins_B3, figures.ece, figures.dataset).axes[0]
     # 15 groups of 4: seven of 0.6, none right; one half of either; seven of 0.9, all right.
     confidences, accuracies = zip(*points(axes.lines[1]), strict=True)
     assert confidences == pytest.approx([0.6] * 7 + [0.75] + [0.9] * 7)

@@ -1,17 +1,24 @@
 """The loaded network answers what the plain network says, for any number of pictures."""
 
 import dataclasses
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import random_checkpoint
 from torch import Tensor
 
+from app import checkpoint
 from app.calibration import Calibration
 from app.device import choose_dtype
 from app.predictor import Predictor
 
 CPU = torch.device("cpu")
+WEIGHTS = Path(__file__).parent.parent / "weights"
+NEIGHBOUR_BOUND = 0.001
+"""As the README says it. Measured was less than 0.000001; other hardware may choose other kernels by batch size."""
+needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="OpenVINO is not installed")
 
 
 def some_pixels(count: int) -> Tensor:
@@ -20,9 +27,9 @@ def some_pixels(count: int) -> Tensor:
 
 @pytest.mark.parametrize("architecture", ["net", "cifar_net"])
 def test_probabilities_are_those_of_the_plain_network(architecture: str) -> None:
-    checkpoint, pixels_NCHW = random_checkpoint(architecture), some_pixels(11)
-    expected_NK = checkpoint.network()(pixels_NCHW).softmax(dim=1)
-    probabilities_NK = Predictor(checkpoint, CPU, threads=1, max_batch=4).predict(pixels_NCHW)
+    random, pixels_NCHW = random_checkpoint(architecture), some_pixels(11)
+    expected_NK = random.network()(pixels_NCHW).softmax(dim=1)
+    probabilities_NK = Predictor(random, CPU, threads=1, max_batch=4).predict(pixels_NCHW)
     tolerance = 1e-5 if choose_dtype(CPU) is torch.float32 else 0.01
     assert torch.allclose(probabilities_NK.float(), expected_NK, atol=tolerance)
 
@@ -40,6 +47,24 @@ def test_the_batch_a_picture_is_in_makes_no_difference(max_batch: int) -> None:
     assert torch.allclose(predictor.predict(pixels_NCHW), alone, atol=0.003)
 
 
+@pytest.mark.parametrize("name", ["torch", pytest.param("openvino", marks=needs_openvino)])
+@pytest.mark.parametrize("weights", sorted(WEIGHTS.glob("*.pth")), ids=lambda path: path.stem)
+def test_neighbours_do_not_change_an_answer(weights: Path, name: str, photos_NCHW: Tensor) -> None:
+    """With the weights that are shipped, whatever lies beside a picture, wherever it stands, however many there are."""
+    predictor = Predictor(checkpoint.load(weights), CPU, engine_name=name, threads=1, max_batch=16)
+    alone_NK = torch.cat([predictor.predict(pixels_1CHW) for pixels_1CHW in photos_NCHW.split(1)])
+    opinions_K = (alone_NK.amax(dim=0) - alone_NK.amin(dim=0)) > 100 * NEIGHBOUR_BOUND
+    assert opinions_K.any(), "only a network that tells pictures apart proves anything"
+    for size in (2, 7, 16, 33):
+        black, white = (torch.full((size, 3, 32, 32), value, dtype=torch.uint8) for value in (0, 255))
+        for beside_NCHW in (black, white, some_pixels(size), photos_NCHW[torch.arange(size) % 8]):
+            for place in (0, size // 2, size - 1):
+                for picture in (0, 5):
+                    batch_NCHW = beside_NCHW.index_copy(0, torch.tensor([place]), photos_NCHW[picture : picture + 1])
+                    apart_K = predictor.predict(batch_NCHW)[place] - alone_NK[picture]
+                    assert apart_K.abs().max() <= NEIGHBOUR_BOUND
+
+
 def test_items_of_one_and_of_several_pictures_keep_their_order() -> None:
     predictor, pixels_NCHW = Predictor(random_checkpoint(), CPU, threads=1, max_batch=8), some_pixels(5)
     items = pixels_NCHW.split([1, 3, 1])  # alone and together
@@ -49,11 +74,9 @@ def test_items_of_one_and_of_several_pictures_keep_their_order() -> None:
 
 
 def test_the_temperature_divides_the_logits() -> None:
-    checkpoint = random_checkpoint()
-    hot = dataclasses.replace(checkpoint, calibration=Calibration(temperature=3.0))
-    cold_NK, hot_NK = (
-        Predictor(each, CPU, threads=1, max_batch=4).predict(some_pixels(4)) for each in (checkpoint, hot)
-    )
+    cold = random_checkpoint()
+    hot = dataclasses.replace(cold, calibration=Calibration(temperature=3.0))
+    cold_NK, hot_NK = (Predictor(each, CPU, threads=1, max_batch=4).predict(some_pixels(4)) for each in (cold, hot))
     assert torch.allclose((cold_NK.log() / 3).softmax(dim=1), hot_NK)
 
 

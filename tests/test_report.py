@@ -109,6 +109,7 @@ def test_scores_by_hand() -> None:
     second = 0.1**2 + 0.2**2 + 0.1**2
     assert figures.brier == pytest.approx((first + second + 0) / 3)
     assert figures.confusion_KK.tolist() == [[2, 0, 0], [0, 1, 0], [0, 0, 0]]
+    assert figures.bins_B3.tolist() == [[1, 0.5, 1], [1, 0.8, 1], [1, 1, 1]]  # more bins than images: one each
 
 
 def test_a_certain_and_wrong_answer_costs_much_but_not_infinitely() -> None:

@@ -64,6 +64,7 @@ def test_a_run_leaves_weights_log_and_curves(data_folder: Path) -> None:
     assert checkpoint.evaluation is not None
     assert checkpoint.evaluation.digest == test.digest
     assert int(checkpoint.evaluation.confusion_KK.sum()) == 30
+    assert (data_folder / "out" / "net.log.jsonl").read_text() == (folder / "log.jsonl").read_text()
     assert "CIFAR_WEIGHTS=out/net.pth" in done.stdout
     assert f"epoch   2  loss {log_rows(data_folder, 'first')[1]['loss']:.4f}" in done.stdout
 
@@ -231,17 +232,61 @@ def test_evaluate_agrees_with_the_file_and_prints_only_json(
     assert figures["calibration"]["nll"] == pytest.approx(evaluation.nll, rel=1e-4)
 
 
-def test_the_card_says_what_the_file_says(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_leave_what_the_card_is_made_of(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(data_folder)
-    assert cli.main(["train", "--recipe", "debug", "--data", ".", "--name", "a"]) == 0
-    assert cli.main(["card", "--folder", "runs/a"]) == 0
-    text = Path("runs/a/README.md").read_text()
-    checkpoint = load(Path("runs/a/cifar_net.pth"))
-    assert checkpoint.evaluation is not None
-    assert checkpoint.sha256 in text
-    assert "62,006 parameters" in text
-    right = int(checkpoint.evaluation.confusion_KK.diagonal().sum())
+    train, held_out = ["train", "--recipe", "debug", "--data", "."], ["--validation", "0.1"]
+    held = "runs/held/cifar_net.pth"
+    assert cli.main([*train, *held_out, "--name", "held"]) == 0
+    assert cli.main([*train, "--name", "final", "--calibration", held, "--out", "weights/net.pth"]) == 0
+    robustness = ["robustness", "--weights", held, "--data", ".", *held_out, "--out", "weights/net.robustness.json"]
+    assert cli.main(robustness) == 0
+    assert cli.main(["card", "--folder", "weights"]) == 0
+    assert Path("weights/net.validation.log.jsonl").read_bytes() == Path("runs/held/log.jsonl").read_bytes()
+    assert Path("weights/net.curves.png").read_bytes() == Path("runs/held/curves.png").read_bytes()
+    text = Path("weights/README.md").read_text()
+    final, evaluation = load(Path("weights/net.pth")), load(Path(held)).evaluation
+    assert final.evaluation is not None
+    assert evaluation is not None
+    right, right_held = (int(each.confusion_KK.diagonal().sum()) for each in (final.evaluation, evaluation))
     assert f"**{right / 30:.2%}** of 30 images right" in text
+    assert f"**{right_held / 12:.2%}** of 12 images right" in text
+    assert "trained on 108 of CIFAR-10 training, 120 images" in text
+    assert f"fitted on validation (12 held-out training images), sha256 `{evaluation.digest[:12]}`" in text
+
+
+def test_robustness_begins_with_what_evaluate_says(
+    data_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(data_folder)
+    assert cli.main(["train", "--recipe", "debug", "--data", ".", "--name", "a", "--validation", "0.1"]) == 0
+    capsys.readouterr()
+    held = ["--weights", "runs/a/cifar_net.pth", "--data", ".", "--validation", "0.1", "--json"]
+    assert cli.main(["evaluate", *held]) == 0
+    evaluated = json.loads(capsys.readouterr().out)
+    assert cli.main(["robustness", *held, "--out", "new/robustness.json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["rows"][0]["accuracy"] == evaluated["accuracy"]
+    assert result["dataset"] == evaluated["dataset"]
+    checkpoint = load(Path("runs/a/cifar_net.pth"))
+    assert result["weights"]["sha256"] == checkpoint.sha256
+    assert result["weights"]["trained_on"] == "108 of CIFAR-10 training, 120 images"
+    assert json.loads(Path("new/robustness.json").read_text()) == result
+    assert cli.main(["robustness", *held[:-1]]) == 0
+    assert "JPEG quality 75" in capsys.readouterr().out
+    assert cli.main(["robustness", *held[:-2], "0.2"]) == 2  # they have seen half of those
+    assert "a run with --validation 0.2" in capsys.readouterr().err
+
+
+def test_an_ablation_goes_on_where_it_stopped(
+    data_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(data_folder)
+    flags = ["ablate", "--recipe", "debug", "--data", ".", "--epochs", "1", "--out", "ablation.jsonl"]
+    assert cli.main([*flags, "--seeds", "0"]) == 0
+    first = Path("ablation.jsonl").read_text()
+    assert cli.main([*flags, "--seeds", "0", "1"]) == 0
+    assert Path("ablation.jsonl").read_text().startswith(first)
+    assert "has 10 runs" in capsys.readouterr().out
 
 
 def test_pictures_are_written(

@@ -2,10 +2,13 @@
 
 train      recipe -> runs/NAME/cifar_net.pth, with a log and learning curves beside it
 evaluate   weights and data -> accuracy with intervals, per class, confusion, calibration
+robustness the same weights on pictures that were compressed, moved, darkened or enlarged
+ablate     the recipe with one ingredient taken out at a time -> accuracy on held-out images
 show       a labelled grid of images
 plot       confusion matrix, per-class bars and reliability diagram of some weights
 unfamiliar how well the weights notice pictures that show none of the classes
 summary    a network, layer by layer
+card       the model card of the weights in a folder, from what lies beside them
 download   CIFAR-10 from its home page
 """
 
@@ -19,6 +22,7 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,14 +34,15 @@ from app.data import Split
 from app.device import choose_device, choose_dtype, describe
 from app.errors import AppError
 from app.report import report
-from training import plots
+from training import plots, robustness
+from training.ablate import ablate
 from training.calibrate import complete
-from training.card import card
+from training.card import write_card
 from training.config import RECIPES, Recipe, add_flags, override
 from training.data import download, hold_out, locate
 from training.evaluate import evaluate, format_report, predict
 from training.fit import fit, initialize, join_workers
-from training.log import RunLog
+from training.log import RunLog, read_rows, write_rows
 from training.summary import summarize
 from training.unfamiliar import compare, format_comparison
 
@@ -123,6 +128,10 @@ def train_command(options: argparse.Namespace) -> None:
     save(checkpoint, weights)
     if options.out:
         save(checkpoint, options.out)
+        # For the model card, with the log of the run that the calibration is from.
+        write_rows(options.out.with_suffix(".log.jsonl"), progress.rows)
+        if options.calibration and (rows := read_rows(options.calibration.parent / "log.jsonl")):
+            write_rows(options.out.with_suffix(".validation.log.jsonl"), rows)
         weights = options.out
     log.say(format_report(report(checkpoint.evaluation, checkpoint.classes)))
     log.say(f"Wrote {weights}. Serve it with: CIFAR_WEIGHTS={weights} make serve")
@@ -192,6 +201,50 @@ def evaluate_command(options: argparse.Namespace) -> None:
     print(json.dumps(figures, indent=2) if options.json else format_report(figures))
 
 
+def robustness_command(options: argparse.Namespace) -> None:
+    checkpoint = load(options.weights)
+    held_out = checkpoint.trained.get("validation", options.validation)
+    if held_out < options.validation:
+        raise ValueError(
+            f"These weights were trained with a share of {held_out} of the images held out, so --validation "
+            f"{options.validation} would measure images that they have seen. Name the weights of a run with "
+            f"--validation {options.validation}."
+        )
+    split = _split(options)
+    result = {
+        "weights": {
+            "file": options.weights.name,
+            "sha256": checkpoint.sha256,
+            "trained_on": checkpoint.trained.get("images", "images that the file does not name"),
+        },
+        "dataset": {"name": split.name, "sha256": split.digest, "images": len(split)},
+        "rows": robustness.measure(checkpoint, split, choose_device(options.device)),
+    }
+    _put_out(result, robustness.format_robustness(result), options)
+
+
+def _put_out(result: dict[str, Any], text: str, options: argparse.Namespace) -> None:
+    """As a table or as JSON on stdout; with --out the JSON goes into a file as well, for the model card."""
+    if options.out:
+        write_atomically(options.out, (json.dumps(result, indent=2) + "\n").encode())
+    print(json.dumps(result, indent=2) if options.json else text)
+
+
+def ablate_command(options: argparse.Namespace) -> None:
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    train, _ = data.read(locate(options.data, os.environ))
+    rows = ablate(
+        train,
+        override(RECIPES[options.recipe], {"epochs": options.epochs}),
+        options.seeds,
+        options.out,
+        device=choose_device(options.device),
+        on_row=lambda row: print(f"seed {row['seed']}, {row['setting']}: {row['validation_accuracy']:.2%}", flush=True),
+    )
+    print(f"{options.out} has {len(rows)} runs.")
+
+
 def show_command(options: argparse.Namespace) -> None:
     split = _split(options)
     chosen_N = torch.randperm(len(split), generator=torch.Generator().manual_seed(options.seed))[: options.count]
@@ -210,15 +263,12 @@ def show_command(options: argparse.Namespace) -> None:
 
 
 def plot_command(options: argparse.Namespace) -> None:
-    checkpoint, split, device = load(options.weights), _split(options), choose_device(options.device)
-    probabilities_NK = predict(
-        checkpoint.network(), split.pixels_NCHW, device=device, temperature=checkpoint.calibration.temperature
-    )
-    evaluation = evaluate(checkpoint, split, device)
+    checkpoint = load(options.weights)
+    evaluation = evaluate(checkpoint, _split(options), choose_device(options.device))
     figures = {
         "confusion.png": plots.confusion_matrix(evaluation.confusion_KK, checkpoint.classes, evaluation.dataset),
         "per_class.png": plots.per_class_bars(evaluation.confusion_KK, checkpoint.classes, evaluation.dataset),
-        "reliability.png": plots.reliability_diagram(probabilities_NK, split.labels_N, evaluation.dataset),
+        "reliability.png": plots.reliability_diagram(evaluation.bins_B3, evaluation.ece, evaluation.dataset),
     }
     for name, figure in figures.items():
         plots.save(figure, options.out / name)
@@ -236,8 +286,8 @@ def summary_command(options: argparse.Namespace) -> None:
 
 
 def card_command(options: argparse.Namespace) -> None:
-    write_atomically(options.folder / "README.md", card(options.folder).encode())
-    print(f"Wrote {options.folder / 'README.md'}.")
+    for path in write_card(options.folder):
+        print(f"Wrote {path}.")
 
 
 def download_command(options: argparse.Namespace) -> None:
@@ -280,6 +330,24 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--batch-size", type=int, default=500)
     measure.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")
     measure.set_defaults(command=evaluate_command)
+
+    robust = commands.add_parser(
+        "robustness", parents=[where, compute, held], help="measure some weights on worse pictures"
+    )
+    robust.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS)
+    robust.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")
+    robust.add_argument("--out", type=Path, help="write the JSON here as well, e.g. weights/cifar_net.robustness.json")
+    robust.set_defaults(command=robustness_command)
+
+    without = commands.add_parser("ablate", parents=[where, compute], help="train without one ingredient at a time")
+    without.add_argument("--recipe", choices=RECIPES, default="default")
+    without.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    without.add_argument("--epochs", type=int, default=4, help="of each run")
+    without.add_argument(
+        "--out", type=Path, default=DEFAULT_WEIGHTS.parent / "ablation.jsonl", help="a line for each run"
+    )
+    without.add_argument("--threads", type=int, help="CPU threads; torch's choice by default")
+    without.set_defaults(command=ablate_command)
 
     show = commands.add_parser("show", parents=[where, compute, held], help="a labelled grid of images")
     show.add_argument("--weights", type=Path, help="also write what these weights predict")

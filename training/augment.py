@@ -68,15 +68,18 @@ def augment(images_NCHW: Tensor, index_N: Tensor, draws: Draws, recipe: Recipe) 
 
 
 def _shift_and_flip(images_NCHW: Tensor, index_N: Tensor, shift_N2: Tensor, flip_N: Tensor) -> Tensor:
-    """Batch selection, shift with reflected border and mirroring in one gather."""
-    size = images_NCHW.shape[-1]
+    """Batch selection, shift with reflected border and mirroring: whole rows are picked first, then columns.
+
+    Five times as fast on a CPU as one gather over all four dimensions, which looks up an address for each byte.
+    """
+    count, (channels, size) = len(index_N), images_NCHW.shape[1:3]
     axis = torch.arange(size, device=images_NCHW.device)
     rows_NH = _reflect(axis + shift_N2[:, :1], size)
     columns_NW = _reflect(torch.where(flip_N[:, None], size - 1 - axis, axis) + shift_N2[:, 1:], size)
-    channels = torch.arange(3, device=images_NCHW.device)
-    return images_NCHW[
-        index_N[:, None, None, None], channels[:, None, None], rows_NH[:, None, :, None], columns_NW[:, None, None, :]
-    ]
+    planes_NC = index_N[:, None] * channels + torch.arange(channels, device=images_NCHW.device)
+    rows_NCH = planes_NC[:, :, None] * size + rows_NH[:, None]
+    picked_NCHW = images_NCHW.reshape(-1, size)[rows_NCH.flatten()].view(count, channels, size, size)
+    return picked_NCHW.gather(3, columns_NW[:, None, None].expand_as(picked_NCHW))
 
 
 def _reflect(position: Tensor, size: int) -> Tensor:

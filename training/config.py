@@ -22,11 +22,11 @@ class Recipe:
     batch_size: int = 512
     """Images per step, over all processes together."""
     optimizer: Literal["sgd", "muon"] = "sgd"
-    """muon: orthogonalised updates for the convolutions, sgd for the rest."""
+    """muon: orthogonalised updates for the weights of hidden layers, sgd for all else."""
     learning_rate: float = 0.1
     """At its peak."""
     muon_learning_rate: float = 0.0
-    """At its peak, for the convolutions when the optimizer is muon."""
+    """At its peak, for the hidden layers when the optimizer is muon."""
     momentum: float = 0.9
     """Of sgd."""
     nesterov: bool = True
@@ -97,23 +97,24 @@ RECIPES = {
         precision="float32",
         report_every=2000,
     ),
-    # How far the tutorial's network goes with its architecture unchanged. It underfits, so augmentation stays mild.
+    # How far the tutorial's network goes with its architecture unchanged. It underfits, so augmentation stays mild. Of
+    # validation after ten epochs: 70.6 % with sgd and shifts of 2, 72.8 % with sgd and shifts of 1, 73.1 % with muon
+    # for conv2 and shifts of 2, and 75.9 % with muon for conv2, fc1 and fc2 and shifts of 1.
     "net": Recipe(
         network="net",
         epochs=40,
         batch_size=128,
+        optimizer="muon",
         learning_rate=0.05,
+        muon_learning_rate=0.05,
         weight_decay=5e-4,
         warmup=0.2,
         flip=True,
-        shift=2,
-        precision="float32",
+        shift=1,
     ),
-    # Mild augmentation: with shifts of 4 and cutout of 8 the network had not fitted its data after 20 epochs (91.5 % of
-    # the validation images).
     "default": Recipe(
         network="cifar_net",
-        epochs=16,
+        epochs=48,
         batch_size=512,
         optimizer="muon",
         learning_rate=0.1,
@@ -122,8 +123,9 @@ RECIPES = {
         weight_decay=5e-4,
         label_smoothing=0.1,
         flip=True,
-        shift=2,
-        jpeg=0.3,
+        shift=3,
+        cutout=8,
+        jpeg=0.4,
     ),
     # Seconds, for tests: the same path through the code.
     "debug": Recipe(network="net", epochs=2, batch_size=16, learning_rate=0.01, flip=True, shift=1, jpeg=0.5, cutout=4),

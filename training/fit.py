@@ -3,7 +3,9 @@
 Shape letters: N images, C = 3, H = W = 32, K classes.
 """
 
+import ctypes
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +27,9 @@ from training.augment import augment, draw, epoch_generator
 from training.config import Recipe
 from training.meter import Meter, TrainingError
 from training.muon import Muon
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+KEPT_BYTES = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,18 @@ class Progress:
     """One an epoch: what the log and the learning curves show."""
 
 
+def keep_memory() -> None:
+    """Have glibc keep what is freed for the next step, for the rest of the process.
+
+    By default it hands large tensors back to the system and gets them anew in the next step, cleared page by page:
+    on two cores that was a fifth of a step of the default recipe (950 -> 1,190 images/s). Does nothing elsewhere.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
 def initialize(network: Normalized, recipe: Recipe, pixels_NCHW: Tensor) -> None:
     """Set the normalisation buffers as the recipe says."""
     if recipe.normalization == "data":
@@ -66,17 +83,18 @@ def initialize(network: Normalized, recipe: Recipe, pixels_NCHW: Tensor) -> None
 
 
 def optimizers_for(network: nn.Module, recipe: Recipe) -> list[Optimizer]:
-    """Weights decay, biases and batch norms do not. With muon, convolutions but the first have their own optimizer."""
+    """Weights decay, biases and batch norms do not. With muon, weights of hidden layers have their own optimizer."""
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    convolutions = [p for p in parameters if p.ndim == 4 and p.shape[1] > 3] if recipe.optimizer == "muon" else []
-    taken = {id(parameter) for parameter in convolutions}
+    # Not the first, which sees pixels, nor the last, whose norm is how sure the network may be.
+    hidden = [p for p in parameters if p.ndim > 1][1:-1] if recipe.optimizer == "muon" else []
+    taken = {id(parameter) for parameter in hidden}
     rest = [parameter for parameter in parameters if id(parameter) not in taken]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in rest if p.ndim > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in rest if p.ndim <= 1]},
     ]
     sgd = SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.nesterov)
-    return [sgd, Muon(convolutions, recipe.muon_learning_rate)] if convolutions else [sgd]
+    return [sgd, Muon(hidden, recipe.muon_learning_rate)] if hidden else [sgd]
 
 
 def learning_rate_factor(step: int, total: int, recipe: Recipe) -> float:
@@ -116,6 +134,7 @@ def fit(
             f"A batch of {recipe.batch_size} images cannot be shared evenly by {workers.count} processes; "
             f"choose --batch-size as a multiple of {workers.count}."
         )
+    keep_memory()
     dtype = choose_dtype(device) if recipe.precision == "auto" else torch.float32
     network.to(device)
     if dtype == torch.bfloat16:

@@ -1,12 +1,24 @@
 """What a run leaves to read: log.jsonl, curves.png, and TensorBoard events where tensorboard is installed."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from app.checkpoint import write_atomically
 from training import plots
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The JSON objects in `file`, one a line; none where there is no file yet."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One JSON object a line, the file as a whole or not at all."""
+    write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 class RunLog:
@@ -17,8 +29,8 @@ class RunLog:
         self.folder = folder
         self.file = folder / "log.jsonl"
         self.rows: list[dict[str, float]] = []
-        if resume and self.file.exists():
-            self.rows = [json.loads(line) for line in self.file.read_text().splitlines()]
+        if resume:
+            self.rows = read_rows(self.file)
         self.tensorboard = _tensorboard(folder)
 
     def say(self, text: str) -> None:
@@ -28,7 +40,7 @@ class RunLog:
         """Record one epoch's figures."""
         # A resumed run may repeat an epoch that was logged but not yet saved.
         self.rows = [old for old in self.rows if old["epoch"] < row["epoch"]] + [row]
-        self.file.write_text("".join(json.dumps(each) + "\n" for each in self.rows))
+        write_rows(self.file, self.rows)
         plots.save(plots.learning_curves(self.rows), self.folder / "curves.png")
         if self.tensorboard is not None:
             for name, value in row.items():

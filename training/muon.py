@@ -14,7 +14,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 
 
-def orthogonalize(matrix_MN: Tensor) -> Tensor:
+def orthogonalize(matrix_MN: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
     """Bring all singular values of a matrix near 1, by a quintic Newton-Schulz iteration in bfloat16.
 
     The coefficients trade accuracy for speed: the values end between about 0.7 and 1.2, which is enough here.
@@ -24,18 +24,21 @@ def orthogonalize(matrix_MN: Tensor) -> Tensor:
     if tall := x.size(0) > x.size(1):
         x = x.T
     x = x / (x.norm() + 1e-7)
-    for _ in range(NEWTON_SCHULZ_STEPS):
+    for _ in range(steps):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x.T if tall else x).to(matrix_MN.dtype)
 
 
 class Muon(Optimizer):
-    """For convolution weights that a batch norm follows.
+    """For the weights of hidden layers, convolutions and linear ones.
 
-    Their scale has no effect on the output, only on the effective step, so each step first resets the norm of a weight
-    to sqrt(outputs); the learning rate is then a rotation rate.
+    Each step first resets the norm of a weight to sqrt(outputs); the learning rate is then a rotation rate. Where a
+    batch norm follows, the scale of a weight has no effect on the output anyway; elsewhere the last layer, which has
+    another optimizer, can make up for it, because ReLU passes a scale on.
     """
+
+    newton_schulz_steps = NEWTON_SCHULZ_STEPS
 
     def __init__(self, parameters: Iterable[Tensor], learning_rate: float, momentum: float = 0.6) -> None:
         super().__init__(parameters, {"lr": learning_rate, "momentum": momentum})
@@ -48,4 +51,6 @@ class Muon(Optimizer):
                 buffer.mul_(group["momentum"]).add_(weight.grad)
                 update = weight.grad.add(buffer, alpha=group["momentum"])
                 weight.mul_(len(weight) ** 0.5 / weight.norm())
-                weight.sub_(orthogonalize(update.flatten(1)).view_as(weight), alpha=group["lr"])
+                weight.sub_(
+                    orthogonalize(update.flatten(1), self.newton_schulz_steps).view_as(weight), alpha=group["lr"]
+                )

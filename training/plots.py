@@ -22,7 +22,7 @@ from torchvision.utils import make_grid
 from app.checkpoint import write_atomically
 from app.errors import AppError
 from app.model import IMAGE_SIZE
-from app.report import calibration_bins, calibration_error, per_class, wilson_interval
+from app.report import per_class, wilson_interval
 
 BLUE, VERMILION, GREY = "#0072b2", "#d55e00", "#767676"
 DOTS_PER_INCH = 144
@@ -185,13 +185,18 @@ def per_class_bars(confusion_KK: Tensor, classes: Sequence[str], dataset: str) -
     return figure
 
 
-def reliability_diagram(probabilities_NK: Tensor, labels_N: Tensor, dataset: str) -> Figure:
-    """How often the answer is right, against how sure the network says it is; on the diagonal it knows itself."""
-    bins = calibration_bins(probabilities_NK, labels_N)
-    counts, confidences = [int(part["count"]) for part in bins], [part["confidence"] for part in bins]
-    correct = [round(part["accuracy"] * part["count"]) for part in bins]
-    accuracies = [right / count for right, count in zip(correct, counts, strict=True)]
-    intervals = [wilson_interval(right, count) for right, count in zip(correct, counts, strict=True)]
+def reliability_diagram(bins_B3: Tensor, ece: float, dataset: str) -> Figure:
+    """How often the answer is right, against how sure the network says it is; on the diagonal it knows itself.
+
+    Args:
+        bins_B3: Count, confidence and accuracy of each group, as in `app.report.Evaluation`.
+        ece: Their expected calibration error.
+    """
+    counts, confidences, accuracies = bins_B3.T.tolist()
+    intervals = [
+        wilson_interval(round(accuracy * count), round(count))
+        for accuracy, count in zip(accuracies, counts, strict=True)
+    ]
     below = [accuracy - low for accuracy, (low, _) in zip(accuracies, intervals, strict=True)]
     above = [high - accuracy for accuracy, (_, high) in zip(accuracies, intervals, strict=True)]
     start = math.floor(10 * min([*confidences, *(low for low, _ in intervals)])) / 10
@@ -207,10 +212,9 @@ def reliability_diagram(probabilities_NK: Tensor, labels_N: Tensor, dataset: str
     axes.set_aspect("equal")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1, symbol=" %"))
-    axes.set_xlabel(f"confidence, mean of each of {len(bins)} equally large groups of images")
+    axes.set_xlabel(f"confidence, mean of each of {len(bins_B3)} equally large groups of images")
     axes.set_ylabel("accuracy, 95 % interval")
-    error = calibration_error(probabilities_NK, labels_N)
-    axes.set_title(f"{dataset}\nexpected calibration error {error:.4f}", fontsize=10)
+    axes.set_title(f"{dataset}\nexpected calibration error {ece:.4f}", fontsize=10)
     axes.legend(frameon=False, loc="upper left")
     _plain(axes)
     return figure

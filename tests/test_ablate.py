@@ -1,0 +1,87 @@
+"""Which runs are made, that each is made once, and that what is taken out is really out."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from app.data import Split
+from training import ablate as module
+from training.ablate import ablate, settings
+from training.config import RECIPES, Recipe
+from training.log import read_rows
+
+CPU = torch.device("cpu")
+DEBUG = dataclasses.replace(RECIPES["debug"], epochs=1)
+
+
+def greys(count: int = 80) -> Split:
+    """Two classes, dark and light."""
+    labels_N = torch.arange(count) % 2
+    noise = torch.randint(0, 60, (count, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+    pixels_NCHW = (noise + 150 * labels_N[:, None, None, None]).to(torch.uint8)
+    return Split(name="greys", classes=("dark", "light"), pixels_NCHW=pixels_NCHW, labels_N=labels_N)
+
+
+def test_each_ingredient_of_the_default_recipe_is_taken_out_once() -> None:
+    recipe, plain = RECIPES["default"], Recipe()
+    table = settings(recipe)
+    assert table.pop("") == {}
+    assert {"flip", "shift", "label_smoothing", "weight_decay"} <= table.keys()
+    assert not {"network", "seed", "epochs", "learning_rate"} & table.keys()
+    for name, changes in table.items():
+        assert changes == {name: getattr(plain, name)}
+        assert getattr(recipe, name) != getattr(plain, name)
+
+
+def test_the_plain_recipe_has_no_ingredient() -> None:
+    assert settings(Recipe()) == {"": {}}
+
+
+def test_a_run_is_a_line_and_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, trained = tmp_path / "new" / "ablation.jsonl", []
+
+    def count(recipe: Recipe, *_rest: object) -> float:
+        trained.append((recipe.seed, recipe.flip, recipe.shift, recipe.validation))
+        if len(trained) == 7:
+            raise KeyboardInterrupt
+        return len(trained) / 10
+
+    monkeypatch.setattr(module, "_train", count)
+    recipe = Recipe(network="net", flip=True, shift=1, epochs=3)
+    with pytest.raises(KeyboardInterrupt):
+        ablate(greys(), recipe, [0, 5, 6], file, device=CPU)
+    assert trained[:6] == [(seed, *rest, 0.1) for seed in (0, 5) for rest in ((True, 1), (False, 1), (True, 0))]
+    rows = read_rows(file)
+    assert [row["validation_accuracy"] for row in rows] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    assert [row["setting"] for row in rows[:3]] == ["the whole recipe", "flip False", "shift 0"]
+    assert [(row["ingredient"], row["epochs"]) for row in rows[:3]] == [("", 3), ("flip", 3), ("shift", 3)]
+
+    trained.clear()
+    seen: list[module.Row] = []
+    everything = ablate(greys(), recipe, [0, 5, 6], file, device=CPU, on_row=seen.append)
+    assert [seed for seed, *_ in trained] == [6, 6, 6]
+    assert everything == read_rows(file) == rows + seen
+    trained.clear()
+    longer = ablate(greys(), dataclasses.replace(recipe, epochs=4), [0], file, device=CPU)
+    assert len(trained) == 3
+    assert len(longer) == 12
+
+
+def test_runs_of_another_recipe_are_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_train", lambda *_: 0.5)
+    ablate(greys(), Recipe(flip=True), [0], tmp_path / "a.jsonl", device=CPU)
+    with pytest.raises(ValueError, match=r"a\.jsonl has runs of another recipe; name another file with --out"):
+        ablate(greys(), Recipe(flip=True, learning_rate=0.2), [0], tmp_path / "a.jsonl", device=CPU)
+
+
+def test_the_runs_are_real_and_repeat(tmp_path: Path) -> None:
+    """Dark and light are easy to tell apart, whatever is taken out."""
+    recipe = dataclasses.replace(DEBUG, epochs=3)
+    rows = [ablate(greys(), recipe, [0], tmp_path / name, device=CPU) for name in ("a", "b")]
+    assert rows[0] == rows[1]
+    assert {row["ingredient"] for row in rows[0]} == {"", "flip", "shift", "jpeg", "cutout"}
+    assert all(row["validation_accuracy"] > 0.8 for row in rows[0])
+    assert [json.loads(line) for line in (tmp_path / "a").read_text().splitlines()] == rows[0]

@@ -1,0 +1,129 @@
+"""The card says what the files beside it say, leaves out what is missing, and shows pictures that are there."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import random_checkpoint, random_evaluation
+
+from app.calibration import Calibration
+from app.checkpoint import load, save
+from training.card import write_card
+from training.log import write_rows
+
+ROBUSTNESS = {
+    "weights": {"file": "held.pth", "sha256": "abcdef" * 10, "trained_on": "45,000 of CIFAR-10 training"},
+    "dataset": {"name": "validation (5,000 held-out training images)", "sha256": "123456" * 10, "images": 5000},
+    "rows": [
+        {"pictures": "as they are", "accuracy": 0.9, "fall": 0.0},
+        {"pictures": "JPEG quality 75", "accuracy": 0.875, "fall": 2.5},
+    ],
+}
+ABLATION = [
+    {"ingredient": name, "setting": setting, "seed": seed, "epochs": 4, "validation_accuracy": accuracy / 100}
+    for name, setting, accuracies in (("", "the whole recipe", (80, 82, 84)), ("flip", "flip False", (79, 79.5, 80)))
+    for seed, accuracy in enumerate(accuracies)
+]
+EPOCHS = [{"epoch": epoch, "loss": 1 / epoch, "learning_rate": 0.1, "train_seconds": 1.0} for epoch in (1, 2)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save(random_checkpoint(evaluation=random_evaluation()), tmp_path / "a.pth")
+    return tmp_path
+
+
+def card(folder: Path) -> str:
+    written = write_card(folder)
+    text = (folder / "README.md").read_text()
+    shown = set(re.findall(r"!\[[^]]+\]\(([^)]+)\)", text))
+    assert {path.name for path in written} == {"README.md", *shown}
+    assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in shown)
+    return text
+
+
+def test_weights_alone_make_a_card(folder: Path) -> None:
+    save(random_checkpoint(), folder / "bare.pth")
+    text = card(folder)
+    checkpoint = load(folder / "a.pth")
+    evaluation = checkpoint.evaluation
+    assert evaluation is not None
+    right = int(evaluation.confusion_KK.diagonal().sum())
+    assert f"**{right / 200:.2%}** of 200 images right" in text
+    assert "62,006 parameters" in text
+    assert checkpoint.sha256 in text
+    assert "| recipe | `random` |" in text
+    assert f"| expected calibration error | {evaluation.ece:.4f} | {evaluation.uncalibrated_ece:.4f} |" in text
+    assert "Temperature 1.0000. On random test" in text
+    assert "Prediction sets" not in text
+    assert "| **cat** | " + " | ".join(map(str, evaluation.confusion_KK[3].tolist())) + " |" in text
+    assert {path.name for path in folder.glob("*.png")} == {"a.confusion.png", "a.reliability.png"}
+    assert text.index("## a.pth") < text.index("## bare.pth") < text.index("## Limits")
+    for missing in ("Robustness", "Learning curves", "Ablation", "something else"):
+        assert missing not in text
+
+
+def test_the_calibration_says_where_it_is_from(folder: Path) -> None:
+    held_out = Calibration(temperature=0.75, set_threshold=0.2, images="validation", count=9, digest="f" * 64)
+    sets = dataclasses.replace(random_evaluation(), coverage=0.9512, set_size=1.25)
+    save(dataclasses.replace(random_checkpoint(evaluation=sets), calibration=held_out), folder / "a.pth")
+    text = card(folder)
+    assert "Temperature 0.7500, fitted on validation, sha256 `ffffffffffff`. On random test" in text
+    assert "for 95% of pictures): 95.12% of them hold it; they have 1.250 classes on average." in text
+
+
+def test_robustness_brings_the_figure_on_exact_pixels(folder: Path) -> None:
+    (folder / "a.robustness.json").write_text(json.dumps(ROBUSTNESS))
+    text = card(folder)
+    sentence = next(line for line in text.splitlines() if line.startswith("**90.00%**"))
+    assert "of 5,000 images right (95 % Wilson interval 89.14% to 90.80%)" in sentence
+    assert "validation (5,000 held-out training images)" in sentence
+    assert "by the weights `abcdefabcdef`, which were trained on 45,000 of CIFAR-10 training" in sentence
+    assert "| JPEG quality 75 | 87.50% | 2.50 |" in text
+    assert "from 91.6 % to 80.7 %" in text
+
+
+def test_other_pictures_have_a_row_each(folder: Path) -> None:
+    found = {
+        "held_out": {"name": "some images", "images": 100, "flagged": 0.05},
+        "pictures_per_source": 500,
+        "used": "strangeness",
+        "sources": [{"source": "noise", "auroc": {"energy": 0.5, "strangeness": 0.98765}, "flagged": 0.875}],
+        "mean_auroc": {"energy": 0.5, "strangeness": 0.98765},
+        "mean_flagged": 0.875,
+    }
+    (folder / "a.unfamiliar.json").write_text(json.dumps(found))
+    text = card(folder)
+    assert "| source | called unfamiliar | strangeness | energy |" in text
+    assert "| noise | 87.5% | 0.988 | 0.500 |" in text
+    assert "(of some images: 5.0%)" in text
+
+
+def test_the_curves_are_of_the_run_with_validation_where_there_is_one(folder: Path) -> None:
+    write_rows(folder / "a.log.jsonl", EPOCHS)
+    text = card(folder)
+    assert "Of the run that made these weights, from its log." in text
+    plain = (folder / "a.curves.png").read_bytes()
+    validated = [{**row, "validation_loss": 1.0, "validation_accuracy": 0.5} for row in EPOCHS]
+    write_rows(folder / "a.validation.log.jsonl", validated)
+    assert "Of the same recipe with images held out, from its log." in card(folder)
+    assert (folder / "a.curves.png").read_bytes() != plain
+
+
+def test_the_ablation_has_mean_and_standard_deviation_over_seeds(folder: Path) -> None:
+    write_rows(folder / "ablation.jsonl", [*ABLATION, {**ABLATION[0], "epochs": 8, "validation_accuracy": 0.9}])
+    text = card(folder)
+    assert "| the whole recipe | 3 | 82.00 ± 2.00 |  |" in text
+    assert "| flip False | 3 | 79.50 ± 0.50 | -2.50 |" in text
+    assert "shortened to 8 epochs" in text
+    assert "| the whole recipe | 1 | 90.00 |  |" in text
+
+
+def test_the_same_files_make_the_same_card(folder: Path) -> None:
+    write_rows(folder / "a.log.jsonl", EPOCHS)
+    card(folder)
+    first = {path.name: path.read_bytes() for path in folder.iterdir()}
+    card(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == first

@@ -1,0 +1,94 @@
+"""What each ingredient of a recipe brings: the same short schedule, with one of them taken out at a time.
+
+An ingredient is a field whose value in the recipe differs from its default, which is the plainest choice. Nothing else
+is tuned again: a row says what leaving an ingredient out costs, not what the best recipe without it would reach.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from app import model
+from app.data import Split
+from training.config import Recipe, override
+from training.data import hold_out
+from training.evaluate import predict
+from training.fit import fit, initialize
+from training.log import read_rows, write_rows
+
+VALIDATION = 0.1
+NO_INGREDIENTS = {
+    *("network", "seed", "validation", "epochs", "batch_size", "precision", "report_every"),
+    *("learning_rate", "muon_learning_rate", "momentum"),
+}
+"""What is trained, on what and for how long; and numbers that have no plain choice."""
+
+Row = dict[str, Any]
+
+
+def settings(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Which fields to change, by the name of the ingredient that this takes out; "" is the recipe as it is."""
+    plain = Recipe()
+    names = [field.name for field in dataclasses.fields(Recipe) if field.name not in NO_INGREDIENTS]
+    kept = [name for name in names if getattr(recipe, name) != getattr(plain, name)]
+    return {"": {}} | {name: {name: getattr(plain, name)} for name in kept}
+
+
+def ablate(
+    images: Split,
+    recipe: Recipe,
+    seeds: Sequence[int],
+    file: Path,
+    *,
+    device: torch.device,
+    on_row: Callable[[Row], None] | None = None,
+) -> list[Row]:
+    """Train with and without each ingredient under each seed, and measure on the last tenth of the training `images`.
+
+    Each finished run is a line of `file`; those it has already are not run again.
+
+    Returns:
+        All rows of the file: `ingredient`, `setting`, `seed`, `epochs`, `validation_accuracy` in [0, 1] and `recipe`.
+
+    Raises:
+        ValueError: The file has runs of another recipe.
+    """
+    train, held_out = hold_out(images, VALIDATION)
+    digest = _digest(recipe)
+    rows = read_rows(file)
+    if any(row["recipe"] != digest for row in rows):
+        raise ValueError(f"{file} has runs of another recipe; name another file with --out, or remove this one.")
+    finished = {(row["setting"], row["seed"], row["epochs"]) for row in rows}
+    for seed in seeds:
+        for ingredient, changes in settings(recipe).items():
+            setting = ", ".join(f"{name} {value}" for name, value in changes.items()) or "the whole recipe"
+            if (setting, seed, recipe.epochs) in finished:
+                continue
+            changed = override(recipe, {**changes, "seed": seed, "validation": VALIDATION})
+            row = {"ingredient": ingredient, "setting": setting, "seed": seed, "epochs": recipe.epochs}
+            row |= {"validation_accuracy": _train(changed, train, held_out, device), "recipe": digest}
+            rows.append(row)
+            write_rows(file, rows)
+            if on_row is not None:
+                on_row(row)
+    return rows
+
+
+def _train(recipe: Recipe, train: Split, held_out: Split, device: torch.device) -> float:
+    torch.manual_seed(recipe.seed)
+    network = model.build(recipe.network, num_classes=len(train.classes))
+    initialize(network, recipe, train.pixels_NCHW)
+    kept, _ = fit(network, train, recipe, device=device, show_progress=True)
+    predicted_N = predict(kept.eval(), held_out.pixels_NCHW, device=device).argmax(dim=1)
+    return (predicted_N == held_out.labels_N).double().mean().item()
+
+
+def _digest(recipe: Recipe) -> str:
+    """Of all that the rows of one file have in common."""
+    common = {name: value for name, value in vars(recipe).items() if name not in ("seed", "epochs", "validation")}
+    return hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()[:12]
