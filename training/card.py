@@ -213,9 +213,10 @@ def _unfamiliar(found: dict[str, Any]) -> list[str]:
     return [
         "### Pictures of something else",
         "",
-        f"How many of {found['pictures_per_source']:,} pictures from each source are called `unfamiliar` (of {real['name']}: "
-        f"{real['flagged']:.1%}), and how well scores tell them from those images: the area under the ROC curve, 0.5 is "
-        f"chance and 1 is always. `familiarity` goes by {found['used']}; the others are there to compare.",
+        f"How many of {found['pictures_per_source']:,} pictures from each source are called `unfamiliar` (of "
+        f"{real['name']}: {real['flagged']:.1%}), and how well scores tell them from those images: the area under the "
+        f"ROC curve, 0.5 is chance and 1 is always. `familiarity` goes by {found['used']}; the others are there to "
+        "compare.",
         "",
         *_table(("source", "called unfamiliar", *methods), cells),
     ]
