@@ -118,11 +118,10 @@ def train_command(options: argparse.Namespace) -> None:
         },
     )
     taken_over = _calibration(options.calibration, recipe, train.classes) if options.calibration else None
-    complete_checkpoint = complete(untested, train, held_out, taken_over, device)
-    log.say(_describe(complete_checkpoint.calibration))
+    calibrated = complete(untested, train, held_out, taken_over, device)
+    log.say(_describe(calibrated.calibration))
     # The one reading of the test images, after everything is decided; none at all when images were held out.
-    evaluation = evaluate(complete_checkpoint, held_out or test, device)
-    checkpoint = dataclasses.replace(complete_checkpoint, evaluation=evaluation)
+    checkpoint = dataclasses.replace(calibrated, evaluation=evaluate(calibrated, held_out or test, device))
     assert checkpoint.evaluation is not None
     weights = run / "cifar_net.pth"
     save(checkpoint, weights)
@@ -154,13 +153,13 @@ def _calibration(file: Path, recipe: Recipe, classes: tuple[str, ...]) -> Calibr
             f"The calibration in {file} is of a network {found.architecture} for the classes "
             f"{', '.join(found.classes)}; this run trains {recipe.network} for {', '.join(classes)}."
         )
-    if not found.calibration.count:
+    if found.calibration.set_threshold is None:
         raise ValueError(f"The file {file} has no calibration; name one that a run with --validation 0.1 has written.")
     return found.calibration
 
 
 def _describe(calibration: Calibration) -> str:
-    if not calibration.count:
+    if calibration.set_threshold is None:
         return "Without held-out images (--validation) or their --calibration the probabilities are as they come."
     return (
         f"Calibrated on {calibration.images}: the temperature is {calibration.temperature:.4f}, and a class of at "
