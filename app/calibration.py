@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 UNFAMILIAR = 0.05
@@ -66,6 +66,7 @@ def strangeness(features_ND: Tensor, logits_NK: Tensor, prototypes_PD: Tensor) -
     nats. As in NNGuide (Park, Jung and Teoh, 2023, arXiv:2309.14888) each makes up for what the other one misses:
     features betray drawings and noise, indecision betrays photographs. `python -m training unfamiliar` compares.
     """
-    distance_N = 1 - (F.normalize(features_ND, dim=1) @ prototypes_PD.T).amax(dim=1)
-    logarithms_NK = logits_NK.log_softmax(dim=1)
-    return distance_N * (1 - (logarithms_NK.exp() * logarithms_NK).sum(dim=1))
+    lengths_N: Tensor = torch.linalg.vector_norm(features_ND, dim=1).clamp_min(1e-12)
+    distance_N = 1 - (features_ND @ prototypes_PD.T).amax(dim=1) / lengths_N
+    entropy_N: Tensor = torch.special.entr(logits_NK.softmax(dim=1)).sum(dim=1)
+    return distance_N * (1 + entropy_N)

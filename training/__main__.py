@@ -6,6 +6,7 @@ robustness the same weights on pictures that were compressed, moved, darkened or
 ablate     the recipe with one ingredient taken out at a time -> accuracy on held-out images
 show       a labelled grid of images
 plot       confusion matrix, per-class bars and reliability diagram of some weights
+unfamiliar how well the weights notice pictures that show none of the classes
 summary    a network, layer by layer
 card       the model card of the weights in a folder, from what lies beside them
 download   CIFAR-10 from its home page
@@ -43,6 +44,7 @@ from training.evaluate import evaluate, format_report, predict
 from training.fit import fit, initialize, join_workers
 from training.log import RunLog, read_rows, write_rows
 from training.summary import summarize
+from training.unfamiliar import compare, format_comparison
 
 DEFAULT_WEIGHTS = Path(__file__).parent.parent / "weights" / "cifar_net.pth"
 RUNS = Path("runs")
@@ -273,6 +275,12 @@ def plot_command(options: argparse.Namespace) -> None:
         print(f"Wrote {options.out / name}.")
 
 
+def unfamiliar_command(options: argparse.Namespace) -> None:
+    train, held_out = hold_out(data.read(locate(options.data, os.environ))[0], options.validation)
+    found = compare(load(options.weights), train, held_out, options.count, choose_device(options.device))
+    print(json.dumps(found, indent=2) if options.json else format_comparison(found))
+
+
 def summary_command(options: argparse.Namespace) -> None:
     print(summarize(model.build(options.network)))
 
@@ -352,6 +360,15 @@ def parser() -> argparse.ArgumentParser:
     plot.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS)
     plot.add_argument("--out", type=Path, default=RUNS / "plots", help="folder for the PNGs")
     plot.set_defaults(command=plot_command)
+
+    notice = commands.add_parser(
+        "unfamiliar", parents=[where, compute], help="do the weights notice pictures that show none of the classes?"
+    )
+    notice.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS, help="of a run with --validation")
+    notice.add_argument("--validation", type=float, default=0.1, help="the share of images that it held out")
+    notice.add_argument("--count", type=int, default=500, help="pictures of each source")
+    notice.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")
+    notice.set_defaults(command=unfamiliar_command)
 
     summary = commands.add_parser("summary", help="a network, layer by layer")
     summary.add_argument("--network", choices=model.NETWORKS, default="cifar_net")

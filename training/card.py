@@ -202,15 +202,22 @@ def _robustness(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _unfamiliar(rows: list[dict[str, Any]]) -> list[str]:
-    cells = [(row["source"], f"{row['auroc']:.3f}", f"{row['flagged']:.1%}") for row in rows]
+def _unfamiliar(found: dict[str, Any]) -> list[str]:
+    methods = [found["used"], *(method for method in found["mean_auroc"] if method != found["used"])]
+    mean = {"source": "**mean**", "auroc": found["mean_auroc"], "flagged": found["mean_flagged"]}
+    cells = [
+        (row["source"], f"{row['flagged']:.1%}", *(f"{row['auroc'][method]:.3f}" for method in methods))
+        for row in [*found["sources"], mean]
+    ]
+    real = found["held_out"]
     return [
         "### Pictures of something else",
         "",
-        "How well `familiarity` tells them from validation images (area under the ROC curve: 0.5 is chance, 1 is "
-        "always), and how many of them are called `unfamiliar`.",
+        f"How many of {found['pictures_per_source']:,} pictures from each source are called `unfamiliar` (of {real['name']}: "
+        f"{real['flagged']:.1%}), and how well scores tell them from those images: the area under the ROC curve, 0.5 is "
+        f"chance and 1 is always. `familiarity` goes by {found['used']}; the others are there to compare.",
         "",
-        *_table(("source", "AUROC", "called unfamiliar"), cells),
+        *_table(("source", "called unfamiliar", *methods), cells),
     ]
 
 

@@ -16,10 +16,21 @@ function bar(label, probability) {
   return item;
 }
 
+function familiarity({ familiarity: share, unfamiliar }) {
+  if (share === null) return "";
+  if (unfamiliar) return "Little like the pictures it was trained on: it may well show something else.";
+  return `More familiar than ${(100 * share).toFixed(0)} % of the pictures it was tested with.`;
+}
+
 function showAnswer(answer, picture) {
   URL.revokeObjectURL($("preview").src);
   $("preview").src = URL.createObjectURL(picture);
   $("verdict").textContent = `${answer.label}, ${(100 * answer.confidence).toFixed(1)} %`;
+  // Of other pictures than it was trained for, the set promises nothing.
+  const likely = answer.unfamiliar ? null : answer.prediction_set;
+  $("set").textContent = likely ? `Likely ${likely.join(" or ")}: such a list holds the right class 95 times in 100.` : "";
+  $("familiarity").textContent = familiarity(answer);
+  $("familiarity").classList.toggle("warning", answer.unfamiliar === true);
   $("bars").replaceChildren(...Object.entries(answer.probabilities).map(([label, p]) => bar(label, p)));
   $("answer").hidden = false;
 }

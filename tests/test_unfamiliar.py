@@ -1,0 +1,86 @@
+"""Pictures of none of the classes, and the comparison of what notices them."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_checkpoint
+
+from app import data, model
+from app.checkpoint import CIFAR10_CLASSES, save
+from app.data import Split
+from training import __main__ as cli
+from training.calibrate import complete
+from training.evaluate import forward
+from training.pictures import SOURCES
+from training.unfamiliar import USED, auroc, compare, format_comparison, score
+
+
+def reds(count: int, seed: int) -> Split:
+    """Something to be familiar with: reddish pictures of ten brightnesses."""
+    generator = torch.Generator().manual_seed(seed)
+    labels_N = torch.arange(count) % 10
+    pixels_NCHW = torch.randint(0, 40, (count, 3, 32, 32), generator=generator)
+    pixels_NCHW[:, 0] += 100 + 10 * labels_N[:, None, None]
+    return Split(name="reds", classes=CIFAR10_CLASSES, pixels_NCHW=pixels_NCHW.to(torch.uint8), labels_N=labels_N)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_source_makes_as_many_pictures_as_asked_the_same_each_time_and_all_different(name: str) -> None:
+    first, again, other = (SOURCES[name](8, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert (first.dtype, tuple(first.shape)) == (torch.uint8, (8, 3, 32, 32))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert len(first.flatten(1).unique(dim=0)) == 8
+
+
+def test_auroc_by_hand() -> None:
+    assert auroc(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0])) == 1
+    assert auroc(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])) == 0
+    assert auroc(torch.tensor([1.0, 3.0]), torch.tensor([2.0])) == 0.5
+    assert auroc(torch.tensor([2.0, 3.0]), torch.tensor([2.0, 2.0, 1.0])) == pytest.approx((2 + 3) / 6)
+
+
+def test_every_score_is_higher_for_what_was_trained_on_than_for_noise() -> None:
+    """Also those by features, which must know no class by heart: there is one picture beside each known one."""
+    body, head = model.split(random_checkpoint().network())
+    train, held_out = reds(200, seed=0), reds(60, seed=1)
+    whole = complete(random_checkpoint(), train, held_out, None)
+    assert whole.prototypes_PD is not None
+    known_ND = forward(body, train.pixels_NCHW)
+    noise_NCHW = torch.randint(0, 256, (60, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    real, made = (
+        score(features_ND, head(features_ND), whole.prototypes_PD, known_ND, train.labels_N)
+        for features_ND in (forward(body, pixels_NCHW) for pixels_NCHW in (held_out.pixels_NCHW, noise_NCHW))
+    )
+    assert all(len(values_N) == 60 and values_N.isfinite().all() for values_N in [*real.values(), *made.values()])
+    for method in ("Mahalanobis", "5 neighbours", "prototypes", USED):  # random logits have no opinion to go by
+        assert auroc(real[method], made[method]) > 0.99
+
+
+def test_the_comparison_has_a_row_for_each_source_and_flags_few_of_the_held_out() -> None:
+    train, held_out = reds(200, seed=0), reds(100, seed=1)
+    whole = complete(random_checkpoint(), train, held_out, None)
+    found = compare(whole, train, held_out, count=4)
+    assert [row["source"] for row in found["sources"]] == list(SOURCES)
+    assert found["held_out"] == {"name": "reds", "images": 100, "flagged": pytest.approx(0.05, abs=0.011)}
+    assert next(row["flagged"] for row in found["sources"] if row["source"] == "uniform noise") == 1
+    text = format_comparison(found)
+    assert "AUROC of 100 images, reds, against 4 pictures of each source" in text
+    assert len({len(line) for line in text.splitlines()[2:]}) == 1
+
+
+def test_weights_that_do_not_know_what_is_familiar_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, held_out = reds(200, seed=0), reds(20, seed=1)
+    monkeypatch.setattr(data, "read", lambda _folder: (train, held_out))
+    save(random_checkpoint(), tmp_path / "bare.pth")
+    assert cli.main(["unfamiliar", "--weights", str(tmp_path / "bare.pth")]) == 2
+    assert "do not know what is familiar; name those of a run with --validation 0.1" in capsys.readouterr().err
+    whole = complete(random_checkpoint(), train, held_out, None)
+    save(dataclasses.replace(whole), tmp_path / "whole.pth")
+    assert cli.main(["unfamiliar", "--weights", str(tmp_path / "whole.pth"), "--count", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["held_out"]["images"] == 20

@@ -1,0 +1,134 @@
+"""How well what a network says of a picture tells whether it is of the kind that the network was trained on.
+
+Shape letters: N pictures, K classes, D features, P prototypes.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from app import model
+from app.calibration import UNFAMILIAR, strangeness
+from app.checkpoint import Checkpoint
+from app.data import Split
+from training.calibrate import PROTOTYPE_IMAGES
+from training.evaluate import forward
+from training.pictures import SOURCES
+
+USED = "strangeness"
+"""What the service goes by, `app.calibration.strangeness`."""
+NEIGHBOURS = 5
+
+
+def compare(
+    checkpoint: Checkpoint, train: Split, held_out: Split, count: int = 500, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """For each source of unfamiliar pictures the AUROC of each score, and the share called unfamiliar; plain types.
+
+    Args:
+        train: Images that the network was trained on; some are looked at for what is familiar.
+        held_out: Images that it was not trained on.
+        count: Pictures of each source.
+
+    Raises:
+        ValueError: the weights do not know what is familiar.
+    """
+    if checkpoint.prototypes_PD is None or checkpoint.calibration.strangeness_quantiles is None:
+        raise ValueError(
+            "These weights do not know what is familiar; name those of a run with --validation 0.1 (or --calibration)."
+        )
+    body, head = model.split(checkpoint.network())
+    known_ND = forward(body, train.pixels_NCHW[:PROTOTYPE_IMAGES], device=device)
+    labels_N = train.labels_N[:PROTOTYPE_IMAGES]
+
+    def scores(pixels_NCHW: Tensor) -> dict[str, Tensor]:
+        features_ND = forward(body, pixels_NCHW, device=device)
+        assert checkpoint.prototypes_PD is not None
+        return score(features_ND, head(features_ND), checkpoint.prototypes_PD, known_ND, labels_N)
+
+    def flagged(scores: dict[str, Tensor]) -> float:
+        familiar = [checkpoint.calibration.familiarity(-value) for value in scores[USED].tolist()]
+        return sum(value < UNFAMILIAR for value in familiar) / len(familiar)
+
+    real = scores(held_out.pixels_NCHW)
+    rows: list[dict[str, Any]] = []
+    for name, source in SOURCES.items():
+        made = scores(source(count, torch.Generator().manual_seed(0)))
+        rows.append(
+            {
+                "source": name,
+                "auroc": {method: auroc(real[method], made[method]) for method in real},
+                "flagged": flagged(made),
+            }
+        )
+    return {
+        "held_out": {"name": held_out.name, "images": len(held_out), "flagged": flagged(real)},
+        "pictures_per_source": count,
+        "used": USED,
+        "sources": rows,
+        "mean_auroc": {method: sum(row["auroc"][method] for row in rows) / len(rows) for method in real},
+        "mean_flagged": sum(row["flagged"] for row in rows) / len(rows),
+    }
+
+
+def score(
+    features_ND: Tensor, logits_NK: Tensor, prototypes_PD: Tensor, known_ND: Tensor, labels_N: Tensor
+) -> dict[str, Tensor]:
+    """The candidates (N,), all the higher the more familiar.
+
+    Args:
+        known_ND: Features of training images, with the classes `labels_N`.
+    """
+    logarithms_NK = logits_NK.log_softmax(dim=1)
+    directions_ND, known_directions_ND = F.normalize(features_ND, dim=1), F.normalize(known_ND, dim=1)
+    return {
+        "max probability": logarithms_NK.amax(dim=1),  # Hendrycks and Gimpel, 2017, arXiv:1610.02136
+        "max logit": logits_NK.amax(dim=1),  # Hendrycks et al., 2022, arXiv:1911.11132
+        "energy": logits_NK.logsumexp(dim=1),  # Liu et al., 2020, arXiv:2010.03759
+        "entropy": (logarithms_NK.exp() * logarithms_NK).sum(dim=1),
+        "Mahalanobis": -_mahalanobis(features_ND, known_ND, labels_N),  # Lee et al., 2018, arXiv:1807.03888
+        f"{NEIGHBOURS} neighbours": (directions_ND @ known_directions_ND.T).topk(NEIGHBOURS, dim=1).values.amin(dim=1),
+        # Sun et al., 2022, arXiv:2204.06507; the distance to the nearest prototypes is the same with few neighbours.
+        "prototypes": (directions_ND @ prototypes_PD.T).amax(dim=1),
+        USED: -strangeness(features_ND, logits_NK, prototypes_PD),
+    }
+
+
+def _mahalanobis(features_ND: Tensor, known_ND: Tensor, labels_N: Tensor) -> Tensor:
+    """Squared distance to the nearest class mean, in units of the spread within the classes."""
+    means_KD = torch.stack([known_ND[labels_N == label].mean(dim=0) for label in labels_N.unique()])
+    centred_ND = known_ND - means_KD[torch.searchsorted(labels_N.unique(), labels_N)]
+    covariance_DD = centred_ND.T @ centred_ND / len(known_ND)
+    ridge = 1e-4 * covariance_DD.diagonal().mean() + torch.finfo(torch.float32).tiny  # some features are never active
+    whitening_DD = torch.linalg.cholesky(torch.linalg.inv(covariance_DD + ridge * torch.eye(len(covariance_DD))))
+    return torch.cdist(features_ND @ whitening_DD, means_KD @ whitening_DD).square().amin(dim=1)
+
+
+def auroc(familiar_N: Tensor, unfamiliar_N: Tensor) -> float:
+    """The probability that a familiar picture scores higher than an unfamiliar one; ties count half.
+
+    The area under the ROC curve is the Mann-Whitney statistic (Hanley and McNeil, 1982).
+    """
+    sorted_N = unfamiliar_N.sort().values
+    below_N = torch.searchsorted(sorted_N, familiar_N, right=False)
+    up_to_N = torch.searchsorted(sorted_N, familiar_N, right=True)
+    return ((below_N + up_to_N).double().mean() / 2 / len(unfamiliar_N)).item()
+
+
+def format_comparison(found: dict[str, Any]) -> str:
+    """The comparison as a table."""
+    methods = [*found["mean_auroc"]]
+    width = max(len(row["source"]) for row in found["sources"])
+    lines = [
+        f"AUROC of {found['held_out']['images']:,} images, {found['held_out']['name']}, against "
+        f"{found['pictures_per_source']:,} pictures of each source",
+        "",
+        f"{'':{width}}  {'  '.join(f'{method:>11.11}' for method in methods)}  called unfamiliar",
+    ]
+    for row in [*found["sources"], {"source": "mean", "auroc": found["mean_auroc"], "flagged": found["mean_flagged"]}]:
+        figures = "  ".join(f"{row['auroc'][method]:11.3f}" for method in methods)
+        lines.append(f"{row['source']:{width}}  {figures}  {row['flagged']:17.1%}")
+    lines.append(f"{'held out':{width}}  {' ' * (13 * len(methods) - 2)}  {found['held_out']['flagged']:17.1%}")
+    return "\n".join(lines)
