@@ -10,11 +10,12 @@ from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
 from app import boundary, engine, exposition
+from app.boundary import Ledger
 from app.device import choose_device
 from app.errors import SettingsError
 from app.logs import AccessLog
 from app.routes import admin, batch, health, metrics, open_inference, pages, predict
-from app.routes.fast_lane import FastLane
+from app.routes.fast_lane import Application
 from app.service import Service, load_aside
 from app.settings import Settings
 from app.statistics import Traffic
@@ -48,7 +49,12 @@ def create_app(settings: Settings) -> FastAPI:
         yield
         await service.close()
 
-    app = FastAPI(
+    traffic = Traffic()
+    ledger = Ledger(traffic, AccessLog(sys.stderr) if settings.access_log else None)
+    app = Application(
+        service,
+        ledger,
+        {"/predict": predict.respond, f"/v2{open_inference.MODEL}/infer": open_inference.respond},
         title="CIFAR classification",
         description=DESCRIPTION,
         version="0.1.0",
@@ -56,7 +62,6 @@ def create_app(settings: Settings) -> FastAPI:
         docs_url=None,  # the framework's pages load their scripts from elsewhere; ours is in static
         redoc_url=None,
     )
-    traffic = Traffic()
     app.state.service = service
     app.state.registry = exposition.registry(service, traffic)
     paths = {"/openapi.json"}
@@ -65,8 +70,5 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(routes.router)
         paths |= {route.path for route in routes.router.routes if isinstance(route, Route)}
     app.mount("/static", StaticFiles(directory=pages.STATIC), name="static")
-    lanes = {"/predict": predict.respond, f"/v2{open_inference.MODEL}/infer": open_inference.respond}
-    app.add_middleware(FastLane, service=service, lanes=lanes)
-    access_log = AccessLog(sys.stderr) if settings.access_log else None
-    boundary.install(app, settings.max_body_bytes, paths, traffic, access_log)
+    boundary.install(app, paths, ledger)
     return app
