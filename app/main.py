@@ -50,7 +50,8 @@ def create_app(settings: Settings) -> FastAPI:
         await service.close()
 
     traffic = Traffic()
-    ledger = Ledger(traffic, AccessLog(sys.stderr) if settings.access_log else None)
+    access_log = AccessLog(sys.stderr) if settings.access_log else None
+    ledger = Ledger(traffic, access_log)
     app = Application(
         service,
         ledger,
@@ -63,7 +64,7 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
     )
     app.state.service = service
-    app.state.registry = exposition.registry(service, traffic)
+    app.state.registry = exposition.registry(service, traffic, access_log)
     paths = {"/openapi.json"}
     administration = () if settings.admin_key is None else (admin,)
     for routes in (predict, batch, open_inference, metrics, health, pages, *administration):
