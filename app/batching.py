@@ -389,16 +389,6 @@ class Batcher(Generic[Item, Prepared, Result]):
         return None
 
 
-def finish(building: Building[Prepared, Result]) -> Run[Prepared, Result]:
-    """Take all steps at once."""
-    while True:
-        try:
-            next(building)
-        except StopIteration as finished:
-            run: Run[Prepared, Result] = finished.value
-            return run
-
-
 def _resolve(future: asyncio.Future[Result], outcome: Result | Exception) -> None:
     if future.done():  # nobody waits any more
         return

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from app import engine, model
 from app.device import choose_dtype
 from app.errors import SettingsError
+from app.steps import finish
 
 CPU = torch.device("cpu")
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="OpenVINO is not installed")
@@ -59,7 +60,7 @@ def trained(architecture: str) -> nn.Module:
 
 
 def choose(network: nn.Module, name: str, max_batch: int = 4) -> engine.Engine:
-    return engine.choose(copy.deepcopy(network), CPU, name=name, threads=1, max_batch=max_batch)
+    return finish(engine.choose(copy.deepcopy(network), CPU, name=name, threads=1, max_batch=max_batch))
 
 
 @torch.inference_mode()
@@ -150,9 +151,9 @@ def test_openvino_on_another_device_is_refused() -> None:
 def test_with_openvino_torch_keeps_to_one_thread() -> None:
     before = torch.get_num_threads()
     try:
-        engine.choose(trained("net"), CPU, name="openvino", threads=2, max_batch=1)
+        finish(engine.choose(trained("net"), CPU, name="openvino", threads=2, max_batch=1))
         assert torch.get_num_threads() == 1
-        engine.choose(trained("net"), CPU, name="torch", threads=2, max_batch=1)
+        finish(engine.choose(trained("net"), CPU, name="torch", threads=2, max_batch=1))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
