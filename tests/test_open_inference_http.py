@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from conftest import drawing, encode
-from fastapi import Request
 from fastapi.testclient import TestClient
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
@@ -216,7 +215,7 @@ async def test_who_leaves_before_the_answer_cancels_it() -> None:
 
     answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     with pytest.raises(ClientDisconnect):
-        await unless_left(Request({"type": "http"}, receive), answer)
+        await unless_left(receive, answer)
     assert answer.cancelled()
 
 
@@ -228,4 +227,4 @@ async def test_who_stays_gets_the_answer() -> None:
         answer.set_result(42)
         return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]
 
-    assert await unless_left(Request({"type": "http"}, receive), answer) == 42
+    assert await unless_left(receive, answer) == 42
