@@ -60,7 +60,8 @@ def trained(architecture: str) -> nn.Module:
 
 
 def choose(network: nn.Module, name: str, threads: int = 1, max_batch: int = 4) -> engine.Engine:
-    body = model.split(network)[0]
+    with torch.inference_mode(False):  # tensors made in it could not be changed by the thread aside
+        body = model.split(network)[0]
     return finish(engine.choose(body, CPU, name=name, threads=threads, max_batch=max_batch))
 
 

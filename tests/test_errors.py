@@ -150,7 +150,7 @@ def test_a_defect_is_one_fixed_sentence_and_a_line_in_the_log(
     def broken(*_args: object) -> None:
         raise RuntimeError("secret of the inside")
 
-    monkeypatch.setattr(Predictor, "predict", broken)
+    monkeypatch.setattr(Predictor, "estimate", broken)
     response = client.post(path, content=png, headers=OCTETS)
     body = refused(response, 500, boundary.DEFECT)
     assert body["detail"] is None

@@ -168,9 +168,9 @@ def test_an_unreadable_element_fails_the_request_and_is_named(client: TestClient
 
 def test_too_much_to_do_is_429(client: TestClient) -> None:
     batcher = client.app.state.service._batcher  # type: ignore[attr-defined]
-    batcher._admission.waiting = 1024  # as if so many were being answered
+    batcher._admission.waiting = 2048  # as if so many were being answered
     response = infer(client, *request())
-    refused(response, 429, "The service has as much to do as it accepts: 1,024 pictures wait.")
+    refused(response, 429, "The service has as much to do as it accepts: 2,048 pictures wait.")
     assert int(response.headers["retry-after"]) >= 1
     batcher._admission.waiting = 0
 
