@@ -16,6 +16,7 @@ import uvicorn
 
 from app import logs
 from app.errors import RequestError, SettingsError, StartError
+from app.protocol import Protocol
 from app.settings import Settings, parse_settings
 
 if TYPE_CHECKING:
@@ -103,6 +104,8 @@ def bind(settings: Settings) -> socket.socket:
 
 
 def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # would end the process; what is being read is the newest anyway
     logs.configure(sys.stderr)
     # The inference thread gives the interpreter away at every step of torch, and would get it back from a busy event
     # loop only after Python's 5 ms. Measured with tests/soak.py: 445 -> 636 answers/s with torch, 967 -> 1,049 with
@@ -119,6 +122,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
         return 1
     config = uvicorn.Config(
         app,
+        http=Protocol,
         log_config=None,
         proxy_headers=False,  # nothing here depends on who asks, and looking takes time for each request
         access_log=False,  # ours is cheaper, and knows the request's id and route

@@ -8,6 +8,9 @@ A lone request runs at once and a batch never waits on a timer: what arrives whi
 All preparing of small items happens in the inference thread, because a hand-over to another thread costs more than the
 work. Large ones have a thread of their own, so that one big photo does not hold up a thousand thumbnails.
 
+Requests of one picture and of many take turns, batch by batch, while both wait: a thousand pictures in one request
+delay a single one by one batch of theirs, and get half of the time.
+
 The counters belong to the event loop and the queues are the only thing shared, so there is no lock.
 """
 
@@ -17,6 +20,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
 from enum import Enum, auto
 from itertools import groupby
 from operator import attrgetter
@@ -60,6 +64,7 @@ class Entry(Generic[Item, Prepared, Result]):
 
     __slots__ = (
         "admitted_at",
+        "bulk",
         "count",
         "deadline_seconds",
         "future",
@@ -78,6 +83,7 @@ class Entry(Generic[Item, Prepared, Result]):
         future: Answer[Result],
         deadline_seconds: float,
         run: Run[Prepared, Result],
+        bulk: bool,
     ) -> None:
         self.item = item
         self.size_bytes = size_bytes
@@ -86,6 +92,7 @@ class Entry(Generic[Item, Prepared, Result]):
         self.admitted_at = monotonic()
         self.deadline_seconds = deadline_seconds
         self.run = run
+        self.bulk = bulk
         self.prepared: Prepared | None = None
         self.prepare_seconds = 0.0
 
@@ -115,6 +122,10 @@ class Batcher(Generic[Item, Prepared, Result]):
         self.statistics = Statistics()
         self._queue: SimpleQueue[Entry[Item, Prepared, Result] | Signal] = SimpleQueue()
         self._large: SimpleQueue[Entry[Item, Prepared, Result] | Signal] = SimpleQueue()
+        self._singles: deque[Entry[Item, Prepared, Result]] = deque()  # this and the next: what the queue held
+        self._bulk: deque[Entry[Item, Prepared, Result]] = deque()
+        self._turn = self._singles
+        self._stopping = False
         self._idle_work: deque[Iterator[object]] = deque()
         self._exchanges: deque[tuple[Building[Prepared, Result], asyncio.Future[Run[Prepared, Result]]]] = deque()
         self._admission = Admission(limits)
@@ -163,7 +174,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         """
         deadline_seconds = self._limits.deadline_seconds
         self._check(size_bytes, 1, deadline_seconds)
-        return self._admit(item, size_bytes, 1, deadline_seconds)
+        return self._admit(item, size_bytes, 1, deadline_seconds, bulk=False)
 
     def submit_all(
         self, items: Sequence[tuple[Item, int, int]], deadline_seconds: float | None = None
@@ -177,8 +188,10 @@ class Batcher(Generic[Item, Prepared, Result]):
             Overloaded, NotReady: as `submit`.
         """
         deadline_seconds = min(deadline_seconds or math.inf, self._limits.deadline_seconds)
-        self._check(sum(size for _, size, _ in items), sum(count for _, _, count in items), deadline_seconds)
-        return [self._admit(item, size_bytes, count, deadline_seconds) for item, size_bytes, count in items]
+        pictures = sum(count for _, _, count in items)
+        self._check(sum(size for _, size, _ in items), pictures, deadline_seconds)
+        bulk = pictures > 1
+        return [self._admit(item, size_bytes, count, deadline_seconds, bulk) for item, size_bytes, count in items]
 
     def _check(self, size_bytes: int, count: int, deadline_seconds: float) -> None:
         self._check_open()
@@ -188,10 +201,10 @@ class Batcher(Generic[Item, Prepared, Result]):
         if not self.ready:
             raise NotReady(STOPPING, retry_after_seconds=1)
 
-    def _admit(self, item: Item, size_bytes: int, count: int, deadline_seconds: float) -> Answer[Result]:
+    def _admit(self, item: Item, size_bytes: int, count: int, deadline_seconds: float, bulk: bool) -> Answer[Result]:
         # Not Answer[Result](...): the brackets would be evaluated anew for each request, which takes 2 us.
         future: Answer[Result] = Answer(loop=self._loop)
-        entry: Entry[Item, Prepared, Result] = Entry(item, size_bytes, count, future, deadline_seconds, self._run)
+        entry: Entry[Item, Prepared, Result] = Entry(item, size_bytes, count, future, deadline_seconds, self._run, bulk)
         self._admission.enter(size_bytes, count)
         (self._large if size_bytes > self._limits.large_bytes * count else self._queue).put(entry)
         return future
@@ -267,42 +280,50 @@ class Batcher(Generic[Item, Prepared, Result]):
             self._loop.call_soon_threadsafe(self._built.set_exception, error)
             return
         self._loop.call_soon_threadsafe(self._built.set_result, run)
-        stopping = False
-        while not stopping:
-            batch, stopping = self._take()
+        while batch := self._take():
             for run, entries in groupby(batch, attrgetter("run")):  # one group, unless `run` has just been exchanged
                 self._loop.call_soon_threadsafe(self._settle, *self._answer(list(entries), run))
         for _, built in self._exchanges:
             self._loop.call_soon_threadsafe(_resolve, built, NotReady(STOPPING, retry_after_seconds=1))
 
-    def _take(self) -> tuple[list[Entry[Item, Prepared, Result]], bool]:
-        """Wait for one entry, then take along what else has queued; and whether it was the last time."""
-        batch: list[Entry[Item, Prepared, Result]] = []
-        count = 0
-        taken = self._wait()
-        while True:
-            if taken is Signal.STOP:
-                return batch, True
-            if isinstance(taken, Entry):
-                batch.append(taken)
-                count += taken.count
-            if count >= self._limits.max_batch:
-                return batch, False
-            try:
-                taken = self._queue.get_nowait()
-            except Empty:
-                return batch, False
+    def _take(self) -> list[Entry[Item, Prepared, Result]]:
+        """The next batch, of what waits when the last one is done; waits for one entry if there is none.
 
-    def _wait(self) -> Entry[Item, Prepared, Result] | Signal:
-        while self._exchanges or self._idle_work:
+        Empty only at the end.
+        """
+        if self._exchanges:
+            self._build_step(*self._exchanges[0])
+        self._collect(timeout=0)
+        while not (self._singles or self._bulk or self._stopping):
             if self._exchanges:
                 self._build_step(*self._exchanges[0])
-            try:
-                return self._queue.get(timeout=0 if self._exchanges else QUIET_SECONDS)
-            except Empty:
-                if not self._exchanges and self._idle_work:
-                    self._step(self._idle_work[0])
-        return self._queue.get()
+                self._collect(timeout=0)
+            elif not self._collect(QUIET_SECONDS if self._idle_work else None) and self._idle_work:
+                self._step(self._idle_work[0])
+        other = self._bulk if self._turn is self._singles else self._singles
+        if other:
+            self._turn = other
+        batch: list[Entry[Item, Prepared, Result]] = []
+        room = self._limits.max_batch
+        while self._turn and (not batch or self._turn[0].count <= room):
+            batch.append(self._turn.popleft())
+            room -= batch[-1].count
+        return batch
+
+    def _collect(self, timeout: float | None) -> bool:
+        """Sort out what has queued, after waiting for something for so long; whether there was anything."""
+        try:
+            taken = self._queue.get(timeout=timeout) if timeout != 0 else self._queue.get_nowait()
+        except Empty:
+            return False
+        with suppress(Empty):
+            while True:
+                if isinstance(taken, Entry):
+                    (self._bulk if taken.bulk else self._singles).append(taken)
+                elif taken is Signal.STOP:
+                    self._stopping = True
+                taken = self._queue.get_nowait()
+        return True
 
     def _build_step(self, building: Building[Prepared, Result], built: asyncio.Future[Run[Prepared, Result]]) -> None:
         outcome: Run[Prepared, Result] | Exception
@@ -366,16 +387,6 @@ class Batcher(Generic[Item, Prepared, Result]):
                 f"The request waited longer than {entry.deadline_seconds:g} seconds for its turn. Try again later."
             )
         return None
-
-
-def finish(building: Building[Prepared, Result]) -> Run[Prepared, Result]:
-    """Take all steps at once."""
-    while True:
-        try:
-            next(building)
-        except StopIteration as finished:
-            run: Run[Prepared, Result] = finished.value
-            return run
 
 
 def _resolve(future: asyncio.Future[Result], outcome: Result | Exception) -> None:

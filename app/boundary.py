@@ -1,5 +1,5 @@
-"""Where requests enter and answers leave: request ids, the limit on bodies, one shape for every error, and what is
-counted and logged of each.
+"""Where requests enter and answers leave: request ids, one shape for every error, and what is counted and logged of
+each.
 
 Pure ASGI: the framework's own middleware class costs several times as much for each request.
 """
@@ -14,13 +14,13 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import BodyTooLarge, NotFound, RequestError
+from app.errors import NotFound, RequestError
+from app.exchange import Headers, refusal
 from app.logs import AccessLog
 from app.statistics import Timing, Traffic
 
@@ -36,21 +36,34 @@ LEFT = 499
 DEFECT = "The service has a defect and could not answer. Please report the request_id; the log has the details."
 
 
+class Ledger:
+    """What is counted and logged of each request."""
+
+    def __init__(self, traffic: Traffic, access_log: AccessLog | None) -> None:
+        self._traffic = traffic
+        self._access_log = access_log
+
+    def record(
+        self, route: str, method: str, status: int, seconds: float, request_id: str, refusal: str | None = None
+    ) -> None:
+        self._traffic.seconds[route, method, status].add(seconds)
+        if refusal is not None:
+            self._traffic.refusals[refusal] += 1
+        if self._access_log is not None:
+            self._access_log.note(request_id, method, route, status, seconds)
+
+
 class Boundary:
-    """Gives each request an id, counts the bytes of its body, turns a defect into an answer and a line in the log.
+    """Gives each request an id, turns a defect into an answer and a line in the log.
 
     Args:
         paths: Of the routes without parameters, whose template is the path itself.
     """
 
-    def __init__(
-        self, app: ASGIApp, max_body_bytes: int, paths: Set[str], traffic: Traffic, access_log: AccessLog | None
-    ) -> None:
+    def __init__(self, app: ASGIApp, paths: Set[str], ledger: Ledger) -> None:
         self.app = app
-        self.max_body_bytes = max_body_bytes
         self.paths = paths
-        self.traffic = traffic
-        self.access_log = access_log
+        self.ledger = ledger
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -58,35 +71,20 @@ class Boundary:
             return
         started_at = monotonic()
         status = LEFT
-        headers = dict(scope["headers"])
-        given = headers.get(b"x-request-id", b"")
-        request_id = given if REQUEST_ID.fullmatch(given) else b"%016x" % random.getrandbits(64)
         state = scope.setdefault("state", {})
-        state["request_id"] = request_id.decode()
-        received = 0
-
-        async def receive_within_limit() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self.max_body_bytes:
-                raise self._too_large()
-            return message
+        state["request_id"] = request_id_of(dict(scope["headers"]))
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+                message["headers"] = [*message["headers"], (b"x-request-id", state["request_id"].encode())]
                 if "timing" in state:
-                    message["headers"].append(_server_timing(state["timing"], monotonic() - started_at))
+                    message["headers"].append(server_timing(state["timing"], monotonic() - started_at))
             await send(message)
 
         try:
-            length = headers.get(b"content-length", b"")
-            if length.isdigit() and int(length) > self.max_body_bytes:
-                raise self._too_large()
-            await self.app(scope, receive_within_limit, send_with_id)
+            await self.app(scope, receive, send_with_id)
         except ClientDisconnect:
             return  # nobody is there to be answered
         except RequestError as error:
@@ -98,17 +96,9 @@ class Boundary:
                 raise
             await error_response(scope, RequestError(DEFECT))(scope, receive, send_with_id)
         finally:
-            self._record(scope, status, monotonic() - started_at)
-
-    def _record(self, scope: Scope, status: int, seconds: float) -> None:
-        method = scope["method"] if scope["method"] in METHODS else "OTHER"
-        route = self._route(scope)
-        self.traffic.seconds[route, method, status].add(seconds)
-        state = scope["state"]
-        if "refusal" in state:
-            self.traffic.refusals[state["refusal"]] += 1
-        if self.access_log is not None:
-            self.access_log.note(state["request_id"], method, route, status, seconds)
+            method = scope["method"] if scope["method"] in METHODS else "OTHER"
+            seconds = monotonic() - started_at
+            self.ledger.record(self._route(scope), method, status, seconds, state["request_id"], state.get("refusal"))
 
     def _route(self, scope: Scope) -> str:
         """The template of the path: itself, or the one with parameters that was found, or a mounted application's."""
@@ -117,32 +107,29 @@ class Boundary:
             return path
         return getattr(scope.get("route"), "path", "") or scope.get("root_path", "") or UNMATCHED
 
-    def _too_large(self) -> BodyTooLarge:
-        limit = self.max_body_bytes
-        return BodyTooLarge(
-            f"The request body is too large; accepted are at most {limit:,} bytes.", detail={"max_body_bytes": limit}
-        )
+
+def request_id_of(headers: Headers) -> str:
+    """The one that the client gave if it is well-formed, else a new one."""
+    given = headers.get(b"x-request-id", b"")
+    if given and REQUEST_ID.fullmatch(given):
+        return given.decode()
+    return f"{random.getrandbits(64):016x}"
 
 
 def error_response(scope: Scope, error: RequestError, headers: dict[str, str] | None = None) -> Response:
-    headers = {**(headers or {}), **error.headers}
-    if error.retry_after_seconds is not None:
-        headers["Retry-After"] = str(error.retry_after_seconds)
+    error.headers = {**(headers or {}), **error.headers}
     scope["state"]["refusal"] = error.reason
-    body = {"error": str(error), "detail": error.detail, "request_id": scope["state"]["request_id"]}
-    return Response(to_json(body), error.status, headers, "application/json")
+    return refusal(error, scope["state"]["request_id"]).response(Request(scope))
 
 
-def _server_timing(timing: Timing, total: float) -> tuple[bytes, bytes]:
+def server_timing(timing: Timing, total: float) -> tuple[bytes, bytes]:
     """A header, in milliseconds. What is missing from the total is HTTP: reading the body and writing the answer."""
     queue, decode, inference = timing
     milliseconds = (queue * 1e3, decode * 1e3, inference * 1e3, total * 1e3)
     return b"server-timing", b"queue;dur=%.2f, decode;dur=%.2f, inference;dur=%.2f, total;dur=%.2f" % milliseconds
 
 
-def install(
-    app: FastAPI, max_body_bytes: int, paths: Set[str], traffic: Traffic, access_log: AccessLog | None = None
-) -> None:
+def install(app: FastAPI, paths: Set[str], ledger: Ledger) -> None:
     """Put `app` behind the boundary. The framework's own errors take the same shape as ours."""
 
     async def on_http_exception(request: Request, error: Exception) -> Response:
@@ -155,7 +142,7 @@ def install(
 
     app.add_exception_handler(HTTPException, on_http_exception)
     app.add_exception_handler(RequestValidationError, on_invalid)
-    app.add_middleware(Boundary, max_body_bytes=max_body_bytes, paths=paths, traffic=traffic, access_log=access_log)
+    app.add_middleware(Boundary, paths=paths, ledger=ledger)
 
 
 def _with_status(status: int, reason: str, sentence: str, detail: object = None) -> RequestError:

@@ -10,6 +10,8 @@ Shape letters: N images, C = 3, H = W = 32, D features, O and I output and input
 import importlib
 import logging
 import time
+from collections.abc import Generator
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from app.device import choose_dtype
 from app.errors import SettingsError
 from app.model import IMAGE_SIZE
+from app.steps import aside
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +81,12 @@ def check(name: str, device: torch.device) -> None:
         ) from None
 
 
-def choose(network: nn.Module, device: torch.device, *, name: str, threads: int, max_batch: int) -> Engine:
+def choose(
+    network: nn.Module, device: torch.device, *, name: str, threads: int, max_batch: int
+) -> Generator[None, None, Engine]:
     """The engine `name`; "auto" is the fastest there is.
+
+    In steps, between which other engines of this thread may compute. What takes long is done in another one.
 
     Args:
         network: Folded and without its last layer (`model.split`), float32; the engine takes it over.
@@ -88,15 +95,15 @@ def choose(network: nn.Module, device: torch.device, *, name: str, threads: int,
     """
     dtype = choose_dtype(device)
     if dtype == torch.bfloat16:
-        round_kernels(network)
+        yield from aside(partial(round_kernels, network))
     engines: list[Engine] = []
     if name != "torch" and device.type == "cpu":
         try:
-            from app.openvino_engine import OpenVinoEngine
-
-            engines.append(OpenVinoEngine(network, dtype, threads))
+            from app.openvino_engine import OpenVinoEngine, trace
         except ImportError:
             logger.info("OpenVINO, which is faster on most CPUs, is not installed; the engine is torch.")
+        else:
+            engines.append((yield from aside(partial(OpenVinoEngine, trace(network), dtype, threads))))
     if name != "openvino":
         engines.append(TorchEngine(network, device, dtype, threads))
     fastest = min(engines, key=lambda engine: _cost(engine, max_batch)) if len(engines) > 1 else engines[0]

@@ -13,6 +13,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from app.logs import AccessLog
 from app.service import Service
 from app.statistics import Histogram, Traffic
 
@@ -20,9 +21,10 @@ from app.statistics import Histogram, Traffic
 class ServiceCollector(Collector):
     """Reads everything from where it is counted, at the moment of the question."""
 
-    def __init__(self, service: Service, traffic: Traffic) -> None:
+    def __init__(self, service: Service, traffic: Traffic, access_log: AccessLog | None) -> None:
         self._service = service
         self._traffic = traffic
+        self._access_log = access_log
 
     def collect(self) -> Iterator[Metric]:
         yield from self._http()
@@ -52,6 +54,10 @@ class ServiceCollector(Collector):
             ("reason",),
             {(reason,): count for reason, count in self._traffic.refusals.items()},
         )
+
+        if self._access_log is not None:
+            help = "Lines of the access log that were dropped because nobody read them."
+            yield CounterMetricFamily("cifar_access_lines_dropped", help, self._access_log.dropped)
 
     def _batches(self) -> Iterator[Metric]:
         known = self._service.statistics
@@ -88,10 +94,10 @@ class ServiceCollector(Collector):
         )
 
 
-def registry(service: Service, traffic: Traffic) -> CollectorRegistry:
+def registry(service: Service, traffic: Traffic, access_log: AccessLog | None) -> CollectorRegistry:
     """One of its own for each application: the library's is one for the whole process."""
     own = CollectorRegistry()
-    own.register(ServiceCollector(service, traffic))
+    own.register(ServiceCollector(service, traffic, access_log))
     ProcessCollector(registry=own)  # memory, processor time and open files, where the system tells
     return own
 

@@ -7,6 +7,8 @@ are the client's own words and stay out.
 import asyncio
 import json
 import logging
+import os
+import select
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TextIO
@@ -18,13 +20,44 @@ QUIET = frozenset({"/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/he
 
 def configure(stream: TextIO) -> None:
     """Send the records of all loggers there, the server's own and Python's warnings among them."""
-    handler = logging.StreamHandler(stream)
+    handler = logging.StreamHandler(Patient(stream))
     handler.setFormatter(logging.Formatter(TEXT) if stream.isatty() else JsonFormatter())
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(logging.INFO)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     logging.captureWarnings(True)
+
+
+class Patient:
+    """A stream that drops what would have to wait, and counts the lines: a pipe that nobody reads fills up, and
+    writing to it would stop the event loop and with it the service."""
+
+    PIECE_BYTES = select.PIPE_BUF if hasattr(select, "PIPE_BUF") else 512
+    """A pipe that can be written to has room for so much (POSIX)."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._poll: select.poll | None = None
+        self.dropped = 0
+        with suppress(OSError, ValueError, AttributeError):  # in memory, closed, or no such thing on this system
+            self._file = stream.fileno()
+            self._poll = select.poll()
+            self._poll.register(self._file, select.POLLOUT)
+
+    def write(self, text: str) -> None:
+        if self._poll is None:
+            self._stream.write(text)
+            return
+        rest = text.encode("utf-8", "backslashreplace")
+        while rest and self._poll.poll(0):
+            whole_lines = rest.rfind(b"\n", 0, self.PIECE_BYTES) + 1 or self.PIECE_BYTES
+            rest = rest[os.write(self._file, rest[:whole_lines]) :]
+        self.dropped += rest.count(b"\n")
+
+    def flush(self) -> None:
+        if self._poll is None:
+            self._stream.flush()
 
 
 class JsonFormatter(logging.Formatter):
@@ -53,16 +86,23 @@ class AccessLog:
     """
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+        self._stream = Patient(stream)
         self._lines: list[str] = []
+        self._time = ""
         self._line = _as_text if stream.isatty() else _as_json
+
+    @property
+    def dropped(self) -> int:
+        """Lines that nobody read in time."""
+        return self._stream.dropped
 
     def note(self, request_id: str, method: str, route: str, status: int, seconds: float) -> None:
         if route in QUIET:
             return
         if not self._lines:
             asyncio.get_running_loop().call_soon(self._write)
-        self._lines.append(self._line(request_id, method, route, status, seconds * 1e3))
+            self._time = _timestamp()  # of the turn; it takes as long as all the rest of a line
+        self._lines.append(self._line(self._time, request_id, method, route, status, seconds * 1e3))
 
     def _write(self) -> None:
         lines, self._lines = self._lines, []
@@ -70,14 +110,14 @@ class AccessLog:
             self._stream.write("".join(lines))
 
 
-def _as_text(request_id: str, method: str, route: str, status: int, milliseconds: float) -> str:
-    return f"{_timestamp()} {method} {route} {status} {milliseconds:.1f} ms {request_id}\n"
+def _as_text(time: str, request_id: str, method: str, route: str, status: int, milliseconds: float) -> str:
+    return f"{time} {method} {route} {status} {milliseconds:.1f} ms {request_id}\n"
 
 
-def _as_json(request_id: str, method: str, route: str, status: int, milliseconds: float) -> str:
+def _as_json(time: str, request_id: str, method: str, route: str, status: int, milliseconds: float) -> str:
     """By hand. Nothing needs escaping: ids are checked when they are taken over, the rest are words of ours."""
     return (
-        f'{{"time": "{_timestamp()}", "level": "info", "logger": "app.access", '
+        f'{{"time": "{time}", "level": "info", "logger": "app.access", '
         f'"message": "{method} {route} {status}", "request_id": "{request_id}", "method": "{method}", '
         f'"route": "{route}", "status": {status}, "milliseconds": {milliseconds:.2f}}}\n'
     )

@@ -10,11 +10,12 @@ from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
 from app import boundary, engine, exposition
+from app.boundary import Ledger
 from app.device import choose_device
 from app.errors import SettingsError
 from app.logs import AccessLog
 from app.routes import admin, batch, health, metrics, open_inference, pages, predict
-from app.routes.fast_lane import FastLane
+from app.routes.fast_lane import Application
 from app.service import Service, load_aside
 from app.settings import Settings
 from app.statistics import Traffic
@@ -49,7 +50,13 @@ def create_app(settings: Settings) -> FastAPI:
         yield
         await service.close()
 
-    app = FastAPI(
+    traffic = Traffic()
+    access_log = AccessLog(sys.stderr) if settings.access_log else None
+    ledger = Ledger(traffic, access_log)
+    app = Application(
+        service,
+        ledger,
+        {"/predict": predict.respond, f"/v2{open_inference.MODEL}/infer": open_inference.respond},
         title="CIFAR classification",
         description=DESCRIPTION,
         version="0.1.0",
@@ -57,17 +64,13 @@ def create_app(settings: Settings) -> FastAPI:
         docs_url=None,  # the framework's pages load their scripts from elsewhere; ours is in static
         redoc_url=None,
     )
-    traffic = Traffic()
     app.state.service = service
-    app.state.registry = exposition.registry(service, traffic)
+    app.state.registry = exposition.registry(service, traffic, access_log)
     paths = {"/openapi.json"}
     administration = () if settings.admin_key is None else (admin,)
     for routes in (predict, batch, open_inference, metrics, health, pages, *administration):
         app.include_router(routes.router)
         paths |= {route.path for route in routes.router.routes if isinstance(route, Route)}
     app.mount("/static", StaticFiles(directory=pages.STATIC), name="static")
-    lanes = {"/predict": predict.respond, f"/v2{open_inference.MODEL}/infer": open_inference.respond}
-    app.add_middleware(FastLane, service=service, lanes=lanes)
-    access_log = AccessLog(sys.stderr) if settings.access_log else None
-    boundary.install(app, settings.max_body_bytes, paths, traffic, access_log)
+    boundary.install(app, paths, ledger)
     return app

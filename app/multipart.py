@@ -1,6 +1,8 @@
 """multipart/form-data, in memory. The framework's own form parser writes files above 1 MiB to disk, which a read-only
 container does not have, and takes twice the time; the body is bounded already."""
 
+import re
+
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
@@ -8,6 +10,15 @@ from app.errors import BadRequest, RequestError
 
 MAX_PARTS = 32
 """A form of the web page or of curl for one picture has one; each costs time in the event loop."""
+
+
+BOUNDARY = re.compile(r"multipart/form-data; ?boundary=([\w'()+,./:=?-]{1,70})")
+PART = re.compile(
+    rb'\r\nContent-Disposition: form-data; name="([\w.-]{1,64})"(?:; filename="[^"\r\n]{0,256}")?'
+    rb"(?:\r\nContent-Type: [^\r\n]{0,256})?\r\n\r\n",
+    re.IGNORECASE,
+)
+"""How curl, browsers and the usual libraries begin a part."""
 
 
 class _Collector:
@@ -51,6 +62,8 @@ def read_field(body: bytes, content_type: str, name: str) -> bytes:
     Raises:
         BadRequest: The form is malformed or cut short, or does not have exactly one such field.
     """
+    if (content := _only_field(body, content_type, name)) is not None:
+        return content
     refusal = BadRequest(f"The form has more than {MAX_PARTS} fields; send one field {name!r} with the picture.")
     fields = read_fields(body, content_type, MAX_PARTS, refusal)
     found = [content for field, content in fields if field == name]
@@ -58,6 +71,21 @@ def read_field(body: bytes, content_type: str, name: str) -> bytes:
         names = ", ".join(repr(field) for field, _ in fields) or "none"
         raise BadRequest(f"The form must have exactly one field {name!r} with the picture; its fields are: {names}.")
     return found[0]
+
+
+def _only_field(body: bytes, content_type: str, name: str) -> bytes | None:
+    """What `read_field` gives, in a twentieth of the time, for a form as nearly all are; None says: look closer."""
+    boundary = BOUNDARY.fullmatch(content_type)
+    if boundary is None:
+        return None
+    delimiter = b"--" + boundary[1].encode()
+    part = PART.match(body, len(delimiter)) if body.startswith(delimiter) else None
+    if part is None or part[1] != name.encode():
+        return None
+    end = body.find(b"\r\n" + delimiter, part.end())
+    if end < 0 or body[end + 2 + len(delimiter) :] not in (b"--\r\n", b"--"):
+        return None
+    return body[part.end() : end]
 
 
 def read_fields(body: bytes, content_type: str, max_parts: int, refusal: RequestError) -> list[tuple[str, bytes]]:

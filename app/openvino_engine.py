@@ -26,16 +26,22 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
 }
 
 
+def trace(network: nn.Module) -> fx.GraphModule:
+    """The steps of the network. Meanwhile no thread may call any: tracing patches nn.Module for all of them."""
+    return fx.symbolic_trace(network)
+
+
 class OpenVinoEngine:
     """The network on the CPU."""
 
     name = "openvino"
 
-    def __init__(self, network: nn.Module, dtype: torch.dtype, threads: int) -> None:
+    def __init__(self, network: fx.GraphModule, dtype: torch.dtype, threads: int) -> None:
+        """Translate and compile a traced network; any thread may."""
         self.dtype = dtype
         pixels_NHWC = ops.parameter([-1, IMAGE_SIZE, IMAGE_SIZE, 3], openvino.Type.u8)
         pixels_NCHW = ops.convert(ops.transpose(pixels_NHWC, [0, 3, 1, 2]), openvino.Type.f32)
-        features_ND = _Translator(fx.symbolic_trace(network)).run(pixels_NCHW)
+        features_ND = _Translator(network).run(pixels_NCHW)
         properties = {
             "INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32",
             "INFERENCE_NUM_THREADS": threads,

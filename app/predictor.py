@@ -3,7 +3,7 @@
 Shape letters: N images, C = 3, H = W = 32, D features, K classes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from app import engine, model
 from app.calibration import strangeness
 from app.checkpoint import Checkpoint
 from app.model import IMAGE_SIZE
+from app.steps import aside, finish
 
 
 class Estimate(NamedTuple):
@@ -37,12 +38,27 @@ class Predictor:
             threads: How many a forward pass uses on a CPU; not more than there are cores.
             max_batch: Larger batches are split.
         """
+        finish(self._build(checkpoint, device, engine_name, threads, max_batch))
+
+    @classmethod
+    def in_steps(
+        cls, checkpoint: Checkpoint, device: torch.device, *, engine_name: str, threads: int, max_batch: int
+    ) -> "Generator[None, None, Predictor]":
+        """The same, none of whose steps takes much longer than a batch."""
+        predictor = cls.__new__(cls)
+        yield from predictor._build(checkpoint, device, engine_name, threads, max_batch)
+        return predictor
+
+    def _build(
+        self, checkpoint: Checkpoint, device: torch.device, engine_name: str, threads: int, max_batch: int
+    ) -> Generator[None, None, None]:
         self._max_batch = max_batch
         self._calibration = checkpoint.calibration
         self._prototypes_PD = checkpoint.prototypes_PD
+        folded = yield from aside(lambda: model.fold(checkpoint.network()))
         # The last layer is small; in bfloat16 its logits would be so coarse that two classes often shared the highest.
-        body, self._head = model.split(model.fold(checkpoint.network()))
-        self.engine = engine.choose(body, device, name=engine_name, threads=threads, max_batch=max_batch)
+        body, self._head = model.split(folded)
+        self.engine = yield from engine.choose(body, device, name=engine_name, threads=threads, max_batch=max_batch)
 
     def warm_up(self) -> Iterator[None]:
         """Run each size of a batch once, one a step, because the first run of a size also chooses its kernels.

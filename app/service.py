@@ -16,7 +16,7 @@ from torch import Tensor
 
 from app import checkpoint, data, images, self_test
 from app.admission import Limits
-from app.batching import Answer, Batcher, Building, finish
+from app.batching import Answer, Batcher, Building
 from app.checkpoint import Checkpoint
 from app.device import describe
 from app.errors import CheckpointError, DataError, NotFound, WeightsRefused
@@ -25,6 +25,7 @@ from app.predictor import Estimate, Predictor
 from app.report import Evaluation, evaluate_probabilities, report
 from app.settings import Settings
 from app.statistics import Predictions, Statistics
+from app.steps import finish
 
 logger = logging.getLogger(__name__)
 
@@ -224,7 +225,7 @@ class Service:
     # Inference thread
 
     def _build(self, served: Served, engine_name: str) -> Building[Tensor, Verdict]:
-        served.predictor = Predictor(
+        served.predictor = yield from Predictor.in_steps(
             served.checkpoint,
             self.device,
             engine_name=engine_name,

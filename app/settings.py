@@ -153,9 +153,10 @@ class Settings:
         int, Setting(whole(1, 1_000_000), "pictures in one request; a request with more is refused")
     ] = 1024
     max_batch: Annotated[int, Setting(whole(1, 1024), "pictures per forward pass; those that wait run together")] = 32
+    # Twice as many as a request may have, so that those of one picture are still admitted beside the largest.
     max_waiting: Annotated[
         int, Setting(whole(1, 1_000_000), "pictures admitted and not yet answered; more get 429")
-    ] = 1024
+    ] = 2048
     max_waiting_bytes: Annotated[
         int, Setting(whole(1, 64 * 1024 * MIB), "the same limit for the bytes of their bodies")
     ] = 64 * MIB

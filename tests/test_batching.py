@@ -78,6 +78,29 @@ async def test_what_queues_meanwhile_runs_together_in_order_up_to_the_limit() ->
     await batcher.close()
 
 
+async def test_a_request_of_many_and_those_of_one_take_turns() -> None:
+    doubler = Doubler()
+    batcher = await start(doubler)
+    held = await hold(doubler, batcher)
+    many = batcher.submit_all([(str(number), 1, 1) for number in range(100, 110)])
+    singles = [batcher.submit(str(number), 1) for number in range(1, 7)]
+    doubler.gate.set()
+    await asyncio.gather(held, *many, *singles)
+    assert doubler.batches == [[0], [100, 101, 102, 103], [1, 2, 3, 4], [104, 105, 106, 107], [5, 6], [108, 109]]
+    await batcher.close()
+
+
+async def test_a_batch_has_no_more_pictures_than_the_limit_unless_one_item_has() -> None:
+    doubler = Doubler()
+    batcher = await start(doubler)
+    held = await hold(doubler, batcher)
+    futures = batcher.submit_all([("1", 1, 3), ("2", 1, 2), ("3", 1, 2), ("4", 1, 9)])
+    doubler.gate.set()
+    await asyncio.gather(held, *futures)
+    assert doubler.batches == [[0], [1], [2, 3], [4]]
+    await batcher.close()
+
+
 async def test_one_thread_builds_prepares_and_runs_and_it_is_not_the_event_loops() -> None:
     doubler = Doubler()
     batcher = await start(doubler)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from app import engine, model
 from app.device import choose_dtype
 from app.errors import SettingsError
+from app.steps import finish
 
 CPU = torch.device("cpu")
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="OpenVINO is not installed")
@@ -59,7 +60,9 @@ def trained(architecture: str) -> nn.Module:
 
 
 def choose(network: nn.Module, name: str, threads: int = 1, max_batch: int = 4) -> engine.Engine:
-    return engine.choose(model.split(network)[0], CPU, name=name, threads=threads, max_batch=max_batch)
+    with torch.inference_mode(False):  # tensors made in it could not be changed by the thread aside
+        body = model.split(network)[0]
+    return finish(engine.choose(body, CPU, name=name, threads=threads, max_batch=max_batch))
 
 
 @torch.inference_mode()

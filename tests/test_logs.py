@@ -1,9 +1,11 @@
 """The log: one line for each request, which a program can read and a client cannot write."""
 
 import asyncio
+import http.client
 import io
 import json
 import logging
+import os
 import re
 import signal
 import socket
@@ -18,7 +20,7 @@ from fastapi.testclient import TestClient
 from test_start import SECONDS, get, serving
 
 from app import logs
-from app.logs import QUIET, AccessLog, JsonFormatter
+from app.logs import QUIET, AccessLog, JsonFormatter, Patient
 from app.main import create_app
 from app.predictor import Predictor
 from app.settings import Settings
@@ -159,6 +161,39 @@ async def test_a_log_that_nobody_reads_any_more_fails_nothing(error: Exception) 
     await asyncio.sleep(0)
     assert len(written) == 1
     assert failures == []
+
+
+def test_lines_for_a_pipe_that_nobody_reads_are_dropped_and_counted() -> None:
+    reading, writing = os.pipe()
+    with open(reading) as reader, open(writing, "w") as stream:
+        patient = Patient(stream)
+        for number in range(10_000):
+            patient.write(f"line {number} {'x' * 100}\n" * 3)
+        assert patient.dropped > 20_000
+        os.set_blocking(reading, False)
+        read = reader.read()
+        assert read.count("\n") == 30_000 - patient.dropped
+        assert read.startswith("line 0 x")
+        assert {len(line) for line in read.splitlines()} <= {len(f"line {n} ") + 100 for n in (1, 10, 100, 1000)}
+        dropped = patient.dropped
+        patient.write("again\n")
+        assert reader.read() == "again\n"
+        assert patient.dropped == dropped
+
+
+def test_a_service_whose_log_nobody_reads_goes_on(weights: Path) -> None:
+    with serving("--drain-seconds", "0", "--weights", str(weights), CIFAR_ACCESS_LOG="on") as (_, url, _):
+        address = urlsplit(url)
+        connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=SECONDS)
+        for _ in range(800):  # some 200 bytes a line; a pipe holds 65,536
+            connection.request("GET", "/v2/models")
+            assert connection.getresponse().read()
+        connection.request("GET", "/metrics")
+        text = connection.getresponse().read().decode()
+        connection.close()
+    found = re.search(r"^cifar_access_lines_dropped_total (\S+)$", text, re.MULTILINE)
+    assert found
+    assert 0 < float(found[1]) < 800
 
 
 @pytest.fixture

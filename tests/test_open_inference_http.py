@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from conftest import drawing, encode
-from fastapi import Request
 from fastapi.testclient import TestClient
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
@@ -169,9 +168,9 @@ def test_an_unreadable_element_fails_the_request_and_is_named(client: TestClient
 
 def test_too_much_to_do_is_429(client: TestClient) -> None:
     batcher = client.app.state.service._batcher  # type: ignore[attr-defined]
-    batcher._admission.waiting = 1024  # as if so many were being answered
+    batcher._admission.waiting = 2048  # as if so many were being answered
     response = infer(client, *request())
-    refused(response, 429, "The service has as much to do as it accepts: 1,024 pictures wait.")
+    refused(response, 429, "The service has as much to do as it accepts: 2,048 pictures wait.")
     assert int(response.headers["retry-after"]) >= 1
     batcher._admission.waiting = 0
 
@@ -216,7 +215,7 @@ async def test_who_leaves_before_the_answer_cancels_it() -> None:
 
     answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     with pytest.raises(ClientDisconnect):
-        await unless_left(Request({"type": "http"}, receive), answer)
+        await unless_left(receive, answer)
     assert answer.cancelled()
 
 
@@ -228,4 +227,4 @@ async def test_who_stays_gets_the_answer() -> None:
         answer.set_result(42)
         return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]
 
-    assert await unless_left(Request({"type": "http"}, receive), answer) == 42
+    assert await unless_left(receive, answer) == 42

@@ -115,6 +115,35 @@ def test_ctrl_c_ends_it_at_once_and_cleanly(weights: Path) -> None:
         assert (process.returncode, out, err) == (0, "", "")
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not tell what a process ignores")
+def test_a_hang_up_before_the_port_is_open_does_not_end_it(weights: Path) -> None:
+    process = subprocess.Popen(
+        command("--drain-seconds", "0", "--weights", str(weights)),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        until = time.monotonic() + SECONDS
+        while not ignores_hang_up(process.pid):
+            assert time.monotonic() < until
+            assert process.poll() is None
+        process.send_signal(signal.SIGHUP)
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("Serving ")
+        process.terminate()
+        assert process.wait(SECONDS) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def ignores_hang_up(pid: int) -> bool:
+    (line,) = (line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigIgn:"))
+    return bool(int(line.split()[1], 16) & 1 << signal.SIGHUP - 1)
+
+
 def test_weights_that_are_missing(tmp_path: Path) -> None:
     sentence = refusal(CIFAR_WEIGHTS=str(tmp_path / "none.pth"))
     assert sentence.startswith(f"There is no weights file {tmp_path / 'none.pth'}.")

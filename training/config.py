@@ -102,11 +102,11 @@ RECIPES = {
     # for conv2 and shifts of 2, and 75.9 % with muon for conv2, fc1 and fc2 and shifts of 1.
     "net": Recipe(
         network="net",
-        epochs=40,
+        epochs=60,
         batch_size=128,
         optimizer="muon",
         learning_rate=0.05,
-        muon_learning_rate=0.05,
+        muon_learning_rate=0.03,
         weight_decay=5e-4,
         warmup=0.2,
         flip=True,

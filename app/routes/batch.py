@@ -7,6 +7,7 @@ from pydantic_core import to_json
 from starlette.responses import Response
 
 from app.errors import BadRequest, BodyTooLarge, UnsupportedMedia
+from app.exchange import headers_of, read_body
 from app.images import OWN_FAULTS, Resize, from_raw
 from app.model import IMAGE_BYTES
 from app.multipart import read_fields
@@ -60,26 +61,27 @@ async def predict_batch(
 
 async def _answers(request: Request, service: Service, resize: Resize | None) -> list[Verdict | BaseException]:
     """The rows of each picture or of several, or an error in the place of one picture."""
-    kind, content_type = content_kind(request)
+    headers, max_bytes = headers_of(request), service.settings.max_body_bytes
+    kind, content_type = content_kind(headers)
     most = service.settings.max_pictures
     refusal = BodyTooLarge(
         f"The request has more than {most:,} pictures, which is what is accepted at a time. Send several requests.",
         detail={"max_pictures": most},
     )
     if kind == "multipart/form-data":
-        fields = read_fields(await request.body(), content_type, most, refusal)
+        fields = read_fields(await read_body(headers, request.receive, max_bytes), content_type, most, refusal)
         if unknown := [name for name, _ in fields if name not in FIELDS]:
             raise BadRequest(
                 f"The form has a field {unknown[0]!r}; accepted are fields `files` or `file` with a picture."
             )
         if not fields:
             raise BadRequest("The form has no field; expected is a field `files` for each picture.")
-        return await unless_left(request, service.predict_pictures([content for _, content in fields], resize))
+        return await unless_left(request.receive, service.predict_pictures([content for _, content in fields], resize))
     if kind == "application/octet-stream":
-        body = await request.body()
+        body = await read_body(headers, request.receive, max_bytes)
         if len(body) > most * IMAGE_BYTES:
             raise refusal
-        return [*await unless_left(request, service.predict_pixels(from_raw(body)))]
+        return [*await unless_left(request.receive, service.predict_pixels(from_raw(body)))]
     raise UnsupportedMedia(
         f"The body has the content type {kind!r}. Accepted are multipart/form-data with a field `files` for each "
         "picture (curl -F files=@1.png -F files=@2.png), or raw pixels as application/octet-stream."

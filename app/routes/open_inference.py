@@ -8,10 +8,12 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
+from starlette.types import Receive
 
 from app import compression
 from app.compression import ENCODINGS
 from app.errors import BadRequest, NotOffered, NotReady, UnsupportedMedia
+from app.exchange import JSON, Headers, Reply, headers_of, read_body, text
 from app.images import OWN_FAULTS, Resize, from_raw
 from app.open_inference import request as requests
 from app.open_inference import response as responses
@@ -27,9 +29,8 @@ router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 
 MODEL = f"/models/{spec.MODEL_NAME}"
 VERSION = f"{MODEL}/versions/{spec.MODEL_VERSION}"
-JSON = "application/json"
-OCTETS = "application/octet-stream"
-JSON_LENGTH = "Inference-Header-Content-Length"
+OCTETS = b"application/octet-stream"
+JSON_LENGTH = b"inference-header-content-length"
 WORTH_COMPRESSING_BYTES = 1024
 """Less fits into one packet either way."""
 
@@ -37,9 +38,10 @@ BODY = {
     "required": True,
     "description": "One input, `pixels` (UINT8, [N, 32, 32, 3], raw pixels, red first), or `image` (BYTES, [N], "
     "encoded pictures; in JSON as base64). Raw tensors may follow the JSON, whose length is then in the header "
-    f"`{JSON_LENGTH}`; if that is 0, the body is one encoded picture. The body may be compressed with gzip or deflate.",
+    "`Inference-Header-Content-Length`; if that is 0, the body is one encoded picture. The body may be compressed with "
+    "gzip or deflate.",
     "content": {
-        JSON: {
+        JSON.decode(): {
             "schema": {"type": "object"},
             "example": {
                 "id": "42",
@@ -47,7 +49,7 @@ BODY = {
                 "outputs": [{"name": "probabilities", "parameters": {"classification": 3}}, {"name": "label"}],
             },
         },
-        OCTETS: {"schema": {"type": "string", "format": "binary"}},
+        OCTETS.decode(): {"schema": {"type": "string", "format": "binary"}},
     },
 }
 
@@ -143,36 +145,38 @@ async def infer(
     request: Request, service: ServiceDep, resize: Annotated[Resize | None, Query(description=RESIZE)] = None
 ) -> Response:
     """The parameter `timeout` of the request, in microseconds, shortens the time it may wait."""
-    return await respond(request, service, resize)
+    return (await respond(headers_of(request), request.receive, service, resize)).response(request)
 
 
-async def respond(request: Request, service: Service, resize: Resize | None = None) -> Response:
+async def respond(headers: Headers, receive: Receive, service: Service, resize: Resize | None = None) -> Reply:
     """The answer to an inference request whose query is known.
 
     The clients send odd content types or none, so that the body is read whatever it is said to be.
     """
+    service.check_room()
+    length = headers.get(JSON_LENGTH)
     inference = requests.decode(
-        await _read_body(request, service.settings.max_body_bytes),
-        request.headers.get(JSON_LENGTH),
-        binary=JSON not in request.headers.get("accept", ""),
+        await _read_body(headers, receive, service.settings.max_body_bytes),
+        None if length is None else length.decode("latin-1"),
+        binary=JSON not in headers.get(b"accept", b""),
         max_pictures=service.settings.max_pictures,
     )
-    rows, checkpoint = await _probabilities(request, service, inference, resize)
+    rows, checkpoint = await _probabilities(receive, service, inference, resize)
     probabilities_NK, familiarity_N = zip(*rows, strict=True)
     body, json_length = responses.encode(
         inference, probabilities_NK, familiarity_N, checkpoint.classes, checkpoint.sha256[:12]
     )
-    headers = {} if json_length is None else {JSON_LENGTH: str(json_length)}
-    encoding = compression.accepted(request.headers.get("accept-encoding", ""))
+    extra = [] if json_length is None else [(JSON_LENGTH, b"%d" % json_length)]
+    encoding = compression.accepted(text(headers, b"accept-encoding"))
     if encoding is not None and len(body) > WORTH_COMPRESSING_BYTES:
-        headers["Content-Encoding"] = encoding
+        extra.append((b"content-encoding", encoding.encode()))
         body = await asyncio.to_thread(compression.deflate, body, encoding)
-    return Response(body, headers=headers, media_type=JSON if json_length is None else OCTETS)
+    return Reply(body, JSON if json_length is None else OCTETS, tuple(extra))
 
 
-async def _read_body(request: Request, max_bytes: int) -> bytes:
-    body = await request.body()
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+async def _read_body(headers: Headers, receive: Receive, max_bytes: int) -> bytes:
+    body = await read_body(headers, receive, max_bytes)
+    encoding = text(headers, b"content-encoding", "identity").strip().lower()
     if encoding in ("identity", ""):
         return body
     if encoding not in ENCODINGS:
@@ -183,15 +187,15 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
     return await asyncio.to_thread(compression.inflate, body, encoding, max_bytes)  # milliseconds for a large one
 
 
-async def _probabilities(request: Request, service: Service, inference: Inference, resize: Resize | None) -> Verdict:
+async def _probabilities(receive: Receive, service: Service, inference: Inference, resize: Resize | None) -> Verdict:
     """The rows of all pictures of the request; if one of them cannot be read, the request fails and says which."""
     answers: list[Verdict | BaseException]
     if inference.pixels is not None:
         future = service.predict_pixels(from_raw(inference.pixels), inference.timeout_seconds)
-        answers = [*await unless_left(request, future)]
+        answers = [*await unless_left(receive, future)]
     else:
         answers = await unless_left(
-            request, service.predict_pictures(inference.pictures, resize, inference.timeout_seconds)
+            receive, service.predict_pictures(inference.pictures, resize, inference.timeout_seconds)
         )
     rows: Rows = []
     checkpoint = service.checkpoint

@@ -5,10 +5,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from pydantic_core import to_json
 from starlette.responses import Response
+from starlette.types import Receive
 
 from app.calibration import UNFAMILIAR
 from app.checkpoint import Checkpoint
 from app.errors import BadRequest, UnsupportedMedia
+from app.exchange import Headers, Reply, headers_of, read_body, text
 from app.images import Resize
 from app.multipart import read_field
 from app.predictor import Estimate
@@ -57,41 +59,42 @@ async def predict(
     top_k: Annotated[int | None, Query(ge=1, description=TOP_K)] = None,
 ) -> Response:
     """The probabilities of all classes. Transparency is laid over white, EXIF orientation is respected."""
-    return await respond(request, service, resize, top_k)
+    reply = await respond(headers_of(request), request.receive, service, resize, top_k)
+    return reply.response(request)
 
 
 async def respond(
-    request: Request, service: Service, resize: Resize | None = None, top_k: int | None = None
-) -> Response:
+    headers: Headers, receive: Receive, service: Service, resize: Resize | None = None, top_k: int | None = None
+) -> Reply:
     """The answer to a request whose parameters are known."""
-    future = service.predict(await _read_picture(request), resize)
-    verdict = await unless_left(request, future)
-    request.scope["state"]["timing"] = future.timing
+    service.check_room()  # before anything is read: under too much load, refusals are most of the work
+    future = service.predict(await _read_picture(headers, receive, service.settings.max_body_bytes), resize)
+    verdict = await unless_left(receive, future)
     answer = scores(verdict.rows[0], verdict.checkpoint, top_k)
     answer["model"] = model_info(verdict.checkpoint)
-    return Response(to_json(answer), media_type="application/json")
+    return Reply(to_json(answer), timing=future.timing)
 
 
-def content_kind(request: Request) -> tuple[str, str]:
+def content_kind(headers: Headers) -> tuple[str, str]:
     """The content type without its parameters, and the whole of it.
 
     Raises:
         UnsupportedMedia: The body is compressed.
     """
-    encoding = request.headers.get("content-encoding", "identity")
+    encoding = text(headers, b"content-encoding", "identity")
     if encoding != "identity":
         raise UnsupportedMedia(f"The body has the content encoding {encoding!r}; send it without any.")
-    content_type = request.headers.get("content-type", "application/octet-stream")
+    content_type = text(headers, b"content-type", "application/octet-stream")
     return content_type.partition(";")[0].strip().lower(), content_type
 
 
-async def _read_picture(request: Request) -> bytes:
+async def _read_picture(headers: Headers, receive: Receive, max_bytes: int) -> bytes:
     """The bytes of the picture, wherever the request has them."""
-    kind, content_type = content_kind(request)
+    kind, content_type = content_kind(headers)
     if kind == "multipart/form-data":
-        picture = read_field(await request.body(), content_type, "file")
+        picture = read_field(await read_body(headers, receive, max_bytes), content_type, "file")
     elif kind.startswith("image/") or kind in RAW:
-        picture = await request.body()
+        picture = await read_body(headers, receive, max_bytes)
     else:
         raise UnsupportedMedia(
             f"The body has the content type {kind!r}. Accepted are multipart/form-data with the picture in the field "

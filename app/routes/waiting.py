@@ -3,8 +3,8 @@
 import asyncio
 from typing import TypeVar
 
-from fastapi import Request
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive
 
 T = TypeVar("T")
 
@@ -13,7 +13,7 @@ PATIENCE_SECONDS = 0.05
 an answer has not come for so long; who has left by then is noticed at once."""
 
 
-async def unless_left(request: Request, future: asyncio.Future[T]) -> T:
+async def unless_left(receive: Receive, future: asyncio.Future[T]) -> T:
     """What the future gives, whose request has been read; it is cancelled when the client leaves before.
 
     Raises:
@@ -22,7 +22,7 @@ async def unless_left(request: Request, future: asyncio.Future[T]) -> T:
     watching: list[asyncio.Task[None]] = []
 
     def watch() -> None:
-        watching.append(asyncio.ensure_future(_cancel_when_left(request, future)))
+        watching.append(asyncio.ensure_future(_cancel_when_left(receive, future)))
 
     timer = asyncio.get_running_loop().call_later(PATIENCE_SECONDS, watch)
     try:
@@ -37,7 +37,7 @@ async def unless_left(request: Request, future: asyncio.Future[T]) -> T:
             task.cancel()
 
 
-async def _cancel_when_left(request: Request, future: asyncio.Future[T]) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
+async def _cancel_when_left(receive: Receive, future: asyncio.Future[T]) -> None:
+    while (await receive())["type"] != "http.disconnect":
         pass
     future.cancel()  # changes nothing if it is done; else no forward pass is spent on it

@@ -1,0 +1,34 @@
+"""Work in steps, between which its thread does something else: what is exchanged while requests are answered."""
+
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import TypeVar
+
+T = TypeVar("T")
+
+STEP_SECONDS = 0.002
+"""What a step waits for the other thread, so that waiting takes no processor from it."""
+
+
+def finish(steps: Generator[None, None, T]) -> T:
+    """Take all steps at once."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as finished:
+            result: T = finished.value
+            return result
+
+
+def aside(work: Callable[[], T]) -> Generator[None, None, T]:
+    """What `work` returns or raises in a thread of its own.
+
+    One that ends: a thread that ran parallel torch code and lives on would keep a pool of OpenMP threads, and with more
+    of those than cores OpenMP stops spinning, which makes a forward pass of the service twice as slow.
+    """
+    with ThreadPoolExecutor(1) as helper:
+        future = helper.submit(work)
+        while not future.done():
+            wait([future], STEP_SECONDS)
+            yield
+        return future.result()
