@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from bench import LUA, load, resident_megabytes, service, write_bodies
 
-CROWD = 3000
+CROWD = 6000
 """Connections; more than the service admits, so that it has to refuse some."""
 TIMES = 3
 DEADLINE_SECONDS = 5.0

@@ -59,11 +59,12 @@ def pictures_run(url: str) -> int:
 
 
 def raw_request(body: bytes) -> bytes:
-    head = f"POST /predict HTTP/1.1\r\nhost: test\r\ncontent-type: image/png\r\ncontent-length: {len(body)}\r\n\r\n"
+    """To /predict/batch: a single picture would not have to wait behind the many of another request."""
+    head = f"POST /predict/batch HTTP/1.1\r\nhost: test\r\ncontent-length: {len(body)}\r\n\r\n"
     return head.encode() + body
 
 
-def test_no_forward_pass_is_spent_on_clients_that_have_left(slow_weights: Path, png: bytes) -> None:
+def test_no_forward_pass_is_spent_on_clients_that_have_left(slow_weights: Path) -> None:
     with (
         serving("--weights", str(slow_weights), "--max-waiting", "5000", "--deadline-seconds", "60") as (_, url, _),
         ThreadPoolExecutor(1) as pool,
@@ -74,14 +75,27 @@ def test_no_forward_pass_is_spent_on_clients_that_have_left(slow_weights: Path, 
             time.sleep(0.001)
         clients = [socket.create_connection(address, timeout=SECONDS) for _ in range(20)]
         for client in clients:
-            client.sendall(raw_request(png))
+            client.sendall(raw_request(bytes(2 * IMAGE_BYTES)))
         for leaving in clients[:15]:
             leaving.close()
         for staying in clients[15:]:
             assert staying.recv(64).startswith(b"HTTP/1.1 200 OK\r\n")
             staying.close()
         assert many.result().status == 200
-        assert pictures_run(url) == 1024 + 5
+        assert pictures_run(url) == 1024 + 5 * 2
+
+
+def test_a_single_picture_overtakes_the_many_of_another_request(slow_weights: Path, png: bytes) -> None:
+    with (
+        serving("--weights", str(slow_weights), "--deadline-seconds", "60") as (_, url, _),
+        ThreadPoolExecutor(1) as pool,
+    ):
+        many = pool.submit(post, url, "/predict/batch", bytes(1024 * IMAGE_BYTES))
+        while pictures_run(url) == 0:
+            time.sleep(0.001)
+        assert post(url, "/predict", png).status == 200
+        assert pictures_run(url) < 1024
+        assert many.result().status == 200
 
 
 def test_too_much_is_refused_and_the_rest_is_answered(slow_weights: Path, png: bytes) -> None:
