@@ -117,7 +117,7 @@ def test_a_defect_is_logged_with_its_id_and_without_the_path(
         raise RuntimeError("the reason")
 
     with log.client as client:
-        monkeypatch.setattr(Predictor, "predict", broken)
+        monkeypatch.setattr(Predictor, "estimate", broken)
         client.post("/predict?resize=pad", content=png, headers={**PNG, "x-request-id": "broken"})
     (record,) = [record for record in caplog.records if record.name == "app.boundary"]
     line = json.loads(JsonFormatter().format(record))

@@ -17,7 +17,7 @@ from app import checkpoint, images, model
 from app.calibration import UNFAMILIAR, Calibration, strangeness
 from app.checkpoint import CIFAR10_CLASSES
 from app.main import create_app
-from app.predictor import Predictor
+from app.predictor import Estimate, Predictor
 from app.routes.predict import RAW
 from app.schemas import ErrorBody, Prediction
 from app.service import Service, Verdict
@@ -97,22 +97,22 @@ def test_the_event_loop_neither_decodes_nor_runs_the_network(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, side: int
 ) -> None:
     threads: dict[str, int] = {}
-    decode, predict, submit = images.decode, Predictor.predict, Service.predict
+    decode, estimate, submit = images.decode, Predictor.estimate, Service.predict
 
     def spy_decode(*args: object) -> torch.Tensor:
         threads["decode"] = threading.get_ident()
         return decode(*args)  # type: ignore[arg-type]
 
-    def spy_predict(self: Predictor, pixels_NCHW: torch.Tensor) -> torch.Tensor:
+    def spy_estimate(self: Predictor, pixels_NCHW: torch.Tensor) -> list[Estimate]:
         threads["predict"] = threading.get_ident()
-        return predict(self, pixels_NCHW)
+        return estimate(self, pixels_NCHW)
 
     def spy_submit(self: Service, body: bytes, resize: images.Resize | None) -> "asyncio.Future[Verdict]":
         threads["event loop"] = threading.get_ident()
         return submit(self, body, resize)
 
     monkeypatch.setattr(images, "decode", spy_decode)
-    monkeypatch.setattr(Predictor, "predict", spy_predict)
+    monkeypatch.setattr(Predictor, "estimate", spy_estimate)
     monkeypatch.setattr(Service, "predict", spy_submit)
     picture = encode(drawing(side, side), "BMP")
     with TestClient(create_app(Settings(weights=settings.weights, device="cpu", threads=1))) as client:

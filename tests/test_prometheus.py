@@ -156,7 +156,7 @@ def test_a_defect_is_counted(client: TestClient, png: bytes, path: str, monkeypa
     def broken(*_args: object) -> None:
         raise RuntimeError
 
-    monkeypatch.setattr(Predictor, "predict", broken)
+    monkeypatch.setattr(Predictor, "estimate", broken)
     client.post(path, content=png, headers=PNG)
     metrics = scrape(client)
     assert labels_of_requests(metrics) == {("POST", "/predict", "500"): 1}
