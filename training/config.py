@@ -98,8 +98,8 @@ RECIPES = {
         report_every=2000,
     ),
     # How far the tutorial's network goes with its architecture unchanged: 78.06 % of validation. It underfits, so
-    # augmentation stays mild. After ten epochs: 70.6 % with sgd and shifts of 2, 72.8 % with sgd and shifts of 1, 73.1 %
-    # with muon for conv2 and shifts of 2, 75.9 % with muon for conv2, fc1 and fc2 and shifts of 1.
+    # augmentation stays mild. After ten epochs: 70.6 % with sgd and shifts of 2, 72.8 % with sgd and shifts of 1,
+    # 73.1 % with muon for conv2 and shifts of 2, 75.9 % with muon for conv2, fc1 and fc2 and shifts of 1.
     "net": Recipe(
         network="net",
         epochs=60,
@@ -112,9 +112,9 @@ RECIPES = {
         flip=True,
         shift=1,
     ),
-    # 92.82 % of validation. By its end the network knows its augmented images (training loss 0.57, and label smoothing
-    # alone leaves 0.50), so that longer training would bring little. Deeper and thinner at the same speed was no better at
-    # the start: six blocks of 64 and 128 channels had 88.2 % after seven of eight epochs, these three 89.8 %.
+    # 92.82 % of validation. By its end the network knows its augmented images (training loss 0.57, of which label
+    # smoothing alone makes 0.50), so that longer training would bring little. Deeper and thinner at the same speed was
+    # no better at the start: six blocks of 64 and 128 channels had 88.2 % after seven of eight epochs, these 89.8 %.
     "default": Recipe(
         network="cifar_net",
         epochs=48,
