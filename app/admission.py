@@ -18,8 +18,6 @@ class Limits:
     """Pictures admitted and not yet answered."""
     max_waiting_bytes: int
     deadline_seconds: float
-    large_bytes: int = 64 * 1024
-    """Items with more for each picture are prepared in the decode thread."""
 
 
 class Admission:

@@ -256,11 +256,11 @@ def _decode(paths: list[Path], folder: Path) -> Tensor:
             f"{', ...' if len(broken) > NAMED_FILES else '.'} Of {named[0]}: {broken[named[0]]} "
             "Repair these files or move them away."
         )
-    return torch.stack([result for result in decoded if isinstance(result, Tensor)]).contiguous()
+    return images.to_tensor(result for result in decoded if isinstance(result, bytes)).contiguous()
 
 
-def _decode_or_refuse(path: Path) -> Tensor | str:
-    """The picture, or the sentence that says what is wrong with it."""
+def _decode_or_refuse(path: Path) -> bytes | str:
+    """The pixels, or the sentence that says what is wrong with it."""
     try:
         return images.decode(path.read_bytes(), resize="crop")
     except RequestError as error:

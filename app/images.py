@@ -8,11 +8,12 @@ What is decided here, for every picture and every caller:
     16 bit grey   divided by 257, so that 65535 becomes 255; never clipped
     size          32x32, or with another size what `Resize` says; scaling is bicubic and antialiased
 
-Shape letters: C = 3 channels (red, green, blue), H = W = 32.
+Shape letters: N pictures, C = 3 channels (red, green, blue), H = W = 32.
 """
 
 import io
 import struct
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -45,8 +46,8 @@ DAMAGED = (OSError, ValueError, SyntaxError, IndexError, struct.error)
 Image.MAX_IMAGE_PIXELS = None
 
 
-def decode(data: bytes, resize: Resize | None = None, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """The picture's pixels as uint8 (C, H, W), in memory channels last.
+def decode(data: bytes, resize: Resize | None = None, max_pixels: int = MAX_PIXELS) -> bytes:
+    """The picture's pixels, a byte each (H, W, C).
 
     Args:
         resize: What to do with a picture that is not 32x32; None refuses it.
@@ -64,18 +65,15 @@ def decode(data: bytes, resize: Resize | None = None, max_pixels: int = MAX_PIXE
                 picture.draft(None, (4 * IMAGE_SIZE, 4 * IMAGE_SIZE))
             picture.load()
             rgb = _to_rgb(ImageOps.exif_transpose(picture) if METADATA & picture.info.keys() else picture)
-            pixels = _resize(rgb, resize).tobytes()
+            return _resize(rgb, resize).tobytes()
     except DAMAGED:
         raise BadRequest(
             f"The {len(data):,} bytes are not a readable picture: another format, cut short or damaged. {ACCEPTED}"
         ) from None
-    # A bytearray, because torch warns of tensors that share the memory of immutable bytes.
-    pixels_HWC = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(IMAGE_SIZE, IMAGE_SIZE, 3)
-    return pixels_HWC.permute(2, 0, 1)
 
 
-def from_raw(pixels: bytes | bytearray) -> Tensor:
-    """Raw pixels of N pictures (N, H, W, C), as they are in memory -> uint8 (N, C, H, W).
+def check_raw(pixels: bytes | bytearray) -> memoryview:
+    """The raw pixels of N pictures (N, H, W, C), a byte each.
 
     Raises:
         BadRequest: They are not a whole number of pictures, at least one.
@@ -85,8 +83,13 @@ def from_raw(pixels: bytes | bytearray) -> Tensor:
             f"The raw pixels have {len(pixels):,} bytes; accepted is a multiple of {IMAGE_BYTES:,}: for each picture "
             f"{IMAGE_SIZE} rows of {IMAGE_SIZE} pixels of red, green and blue."
         )
-    owned = pixels if isinstance(pixels, bytearray) else bytearray(pixels)
-    return torch.frombuffer(owned, dtype=torch.uint8).view(-1, IMAGE_SIZE, IMAGE_SIZE, 3).permute(0, 3, 1, 2)
+    return memoryview(pixels)
+
+
+def to_tensor(pictures: Iterable[bytes | memoryview]) -> Tensor:
+    """The pixels of one picture after the other, joined: uint8 (N, C, H, W), in memory channels last."""
+    pixels = bytearray().join(pictures)  # not bytes: torch warns of tensors that share the memory of immutable ones
+    return torch.frombuffer(pixels, dtype=torch.uint8).view(-1, IMAGE_SIZE, IMAGE_SIZE, 3).permute(0, 3, 1, 2)
 
 
 def _check_size(picture: Image.Image, resize: Resize | None, max_pixels: int) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from app import engine, model
 from app.calibration import strangeness
 from app.checkpoint import Checkpoint
-from app.model import IMAGE_SIZE
+from app.images import to_tensor
+from app.model import IMAGE_BYTES, IMAGE_SIZE
 from app.steps import aside, finish
 
 
@@ -85,12 +86,10 @@ class Predictor:
         strange_N = strangeness(features_ND, logits_NK, self._prototypes_PD).tolist()
         return list(map(Estimate, rows_NK, map(self._calibration.familiarity, strange_N)))
 
-    def estimate_each(self, items: Sequence[Tensor]) -> list[list[Estimate]]:
-        """The estimates for each item of pixels (N, C, H, W)."""
-        # Joined as (N, H, W, C), the order they have in memory.
-        pixels_NHWC = torch.cat([pixels_NCHW.permute(0, 2, 3, 1) for pixels_NCHW in items])
-        estimates = iter(self.estimate(pixels_NHWC.permute(0, 3, 1, 2)))
-        return [list(islice(estimates, len(pixels_NCHW))) for pixels_NCHW in items]
+    def estimate_each(self, items: Sequence[bytes | memoryview]) -> list[list[Estimate]]:
+        """The estimates for each item: the pixels of one picture or of several, a byte each (N, H, W, C)."""
+        estimates = iter(self.estimate(to_tensor(items)))
+        return [list(islice(estimates, len(pixels) // IMAGE_BYTES)) for pixels in items]
 
     def _features(self, pixels_NCHW: Tensor) -> Tensor:
         return torch.cat([self.engine(part) for part in pixels_NCHW.split(self._max_batch)])

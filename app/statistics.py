@@ -51,7 +51,7 @@ class Timing(NamedTuple):
     """Where the time of one item went, from its admission to its result: the three add up to all of it."""
 
     queue_seconds: float
-    """Waiting for its turn, also while others of its batch were prepared."""
+    """Waiting for its turn."""
     prepare_seconds: float
     run_seconds: float
     """Of the whole batch, for each of its items has waited so long."""

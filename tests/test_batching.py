@@ -13,7 +13,7 @@ from app.errors import DeadlineExceeded, NotReady, Overloaded
 
 pytestmark = pytest.mark.anyio
 
-LIMITS = Limits(max_batch=4, max_waiting=100, max_waiting_bytes=10_000, deadline_seconds=60, large_bytes=1000)
+LIMITS = Limits(max_batch=4, max_waiting=100, max_waiting_bytes=10_000, deadline_seconds=60)
 
 
 class Doubler:
@@ -54,7 +54,7 @@ async def hold(doubler: Doubler, batcher: Batcher[str, int, int]) -> "asyncio.Fu
     """Submit one item and return when it runs and cannot finish, so that what follows has to queue."""
     doubler.gate.clear()
     doubler.running.clear()
-    held = batcher.submit("0", 1)
+    held = batcher.submit("0", 1, light=True)
     await asyncio.to_thread(doubler.running.wait)
     return held
 
@@ -62,7 +62,7 @@ async def hold(doubler: Doubler, batcher: Batcher[str, int, int]) -> "asyncio.Fu
 async def test_a_lone_item_runs_at_once_and_alone() -> None:
     doubler = Doubler()
     batcher = await start(doubler)
-    assert await batcher.submit("21", 1) == 42
+    assert await batcher.submit("21", 1, light=True) == 42
     assert doubler.batches == [[21]]
     await batcher.close()
 
@@ -71,7 +71,7 @@ async def test_what_queues_meanwhile_runs_together_in_order_up_to_the_limit() ->
     doubler = Doubler()
     batcher = await start(doubler)
     held = await hold(doubler, batcher)
-    futures = [batcher.submit(str(number), 1) for number in range(1, 10)]
+    futures = [batcher.submit(str(number), 1, light=True) for number in range(1, 10)]
     doubler.gate.set()
     assert await asyncio.gather(held, *futures) == [2 * number for number in range(10)]
     assert doubler.batches == [[0], [1, 2, 3, 4], [5, 6, 7, 8], [9]]
@@ -82,8 +82,8 @@ async def test_a_request_of_many_and_those_of_one_take_turns() -> None:
     doubler = Doubler()
     batcher = await start(doubler)
     held = await hold(doubler, batcher)
-    many = batcher.submit_all([(str(number), 1, 1) for number in range(100, 110)])
-    singles = [batcher.submit(str(number), 1) for number in range(1, 7)]
+    many = batcher.submit_all([(str(number), 1, 1) for number in range(100, 110)], light=True)
+    singles = [batcher.submit(str(number), 1, light=True) for number in range(1, 7)]
     doubler.gate.set()
     await asyncio.gather(held, *many, *singles)
     assert doubler.batches == [[0], [100, 101, 102, 103], [1, 2, 3, 4], [104, 105, 106, 107], [5, 6], [108, 109]]
@@ -94,36 +94,37 @@ async def test_a_batch_has_no_more_pictures_than_the_limit_unless_one_item_has()
     doubler = Doubler()
     batcher = await start(doubler)
     held = await hold(doubler, batcher)
-    futures = batcher.submit_all([("1", 1, 3), ("2", 1, 2), ("3", 1, 2), ("4", 1, 9)])
+    futures = batcher.submit_all([("1", 1, 3), ("2", 1, 2), ("3", 1, 2), ("4", 1, 9)], light=True)
     doubler.gate.set()
     await asyncio.gather(held, *futures)
     assert doubler.batches == [[0], [1], [2, 3], [4]]
     await batcher.close()
 
 
-async def test_one_thread_builds_prepares_and_runs_and_it_is_not_the_event_loops() -> None:
+async def test_one_thread_builds_and_runs_and_the_event_loop_prepares_what_is_light() -> None:
     doubler = Doubler()
     batcher = await start(doubler)
-    await batcher.submit("1", 1)
-    assert doubler.threads == {"prepare": {"inference"}, "run": {"inference"}, "build": {"inference"}}
-    assert threading.current_thread().name != "inference"
+    await batcher.submit("1", 1, light=True)
+    here = threading.current_thread().name
+    assert doubler.threads == {"prepare": {here}, "run": {"inference"}, "build": {"inference"}}
+    assert here != "inference"
     await batcher.close()
 
 
-async def test_large_items_are_prepared_in_a_thread_of_their_own() -> None:
+async def test_other_items_are_prepared_in_a_thread_of_their_own() -> None:
     doubler = Doubler()
     batcher = await start(doubler)
-    assert await batcher.submit("4", 1001) == 8
+    assert await batcher.submit("4", 1, light=False) == 8
     assert doubler.threads == {"prepare": {"decode"}, "run": {"inference"}, "build": {"inference"}}
     await batcher.close()
 
 
-@pytest.mark.parametrize("size_bytes", [1, 1001])
-async def test_an_item_that_cannot_be_prepared_fails_alone(size_bytes: int) -> None:
+@pytest.mark.parametrize("light", [True, False])
+async def test_an_item_that_cannot_be_prepared_fails_alone(light: bool) -> None:
     doubler = Doubler()
     batcher = await start(doubler)
     held = await hold(doubler, batcher)
-    futures = [batcher.submit(text, size_bytes) for text in ("1", "x", "3")]
+    futures = [batcher.submit(text, 1, light=light) for text in ("1", "x", "3")]
     doubler.gate.set()
     one, broken, three = await asyncio.gather(*futures, return_exceptions=True)
     assert (await held, one, three) == (0, 2, 6)
@@ -135,7 +136,7 @@ async def test_a_batch_that_fails_is_tried_item_by_item() -> None:
     doubler = Doubler()
     batcher = await start(doubler)
     held = await hold(doubler, batcher)
-    futures = [batcher.submit(text, 1) for text in ("1", "13", "3")]
+    futures = [batcher.submit(text, 1, light=True) for text in ("1", "13", "3")]
     doubler.gate.set()
     one, unlucky, three = await asyncio.gather(*futures, return_exceptions=True)
     assert (await held, one, three) == (0, 2, 6)
@@ -148,13 +149,13 @@ async def test_more_items_than_may_wait_are_refused_and_the_sentence_says_when_t
     doubler = Doubler()
     batcher = await start(doubler, Limits(max_batch=4, max_waiting=3, max_waiting_bytes=10_000, deadline_seconds=60))
     held = await hold(doubler, batcher)
-    admitted = [batcher.submit("1", 1), batcher.submit("2", 1)]
+    admitted = [batcher.submit("1", 1, light=True), batcher.submit("2", 1, light=True)]
     with pytest.raises(Overloaded, match=r"3 pictures wait\. Try again in 1 second\.") as refusal:
-        batcher.submit("3", 1)
+        batcher.submit("3", 1, light=True)
     assert refusal.value.retry_after_seconds == 1
     doubler.gate.set()
     assert await asyncio.gather(held, *admitted) == [0, 2, 4]
-    assert await batcher.submit("3", 1) == 6  # there is room again
+    assert await batcher.submit("3", 1, light=True) == 6  # there is room again
     await batcher.close()
 
 
@@ -162,12 +163,12 @@ async def test_more_bytes_than_may_wait_are_refused() -> None:
     doubler = Doubler()
     batcher = await start(doubler, Limits(max_batch=4, max_waiting=100, max_waiting_bytes=100, deadline_seconds=60))
     held = await hold(doubler, batcher)  # 1 byte
-    admitted = batcher.submit("1", 99)
+    admitted = batcher.submit("1", 99, light=True)
     with pytest.raises(Overloaded):
-        batcher.submit("2", 1)
+        batcher.submit("2", 1, light=True)
     doubler.gate.set()
     assert [await held, await admitted] == [0, 2]
-    assert await batcher.submit("2", 1000) == 4  # alone, any admitted size is served
+    assert await batcher.submit("2", 1000, light=True) == 4  # alone, any admitted size is served
     await batcher.close()
 
 
@@ -183,24 +184,24 @@ async def test_retry_after_is_depth_times_measured_time_and_hopeless_requests_ar
     doubler.gate.set()
     await held  # one item took 8 seconds
     held = await hold(doubler, batcher)
-    admitted = [batcher.submit("1", 1), batcher.submit("2", 1)]
+    admitted = [batcher.submit("1", 1, light=True), batcher.submit("2", 1, light=True)]
     assert batcher.expected_wait_seconds == pytest.approx(24)
     with pytest.raises(Overloaded, match="Try again in 24 seconds") as refusal:
-        batcher.submit("3", 1)
+        batcher.submit("3", 1, light=True)
     assert refusal.value.retry_after_seconds == 24
     doubler.gate.set()
     await asyncio.gather(held, *admitted)
     await batcher.close()
 
 
-@pytest.mark.parametrize("size_bytes", [1, 1001])
-async def test_after_the_deadline_nothing_is_run(size_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("light", [True, False])
+async def test_after_the_deadline_nothing_is_run(light: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     doubler = Doubler()
     clock = 0.0
     monkeypatch.setattr(batching, "monotonic", lambda: clock)
     batcher = await start(doubler)
     held = await hold(doubler, batcher)
-    late = batcher.submit("1", size_bytes)
+    late = batcher.submit("1", 1, light=light)
     clock = 61.0
     doubler.gate.set()
     assert await held == 0
@@ -210,12 +211,12 @@ async def test_after_the_deadline_nothing_is_run(size_bytes: int, monkeypatch: p
     await batcher.close()
 
 
-@pytest.mark.parametrize("size_bytes", [1, 1001])
-async def test_nothing_is_run_for_a_client_that_has_left(size_bytes: int) -> None:
+@pytest.mark.parametrize("light", [True, False])
+async def test_nothing_is_run_for_a_client_that_has_left(light: bool) -> None:
     doubler = Doubler()
     batcher = await start(doubler)
     held = await hold(doubler, batcher)
-    leaving, staying = batcher.submit("1", size_bytes), batcher.submit("2", size_bytes)
+    leaving, staying = batcher.submit("1", 1, light=light), batcher.submit("2", 1, light=light)
     leaving.cancel()
     doubler.gate.set()
     assert [await held, await staying] == [0, 4]
@@ -228,12 +229,12 @@ async def test_closing_answers_all_that_was_admitted_and_refuses_the_rest() -> N
     doubler = Doubler()
     batcher = await start(doubler)
     held = await hold(doubler, batcher)
-    futures = [batcher.submit(str(number), 1001 if number % 3 == 0 else 1) for number in range(1, 13)]
+    futures = [batcher.submit(str(number), 1, light=number % 3 > 0) for number in range(1, 13)]
     closing = asyncio.create_task(batcher.close())
     await asyncio.sleep(0)
     assert not batcher.ready
     with pytest.raises(NotReady):
-        batcher.submit("1", 1)
+        batcher.submit("1", 1, light=True)
     doubler.gate.set()
     await closing
     assert [future.result() for future in (held, *futures)] == [2 * number for number in range(13)]
@@ -261,7 +262,7 @@ async def test_what_was_admitted_before_an_exchange_runs_as_before_and_the_rest_
     doubler = Doubler()
     batcher = await start(doubler)
     held = await hold(doubler, batcher)
-    before = batcher.submit_all([(str(number), 1, 1) for number in range(1, 12)])
+    before = batcher.submit_all([(str(number), 1, 1) for number in range(1, 12)], light=True)
     seen: list[int] = []
 
     def watched() -> Building[int, int]:
@@ -272,13 +273,13 @@ async def test_what_was_admitted_before_an_exchange_runs_as_before_and_the_rest_
 
     exchanging = asyncio.create_task(batcher.exchange(watched()))
     await asyncio.sleep(0)
-    meanwhile = batcher.submit("12", 1)
+    meanwhile = batcher.submit("12", 1, light=True)
     doubler.gate.set()
     await exchanging
     assert seen == [1, 2, 3]  # a step after each batch, also while there is more to do
-    after = batcher.submit("1000", 1)
+    after = batcher.submit("1000", 1, light=True)
     assert await asyncio.gather(held, *before, meanwhile, after) == [*range(0, 26, 2), 3000]
-    assert await batcher.submit("2", 1) == 6
+    assert await batcher.submit("2", 1, light=True) == 6
     await batcher.close()
 
 
@@ -286,9 +287,9 @@ async def test_the_parts_of_a_batch_that_belong_to_different_functions_run_apart
     doubler = Doubler()
     batcher = await start(doubler)
     held = await hold(doubler, batcher)
-    futures = [batcher.submit("1", 1)]
+    futures = [batcher.submit("1", 1, light=True)]
     batcher._run = lambda numbers: [5 * number for number in numbers]
-    futures.append(batcher.submit("1", 1))
+    futures.append(batcher.submit("1", 1, light=True))
     doubler.gate.set()
     assert await asyncio.gather(held, *futures) == [0, 2, 5]
     assert doubler.batches == [[0], [1]]
@@ -300,9 +301,9 @@ async def test_an_exchange_that_fails_changes_nothing() -> None:
     batcher = await start(doubler)
     with pytest.raises(ValueError, match="no good"):
         await batcher.exchange(building(3, error=ValueError("no good")))
-    assert await batcher.submit("2", 1) == 4
+    assert await batcher.submit("2", 1, light=True) == 4
     await batcher.exchange(building(3))
-    assert await batcher.submit("2", 1) == 6
+    assert await batcher.submit("2", 1, light=True) == 6
     await batcher.close()
 
 
@@ -340,13 +341,13 @@ async def test_idle_work_waits_until_nothing_is_queued_and_runs_in_the_inference
         done.set()
 
     held = await hold(doubler, batcher)
-    futures = [batcher.submit(str(number), 1) for number in range(8)]
+    futures = [batcher.submit(str(number), 1, light=True) for number in range(8)]
     batcher.run_when_idle(work())
     doubler.gate.set()
     await asyncio.gather(held, *futures)
     await asyncio.to_thread(done.wait)
     assert seen == [("inference", 3)] * 3  # after the held item and two batches of four
-    assert await batcher.submit("5", 1) == 10
+    assert await batcher.submit("5", 1, light=True) == 10
     await batcher.close()
 
 
@@ -367,7 +368,7 @@ async def test_idle_work_that_fails_stops_nothing_else(caplog: pytest.LogCapture
     batcher.run_when_idle(working())
     await asyncio.to_thread(done.wait)
     assert "was given up" in caplog.text
-    assert await batcher.submit("5", 1) == 10
+    assert await batcher.submit("5", 1, light=True) == 10
     await batcher.close()
 
 
@@ -380,7 +381,7 @@ async def test_closing_does_not_wait_for_idle_work() -> None:
             yield
 
     batcher.run_when_idle(endless())
-    assert await batcher.submit("5", 1) == 10
+    assert await batcher.submit("5", 1, light=True) == 10
     await batcher.close()
 
 
@@ -389,7 +390,7 @@ async def test_room_is_refused_as_an_item_would_be() -> None:
     batcher = await start(doubler, Limits(max_batch=4, max_waiting=2, max_waiting_bytes=10_000, deadline_seconds=60))
     held = await hold(doubler, batcher)
     batcher.check_room()
-    waiting = batcher.submit("1", 1)
+    waiting = batcher.submit("1", 1, light=True)
     with pytest.raises(Overloaded, match="2 pictures wait"):
         batcher.check_room()
     doubler.gate.set()

@@ -12,11 +12,16 @@ from PIL import Image
 from torch import Tensor
 
 from app.errors import BadRequest, BodyTooLarge, RequestError, WrongSize
-from app.images import FORMATS, Resize, decode
+from app.images import FORMATS, MAX_PIXELS, Resize, decode, to_tensor
 
 
 def as_tensor(picture: Image.Image) -> Tensor:
     return torch.tensor(list(picture.convert("RGB").tobytes()), dtype=torch.uint8).view(32, 32, 3).permute(2, 0, 1)
+
+
+def pixels(data: bytes, resize: Resize | None = None, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """What `decode` gives, as (C, H, W)."""
+    return to_tensor([decode(data, resize, max_pixels)])[0]
 
 
 def grey(value: int) -> Tensor:
@@ -26,20 +31,20 @@ def grey(value: int) -> Tensor:
 @pytest.mark.parametrize("format", ["PNG", "BMP", "WEBP", "GIF"])
 def test_lossless_formats_come_back_exactly(format: str) -> None:
     picture = drawing().quantize(64).convert("RGB") if format == "GIF" else drawing()
-    pixels_CHW = decode(encode(picture, format, **({"lossless": True} if format == "WEBP" else {})))
+    pixels_CHW = pixels(encode(picture, format, **({"lossless": True} if format == "WEBP" else {})))
     assert pixels_CHW.dtype == torch.uint8
     assert torch.equal(pixels_CHW, as_tensor(picture))
 
 
 def test_jpeg_comes_back_nearly() -> None:
-    difference = decode(encode(drawing(), "JPEG", quality=95)).int() - as_tensor(drawing()).int()
+    difference = pixels(encode(drawing(), "JPEG", quality=95)).int() - as_tensor(drawing()).int()
     assert difference.abs().float().mean() < 6
 
 
 def test_channels_are_red_green_blue_and_rows_come_before_columns() -> None:
     picture = Image.new("RGB", (32, 32))
     picture.putpixel((5, 20), (10, 20, 30))  # Pillow says (x, y)
-    pixels_CHW = decode(encode(picture))
+    pixels_CHW = pixels(encode(picture))
     assert pixels_CHW[:, 20, 5].tolist() == [10, 20, 30]
     assert pixels_CHW.sum() == 60
 
@@ -47,12 +52,12 @@ def test_channels_are_red_green_blue_and_rows_come_before_columns() -> None:
 def test_the_first_frame_of_an_animation() -> None:
     frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
     data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert decode(data)[:, 0, 0].tolist() == [255, 0, 0]
+    assert pixels(data)[:, 0, 0].tolist() == [255, 0, 0]
 
 
 def test_a_camera_file_of_several_jpegs() -> None:
     data = encode(drawing(300, 300), "MPO", save_all=True, append_images=[drawing(300, 300)])
-    assert decode(data, "stretch").shape == (3, 32, 32)
+    assert pixels(data, "stretch").shape == (3, 32, 32)
 
 
 @pytest.mark.parametrize(
@@ -76,27 +81,27 @@ def test_a_camera_file_of_several_jpegs() -> None:
 )
 def test_modes(mode: str, colour: float | tuple[float, ...], format: str, expected: tuple[int, int, int]) -> None:
     data = encode(Image.new(mode, (32, 32), colour), format, **({"lossless": True} if format == "WEBP" else {}))
-    assert decode(data)[:, 16, 16].tolist() == pytest.approx(expected, abs=1)
+    assert pixels(data)[:, 16, 16].tolist() == pytest.approx(expected, abs=1)
 
 
 def test_sixteen_bits_are_scaled_not_clipped() -> None:
     picture = Image.new("I;16", (32, 32))
     picture.frombytes(b"".join(struct.pack("<H", 64 * index) for index in range(1024)))
-    assert decode(encode(picture))[0].flatten().tolist() == [round(64 * index / 257) for index in range(1024)]
+    assert pixels(encode(picture))[0].flatten().tolist() == [round(64 * index / 257) for index in range(1024)]
 
 
 def test_a_palette_with_transparency_lies_over_white() -> None:
     picture = Image.new("P", (32, 32), 1)
     picture.putpalette([10, 20, 30, 40, 50, 60])
     picture.putpixel((0, 0), 0)
-    pixels_CHW = decode(encode(picture, transparency=0))
+    pixels_CHW = pixels(encode(picture, transparency=0))
     assert pixels_CHW[:, 0, 0].tolist() == [255, 255, 255]
     assert pixels_CHW[:, 1, 1].tolist() == [40, 50, 60]
 
 
 def test_a_transparent_colour_without_alpha_channel_lies_over_white() -> None:
     data = encode(Image.new("RGB", (32, 32), (1, 2, 3)), transparency=(1, 2, 3))
-    assert torch.equal(decode(data), grey(255))
+    assert torch.equal(pixels(data), grey(255))
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
@@ -116,13 +121,13 @@ def test_exif_orientation(orientation: int, format: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = upright if turn is None else upright.transpose(turn)
-    difference = decode(encode(stored, format, exif=exif)).int() - as_tensor(upright).int()
+    difference = pixels(encode(stored, format, exif=exif)).int() - as_tensor(upright).int()
     assert difference.abs().float().mean() < 12  # what lossy compression costs; any other turn is above 40
 
 
 def test_another_size_is_refused_with_the_way_out() -> None:
     with pytest.raises(WrongSize) as refusal:
-        decode(encode(drawing(40, 20)))
+        pixels(encode(drawing(40, 20)))
     assert str(refusal.value).startswith("The picture is 40 x 20; the network takes 32 x 32. Send that size, or add ")
     assert all(f"?resize={way}" in str(refusal.value) for way in get_args(Resize))
     assert refusal.value.detail == {"width": 40, "height": 20, "expected": [32, 32]}
@@ -130,7 +135,7 @@ def test_another_size_is_refused_with_the_way_out() -> None:
 
 @pytest.mark.parametrize("resize", get_args(Resize))
 def test_a_picture_of_the_right_size_is_left_alone(resize: Resize) -> None:
-    assert torch.equal(decode(encode(drawing()), resize), as_tensor(drawing()))
+    assert torch.equal(pixels(encode(drawing()), resize), as_tensor(drawing()))
 
 
 def thirds() -> Image.Image:
@@ -142,16 +147,16 @@ def thirds() -> Image.Image:
 
 
 def test_crop_takes_the_centre_square() -> None:
-    assert torch.equal(decode(encode(thirds()), "crop"), as_tensor(Image.new("RGB", (32, 32), "lime")))
+    assert torch.equal(pixels(encode(thirds()), "crop"), as_tensor(Image.new("RGB", (32, 32), "lime")))
 
 
 def test_stretch_keeps_all() -> None:
-    pixels_CHW = decode(encode(thirds()), "stretch")
+    pixels_CHW = pixels(encode(thirds()), "stretch")
     assert [pixels_CHW[:, 16, column].tolist() for column in (4, 16, 27)] == [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
 
 
 def test_pad_keeps_all_and_adds_white() -> None:
-    pixels_CHW = decode(encode(thirds()), "pad")
+    pixels_CHW = pixels(encode(thirds()), "pad")
     assert [pixels_CHW[:, 16, column].tolist() for column in (4, 16, 27)] == [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
     assert torch.equal(pixels_CHW[:, :10], torch.full((3, 10, 32), 255, dtype=torch.uint8))
     assert torch.equal(pixels_CHW[:, 22:], torch.full((3, 10, 32), 255, dtype=torch.uint8))
@@ -160,19 +165,19 @@ def test_pad_keeps_all_and_adds_white() -> None:
 @pytest.mark.parametrize("resize", get_args(Resize))
 @pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (33, 31), (200, 7)])
 def test_extreme_sizes(size: tuple[int, int], resize: Resize) -> None:
-    assert decode(encode(Image.new("RGB", size, (9, 9, 9))), resize)[:, 15, 15].tolist() == [9, 9, 9]
+    assert pixels(encode(Image.new("RGB", size, (9, 9, 9))), resize)[:, 15, 15].tolist() == [9, 9, 9]
 
 
 def test_scaling_down_counts_every_pixel() -> None:
     board = Image.new("L", (512, 512))
     board.putdata([255 * ((x + y) % 2) for y in range(512) for x in range(512)])
-    assert (decode(encode(board), "stretch").int() - 128).abs().max() <= 2
+    assert (pixels(encode(board), "stretch").int() - 128).abs().max() <= 2
 
 
 def test_a_big_jpeg_scaled_by_the_decoder_looks_the_same() -> None:
     data = encode(drawing(1600, 1200), "JPEG", quality=95)
     expected = as_tensor(drawing(1600, 1200).resize((32, 32), Image.Resampling.BICUBIC))
-    assert (decode(data, "stretch").int() - expected.int()).abs().float().mean() < 3
+    assert (pixels(data, "stretch").int() - expected.int()).abs().float().mean() < 3
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -184,14 +189,14 @@ def png_header(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("resize", [None, "crop"])
 def test_a_tiny_file_that_claims_to_be_huge_is_refused_by_its_header(resize: Resize | None) -> None:
     with pytest.raises(BodyTooLarge, match="The picture is 60000 x 60000; accepted are at most 50,000,000 pixels"):
-        decode(png_header(60_000, 60_000), resize)
+        pixels(png_header(60_000, 60_000), resize)
 
 
 def test_the_limit_is_on_pixels_and_inclusive() -> None:
     data = encode(drawing(50, 20))
-    assert decode(data, "crop", max_pixels=1000).shape == (3, 32, 32)
+    assert pixels(data, "crop", max_pixels=1000).shape == (3, 32, 32)
     with pytest.raises(BodyTooLarge):
-        decode(data, "crop", max_pixels=999)
+        pixels(data, "crop", max_pixels=999)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +213,7 @@ def test_the_limit_is_on_pixels_and_inclusive() -> None:
 )
 def test_what_is_no_picture_gets_a_sentence(data: bytes) -> None:
     with pytest.raises(BadRequest) as refusal:
-        decode(data)
+        pixels(data)
     assert str(refusal.value) == (
         f"The {len(data):,} bytes are not a readable picture: another format, cut short or damaged. "
         "Accepted are PNG, JPEG, WebP, BMP and GIF."
@@ -232,7 +237,7 @@ def test_damaged_files_are_decoded_or_refused_and_nothing_else(format: str) -> N
         if chance.random() < 0.3:
             del data[chance.randrange(len(data)) :]
         try:
-            assert decode(bytes(data), chance.choice([None, "crop"]), 10**6).shape == (3, 32, 32)
+            assert pixels(bytes(data), chance.choice([None, "crop"]), 10**6).shape == (3, 32, 32)
         except RequestError:
             refused += 1
     assert refused > 0
@@ -240,4 +245,4 @@ def test_damaged_files_are_decoded_or_refused_and_nothing_else(format: str) -> N
 
 def test_memory_is_channels_last() -> None:
     """The predictor stacks pictures in that order; another one would still be right, but slower."""
-    assert decode(encode(drawing())).stride() == (1, 96, 3)
+    assert pixels(encode(drawing())).stride() == (1, 96, 3)

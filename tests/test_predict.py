@@ -28,7 +28,7 @@ OCTETS = {"content-type": "application/octet-stream"}
 
 def test_the_answer_is_what_the_network_says(client: TestClient, png: bytes, weights: Path) -> None:
     loaded = checkpoint.load(weights)
-    probabilities_K = loaded.network()(images.decode(png)[None]).softmax(dim=1)[0]
+    probabilities_K = loaded.network()(images.to_tensor([images.decode(png)])).softmax(dim=1)[0]
     answer = Prediction.model_validate(client.post("/predict", content=png, headers=OCTETS).json(), strict=True)
     assert list(answer.probabilities) == list(CIFAR10_CLASSES)
     assert list(answer.probabilities.values()) == pytest.approx(probabilities_K.tolist(), abs=0.01)
@@ -58,7 +58,7 @@ def test_formats(client: TestClient, format: str) -> None:
 @pytest.mark.parametrize("resize", ["crop", "stretch", "pad"])
 def test_resize_is_done_before_the_network(client: TestClient, resize: images.Resize) -> None:
     data = encode(drawing(80, 50))
-    resized = Image.frombytes("RGB", (32, 32), bytes(images.decode(data, resize).permute(1, 2, 0).flatten().tolist()))
+    resized = Image.frombytes("RGB", (32, 32), images.decode(data, resize))
     answer = client.post(f"/predict?resize={resize}", content=data, headers=OCTETS).json()
     assert answer == client.post("/predict", content=encode(resized), headers=OCTETS).json()
 
@@ -92,14 +92,17 @@ def test_a_broken_picture_among_good_ones_fails_alone(client: TestClient, png: b
     assert statuses == [200, 400, 200, 400] * 5
 
 
-@pytest.mark.parametrize("side", [32, 400])
-def test_the_event_loop_neither_decodes_nor_runs_the_network(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch, side: int
+@pytest.mark.parametrize(
+    ("side", "query", "light"),
+    [(32, "", True), (32, "?resize=crop", False), (400, "?resize=crop", False)],
+)
+def test_the_event_loop_runs_no_network_and_decodes_only_what_is_little(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, side: int, query: str, light: bool
 ) -> None:
     threads: dict[str, int] = {}
     decode, estimate, submit = images.decode, Predictor.estimate, Service.predict
 
-    def spy_decode(*args: object) -> torch.Tensor:
+    def spy_decode(*args: object) -> bytes:
         threads["decode"] = threading.get_ident()
         return decode(*args)  # type: ignore[arg-type]
 
@@ -116,9 +119,9 @@ def test_the_event_loop_neither_decodes_nor_runs_the_network(
     monkeypatch.setattr(Service, "predict", spy_submit)
     picture = encode(drawing(side, side), "BMP")
     with TestClient(create_app(Settings(weights=settings.weights, device="cpu", threads=1))) as client:
-        assert client.post("/predict?resize=crop", content=picture).status_code == 200
-    assert threads["event loop"] not in (threads["decode"], threads["predict"])
-    assert (threads["decode"] == threads["predict"]) is (side == 32)  # a large one has a thread of its own
+        assert client.post(f"/predict{query}", content=picture).status_code == 200
+    assert threads["predict"] not in (threads["event loop"], threads["decode"])
+    assert (threads["decode"] == threads["event loop"]) is light
 
 
 def calibrated(path: Path) -> checkpoint.Checkpoint:
@@ -139,7 +142,7 @@ def calibrated(path: Path) -> checkpoint.Checkpoint:
 def test_familiarity_and_prediction_set_are_those_of_the_calibration(tmp_path: Path, png: bytes) -> None:
     given = calibrated(tmp_path / "calibrated.pth")
     body, head = model.split(given.network())
-    features_1D = body(images.decode(png)[None])
+    features_1D = body(images.to_tensor([images.decode(png)]))
     assert given.prototypes_PD is not None
     strange = strangeness(features_1D, head(features_1D), given.prototypes_PD).item()
     with TestClient(create_app(Settings(weights=tmp_path / "calibrated.pth", device="cpu", threads=1))) as client:

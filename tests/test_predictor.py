@@ -67,7 +67,7 @@ def test_neighbours_do_not_change_an_answer(weights: Path, name: str, photos_NCH
 
 def test_items_of_one_and_of_several_pictures_keep_their_order() -> None:
     predictor, pixels_NCHW = Predictor(random_checkpoint(), CPU, threads=1, max_batch=8), some_pixels(5)
-    items = pixels_NCHW.split([1, 3, 1])  # alone and together
+    items = [bytes(part.permute(0, 2, 3, 1).flatten().tolist()) for part in pixels_NCHW.split([1, 3, 1])]
     first, second, third = predictor.estimate_each(items)
     assert [len(first), len(second), len(third)] == [1, 3, 1]
     assert [each.probabilities_K for each in first + second + third] == predictor.predict(pixels_NCHW).tolist()

@@ -261,7 +261,7 @@ async def test_the_parts_are_those_of_the_item(monkeypatch: pytest.MonkeyPatch) 
         limits=Limits(max_batch=4, max_waiting=9, max_waiting_bytes=9, deadline_seconds=99),
     )
     await batcher.start()
-    future = batcher.submit(1, 1)
+    future = batcher.submit(1, 1, light=True)
     await future
     await batcher.close()
     statistics = batcher.statistics

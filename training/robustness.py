@@ -122,7 +122,7 @@ def _to_pixels(values_NCHW: Tensor) -> Tensor:
 def _each(pixels_NCHW: Tensor, encode: Callable[[Image.Image], bytes]) -> Tensor:
     """Every image as bytes, decoded by the service's own code."""
     pictures = (Image.fromarray(pixels_HWC.numpy()) for pixels_HWC in pixels_NCHW.permute(0, 2, 3, 1).contiguous())
-    return torch.stack([images.decode(encode(picture), "stretch") for picture in pictures])
+    return images.to_tensor(images.decode(encode(picture), "stretch") for picture in pictures)
 
 
 def _encode(picture: Image.Image, format: str, **options: Any) -> bytes:

@@ -8,7 +8,7 @@ from starlette.responses import Response
 
 from app.errors import BadRequest, BodyTooLarge, UnsupportedMedia
 from app.exchange import headers_of, read_body
-from app.images import OWN_FAULTS, Resize, from_raw
+from app.images import OWN_FAULTS, Resize, check_raw
 from app.model import IMAGE_BYTES
 from app.multipart import read_fields
 from app.routes import ServiceDep
@@ -81,7 +81,7 @@ async def _answers(request: Request, service: Service, resize: Resize | None) ->
         body = await read_body(headers, request.receive, max_bytes)
         if len(body) > most * IMAGE_BYTES:
             raise refusal
-        return [*await unless_left(request.receive, service.predict_pixels(from_raw(body)))]
+        return [*await unless_left(request.receive, service.predict_pixels(check_raw(body)))]
     raise UnsupportedMedia(
         f"The body has the content type {kind!r}. Accepted are multipart/form-data with a field `files` for each "
         "picture (curl -F files=@1.png -F files=@2.png), or raw pixels as application/octet-stream."

@@ -32,6 +32,22 @@ class Application(FastAPI):
         self._ledger = ledger
         self._lanes = lanes
 
+    def refuse(self, path: str, headers: Headers) -> tuple[int, list[tuple[bytes, bytes]], bytes] | None:
+        """Status, headers and body of what a POST request in the lane is told when nothing is admitted, else None.
+
+        What it holds makes no difference then, so the server asks before it reads it.
+        """
+        if path not in self._lanes:
+            return None
+        try:
+            self._service.check_room()
+            return None
+        except RequestError as error:
+            request_id = request_id_of(headers)
+            reply = refusal(error, request_id)
+            self._ledger.record(path, "POST", error.status, 0.0, request_id, error.reason)
+            return reply.status, _head(reply, request_id), reply.body
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         plain = scope["type"] == "http" and scope["method"] == "POST" and not scope["query_string"]
         respond = self._lanes.get(scope["path"]) if plain else None
@@ -52,14 +68,18 @@ class Application(FastAPI):
         except Exception:
             logger.exception("Request %s, POST %s:", request_id, path, extra={"request_id": request_id})
             reason, reply = RequestError.reason, refusal(RequestError(DEFECT), request_id)
-        head = [
-            (b"content-length", b"%d" % len(reply.body)),
-            (b"content-type", reply.content_type),
-            (b"x-request-id", request_id.encode()),
-            *reply.headers,
-        ]
+        head = _head(reply, request_id)
         if reply.timing is not None:
             head.append(server_timing(reply.timing, monotonic() - started_at))
         await send({"type": "http.response.start", "status": reply.status, "headers": head})
         await send({"type": "http.response.body", "body": reply.body})
         self._ledger.record(path, "POST", reply.status, monotonic() - started_at, request_id, reason)
+
+
+def _head(reply: Reply, request_id: str) -> list[tuple[bytes, bytes]]:
+    return [
+        (b"content-length", b"%d" % len(reply.body)),
+        (b"content-type", reply.content_type),
+        (b"x-request-id", request_id.encode()),
+        *reply.headers,
+    ]

@@ -14,7 +14,7 @@ from app import compression
 from app.compression import ENCODINGS
 from app.errors import BadRequest, NotOffered, NotReady, UnsupportedMedia
 from app.exchange import JSON, Headers, Reply, headers_of, read_body, text
-from app.images import OWN_FAULTS, Resize, from_raw
+from app.images import OWN_FAULTS, Resize, check_raw
 from app.open_inference import request as requests
 from app.open_inference import response as responses
 from app.open_inference import spec
@@ -191,7 +191,7 @@ async def _probabilities(receive: Receive, service: Service, inference: Inferenc
     """The rows of all pictures of the request; if one of them cannot be read, the request fails and says which."""
     answers: list[Verdict | BaseException]
     if inference.pixels is not None:
-        future = service.predict_pixels(from_raw(inference.pixels), inference.timeout_seconds)
+        future = service.predict_pixels(check_raw(inference.pixels), inference.timeout_seconds)
         answers = [*await unless_left(receive, future)]
     else:
         answers = await unless_left(

@@ -67,7 +67,6 @@ async def respond(
     headers: Headers, receive: Receive, service: Service, resize: Resize | None = None, top_k: int | None = None
 ) -> Reply:
     """The answer to a request whose parameters are known."""
-    service.check_room()  # before anything is read: under too much load, refusals are most of the work
     future = service.predict(await _read_picture(headers, receive, service.settings.max_body_bytes), resize)
     verdict = await unless_left(receive, future)
     answer = scores(verdict.rows[0], verdict.checkpoint, top_k)
