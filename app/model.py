@@ -67,40 +67,59 @@ class ConvNorm(nn.Module):
         return cast(Tensor, self.norm(self.conv(x_NCHW)))
 
 
-class Residual(nn.Module):
-    """Two 3x3 convolutions beside the identity. The second batch norm starts at zero: a new block changes nothing."""
+class Group(nn.Module):
+    """Two 3x3 convolutions, between them a maximum over 2x2 pixels.
 
-    def __init__(self, width: int) -> None:
+    Each begins as the identity on its first channels, so that early gradients reach every layer. The batch norms keep
+    the scale 1, which the next convolution could undo: being positive it also passes through the maximum, and `fold`
+    may move it before that.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.first = ConvNorm(width, width)
-        self.second = ConvNorm(width, width)
-        nn.init.zeros_(cast(nn.BatchNorm2d, self.second.norm).weight)
+        self.first = ConvNorm(inputs, outputs)
+        self.second = ConvNorm(outputs, outputs)
+        for layer in (self.first, self.second):
+            nn.init.dirac_(layer.conv.weight.data[: layer.conv.in_channels])
+            cast(nn.BatchNorm2d, layer.norm).weight.requires_grad_(False)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        return F.relu(x_NCHW + self.second(F.relu(self.first(x_NCHW))))
+        x = F.gelu(self.first.norm(F.max_pool2d(self.first.conv(x_NCHW), 2)))
+        return F.gelu(self.second(x))
 
 
 class CifarNet(Normalized):
-    """The default network: a small residual network of dense 3x3 convolutions, which suit matrix units.
+    """The default network: whitened 2x2 patches, then three groups of two dense 3x3 convolutions.
 
-    Each stage halves height and width with a strided convolution and refines with one residual block: 16x16, 8x8, 4x4.
-    At 32x32 there is only the thin stem, since work there is memory traffic rather than arithmetic; a stem that halves
-    the picture at once (4x4, stride 2) was no faster and lost 1.6 points of validation accuracy in five epochs.
+    K. Jordan's design for fast training ("94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024, arXiv:2404.00498),
+    written anew from the paper. Side of the planes: 32 -> 31 -> 15 -> 7 -> 3.
     """
 
-    def __init__(self, num_classes: int = 10, stem: int = 32, widths: tuple[int, ...] = (96, 192, 224)) -> None:
+    def __init__(self, num_classes: int = 10, widths: tuple[int, ...] = (64, 256, 256)) -> None:
         super().__init__()
-        self.stem = ConvNorm(3, stem)
-        self.down = nn.ModuleList(ConvNorm(i, o, stride=2) for i, o in itertools.pairwise((stem, *widths)))
-        self.refine = nn.ModuleList(Residual(width) for width in widths)
-        self.head = nn.Linear(widths[-1], num_classes)
+        self.whiten = nn.Conv2d(3, 24, 2)
+        self.whiten.weight.requires_grad_(False)
+        self.groups = nn.Sequential(*(Group(i, o) for i, o in itertools.pairwise((24, *widths))))
+        self.head = nn.Linear(widths[-1], num_classes, bias=False)
+        nn.init.normal_(self.head.weight, std=1 / widths[-1])
+
+    @torch.no_grad()
+    def set_whitening(self, pixels_NCHW: Tensor) -> None:
+        """Have the first layer answer with the principal components of 2x2 patches, each scaled to variance 1, and
+        their negatives. The normalisation has to be set before.
+
+        Args:
+            pixels_NCHW: Some thousand training images, 0..255.
+        """
+        patches = F.unfold(self.normalize(pixels_NCHW.float()), 2).transpose(1, 2).flatten(0, 1)
+        variance, components = torch.linalg.eigh(patches.T @ patches / len(patches))
+        scaled = (components / (variance + 5e-4).sqrt()).T.view(12, 3, 2, 2)
+        self.whiten.weight.copy_(torch.cat([scaled, -scaled]))
+        nn.init.zeros_(cast(Tensor, self.whiten.bias))
 
     def forward(self, pixels_NCHW: Tensor) -> Tensor:
-        x = F.relu(self.stem(self.normalize(pixels_NCHW)))
-        for down, refine in zip(self.down, self.refine, strict=True):
-            x = refine(F.relu(down(x)))
-        # A bfloat16 mean would throw away most of what averaging gains.
-        return cast(Tensor, self.head(x.mean(dim=(2, 3), dtype=torch.float32)))
+        x = self.groups(F.gelu(self.whiten(self.normalize(pixels_NCHW))))
+        return cast(Tensor, self.head(x.amax(dim=(2, 3)).float()))
 
 
 NETWORKS: dict[str, type[Normalized]] = {"net": Net, "cifar_net": CifarNet}

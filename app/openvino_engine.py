@@ -8,7 +8,7 @@ Shape letters: N images, C = 3, H = W = 32, D features.
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import openvino
 import torch
@@ -22,6 +22,8 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     operator.add: ops.add,
     operator.mul: ops.multiply,
     F.relu: lambda x, **_: ops.relu(x),
+    F.gelu: lambda x: ops.gelu(x, "erf"),
+    F.max_pool2d: lambda x, size, **_: _max_pool(x, size),
     torch.flatten: lambda x, start: ops.reshape(x, [0] * start + [-1], special_zero=True),
 }
 
@@ -68,10 +70,10 @@ class _Translator(fx.Interpreter):
                 x = ops.convolution(x, weight.contiguous().numpy(), stride, padding, padding, dilation)
                 return ops.add(x, bias[:, None, None].numpy())
             case nn.MaxPool2d():
-                size = [layer.kernel_size] * 2
-                return ops.max_pool(x, size, [1, 1], [0, 0], [0, 0], size).output(0)
+                return _max_pool(x, cast(int, layer.kernel_size))
             case nn.Linear():
-                return ops.add(ops.matmul(x, layer.weight.numpy(), False, True), layer.bias.numpy())
+                x = ops.matmul(x, layer.weight.numpy(), False, True)
+                return x if layer.bias is None else ops.add(x, layer.bias.numpy())
             case nn.Identity():
                 return x
         raise TypeError(f"{layer} has no translation")
@@ -82,5 +84,13 @@ class _Translator(fx.Interpreter):
         return FUNCTIONS[target](*(arg.numpy() if isinstance(arg, Tensor) else arg for arg in args), **kwargs)
 
     def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        assert target == "mean"
-        return ops.reduce_mean(args[0], kwargs["dim"], keep_dims=False)
+        match target:
+            case "amax":
+                return ops.reduce_max(args[0], kwargs["dim"], keep_dims=False)
+            case "float":  # what leaves the graph is
+                return args[0]
+        raise TypeError(f"{target} has no translation")
+
+
+def _max_pool(x: Any, side: int) -> Any:
+    return ops.max_pool(x, [side] * 2, [1, 1], [0] * 2, [0] * 2, [side] * 2).output(0)

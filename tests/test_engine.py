@@ -41,7 +41,6 @@ def trained(architecture: str) -> nn.Module:
     network.std.copy_(torch.tensor([0.25, 0.24, 0.26]))
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.weight.fill_(0.5)  # residual branches, too, which start at 0
             module.momentum = None  # take the statistics as they are
     network.train()(pictures(500))
     *_, last = (layer for layer in network.eval().modules() if isinstance(layer, nn.Linear))
@@ -49,13 +48,14 @@ def trained(architecture: str) -> nn.Module:
     hook = last.register_forward_pre_hook(lambda _layer, given: inputs.append(given[0]))
     network(pictures(500))
     hook.remove()
-    features_ND = F.pad(inputs[0], (0, 1), value=1.0).double()
+    features_ND = inputs[0].double()
     wanted_NK = 8 * torch.eye(10, dtype=torch.float64).repeat(50, 1)
     size = features_ND.square().mean() * len(features_ND)
     gram_DD = features_ND.T @ features_ND + 1e-1 * size * torch.eye(features_ND.shape[1])
     solution_DK = torch.linalg.solve(gram_DD, features_ND.T @ wanted_NK)
-    last.weight.copy_(solution_DK[:-1].T)
-    last.bias.copy_(solution_DK[-1])
+    last.weight.copy_(solution_DK.T)
+    if last.bias is not None:
+        last.bias.zero_()
     return model.fold(network)
 
 

@@ -181,21 +181,23 @@ def test_each_parameter_has_exactly_one_optimizer(name: str) -> None:
     network: nn.Module = model.build(recipe.network)
     groups = [group for optimizer in optimizers_for(network, recipe) for group in optimizer.param_groups]
     owned = [id(parameter) for group in groups for parameter in group["params"]]
-    assert sorted(owned) == sorted(id(parameter) for parameter in network.parameters())
+    assert sorted(owned) == sorted(id(parameter) for parameter in network.parameters() if parameter.requires_grad)
     decayed = {id(p) for group in groups if group.get("weight_decay") for p in group["params"]}
-    assert not decayed & {id(p) for p in network.parameters() if p.ndim == 1}
+    vectors = {id(p) for p in network.parameters() if p.ndim == 1 and p.requires_grad}
+    assert decayed & vectors == (vectors if recipe.bias_learning_rate else set())
 
 
 @pytest.mark.parametrize(
-    ("name", "others"), [("net", ["conv1.weight", "fc3.weight"]), ("default", ["stem.conv.weight", "head.weight"])]
+    ("name", "others"), [("net", ["conv1.weight", "fc3.weight"]), ("default", ["whiten.weight", "head.weight"])]
 )
-def test_muon_has_the_weights_of_all_layers_but_the_first_and_the_last(name: str, others: list[str]) -> None:
+def test_muon_has_the_weights_of_all_layers_but_those_of_pixels_and_the_last(name: str, others: list[str]) -> None:
     network: nn.Module = model.build(RECIPES[name].network)
     sgd, muon = optimizers_for(network, RECIPES[name])
     names = {id(parameter): name for name, parameter in network.named_parameters() if parameter.ndim > 1}
     assert isinstance(muon, Muon)
     assert [names[id(p)] for p in muon.param_groups[0]["params"]] == [n for n in names.values() if n not in others]
-    assert [names[id(p)] for p in sgd.param_groups[0]["params"]] == others
+    trained = [name for name in others if network.get_parameter(name).requires_grad]
+    assert [names[id(p)] for p in sgd.param_groups[0]["params"]] == trained
 
 
 RESIDENT = """

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from app import model
@@ -75,10 +76,24 @@ def test_folding_changes_no_answer(name: str) -> None:
     assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())  # a copy was folded
 
 
-def test_a_new_residual_block_changes_nothing() -> None:
-    block = model.Residual(4).eval()
-    x_NCHW = torch.rand(2, 4, 8, 8)
-    assert torch.equal(block(x_NCHW), x_NCHW)
+def test_convolutions_begin_as_the_identity_on_their_first_channels() -> None:
+    convolutions = [layer for layer in model.CifarNet().groups.modules() if isinstance(layer, nn.Conv2d)]
+    assert len(convolutions) == 6
+    for convolution in convolutions:
+        x_NCHW = torch.rand(1, convolution.in_channels, 5, 5)
+        torch.testing.assert_close(convolution(x_NCHW)[:, : convolution.in_channels], x_NCHW)
+
+
+def test_the_first_layer_whitens_the_patches() -> None:
+    smooth_NCHW = F.interpolate(torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)), scale_factor=4.0)
+    pixels_NCHW = smooth_NCHW * 255
+    network = model.CifarNet()
+    network.set_whitening(pixels_NCHW)
+    answers_CP = network.whiten(network.normalize(pixels_NCHW)).detach().transpose(0, 1).flatten(1)
+    second_moments = answers_CP[:12] @ answers_CP[:12].T / answers_CP.shape[1]
+    assert (second_moments - torch.diag(second_moments.diagonal())).abs().max() < 0.01
+    assert second_moments.diagonal().max() == pytest.approx(1, abs=0.01)
+    torch.testing.assert_close(answers_CP[12:], -answers_CP[:12])
 
 
 def test_the_default_network_is_small() -> None:

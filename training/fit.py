@@ -22,12 +22,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from app.checkpoint import save_tensors
 from app.data import Split
 from app.device import choose_dtype
-from app.model import Normalized
+from app.model import CifarNet, Normalized
 from training.augment import augment, draw, epoch_generator
 from training.config import Recipe
 from training.meter import Meter, TrainingError
 from training.muon import Muon
 
+CHANNELS = 3
+WHITENING_IMAGES = 5000
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 KEPT_BYTES = 2**31 - 1
 
@@ -75,23 +77,32 @@ def keep_memory() -> None:
 
 
 def initialize(network: Normalized, recipe: Recipe, pixels_NCHW: Tensor) -> None:
-    """Set the normalisation buffers as the recipe says."""
+    """Set what a network knows of its data before it learns: the normalisation, as the recipe says, and whitening."""
     if recipe.normalization == "data":
         std, mean = torch.std_mean(pixels_NCHW.double() / 255, dim=(0, 2, 3))
         network.mean.copy_(mean)
         network.std.copy_(std)
+    if isinstance(network, CifarNet):
+        network.set_whitening(pixels_NCHW[:WHITENING_IMAGES])
 
 
 def optimizers_for(network: nn.Module, recipe: Recipe) -> list[Optimizer]:
-    """Weights decay, biases and batch norms do not. With muon, weights of hidden layers have their own optimizer."""
+    """Weights decay; biases and batch norms do as fast if they have a learning rate of their own, else not at all.
+
+    With muon, weights of hidden layers have their own optimizer.
+    """
+    biases: dict[str, Any] = {}
+    if recipe.bias_learning_rate:
+        decay = recipe.weight_decay * recipe.learning_rate / recipe.bias_learning_rate
+        biases = {"lr": recipe.bias_learning_rate, "weight_decay": decay}
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    # Not the first, which sees pixels, nor the last, whose norm is how sure the network may be.
-    hidden = [p for p in parameters if p.ndim > 1][1:-1] if recipe.optimizer == "muon" else []
+    # Not one that sees pixels, nor the last, whose norm is how sure the network may be.
+    hidden = [p for p in parameters if p.ndim > 1 and p.shape[1] > CHANNELS][:-1] if recipe.optimizer == "muon" else []
     taken = {id(parameter) for parameter in hidden}
     rest = [parameter for parameter in parameters if id(parameter) not in taken]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in rest if p.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in rest if p.ndim <= 1]},
+        {"params": [p for p in rest if p.ndim <= 1], **biases},
     ]
     sgd = SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.nesterov)
     return [sgd, Muon(hidden, recipe.muon_learning_rate)] if hidden else [sgd]
