@@ -12,6 +12,7 @@ from app.checkpoint import CIFAR10_CLASSES
 from app.data import Split
 from app.report import calibration_error
 from training.calibrate import calibrate, find_prototypes, fit_temperature, set_threshold
+from training.robustness import jpeg
 
 
 @pytest.mark.parametrize("true_temperature", [0.5, 1.0, 2.5])
@@ -102,9 +103,11 @@ def test_half_of_the_held_out_images_are_more_familiar_than_the_median() -> None
     given = random_checkpoint()
     prototypes_PD = F.normalize(torch.rand(10, 84, generator=generator), dim=1)
     found = calibrate(dataclasses.replace(given, prototypes_PD=prototypes_PD), held_out)
-    assert (found.images, found.count, found.digest) == ("held out", 60, held_out.digest)
-    logits_NK = given.network()(held_out.pixels_NCHW)
-    assert found.temperature == pytest.approx(fit_temperature(logits_NK.softmax(dim=1), held_out.labels_N), rel=1e-4)
+    assert found.images == "held out, as they are and as JPEG of quality 75"
+    assert (found.count, found.digest) == (60, held_out.digest)
+    logits_NK = given.network()(torch.cat([held_out.pixels_NCHW, jpeg(75, held_out.pixels_NCHW)]))
+    expected = fit_temperature(logits_NK.softmax(dim=1), held_out.labels_N.repeat(2))
+    assert found.temperature == pytest.approx(expected, rel=1e-4)
     assert found.strangeness_quantiles is not None
     ranks = sorted(found.familiarity(value) for value in found.strangeness_quantiles[::100])
     assert ranks == pytest.approx([index / 10 for index in range(11)], abs=1e-6)

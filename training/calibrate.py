@@ -16,7 +16,10 @@ from app.checkpoint import Checkpoint
 from app.data import Split
 from app.report import COVERAGE
 from training.evaluate import forward, predict
+from training.robustness import jpeg
 
+JPEG_QUALITY = 75
+"""What most programs save with when nobody chooses."""
 PROTOTYPES_PER_CLASS = 10
 PROTOTYPE_IMAGES = 10_000
 """Of the training images, to find prototypes among: more take minutes on a CPU and change nothing."""
@@ -52,20 +55,26 @@ def complete(
 
 
 def calibrate(checkpoint: Checkpoint, held_out: Split, device: torch.device | str = "cpu") -> Calibration:
-    """Everything that images can tell which a checkpoint was not trained on; it must have its prototypes."""
+    """Everything that images can tell which a checkpoint was not trained on; it must have its prototypes.
+
+    Each image counts as it is and once more as a JPEG, because people post both and a network errs more in the latter:
+    what suits the clean ones alone would promise too much.
+    """
     assert checkpoint.prototypes_PD is not None
     body, head = model.split(checkpoint.network())
-    features_ND = forward(body, held_out.pixels_NCHW, device=device)
+    pixels_NCHW = torch.cat([held_out.pixels_NCHW, jpeg(JPEG_QUALITY, held_out.pixels_NCHW)])
+    labels_N = held_out.labels_N.repeat(2)
+    features_ND = forward(body, pixels_NCHW, device=device)
     logits_NK = head(features_ND)
-    temperature = fit_temperature(logits_NK.softmax(dim=1), held_out.labels_N)
+    temperature = fit_temperature(logits_NK.softmax(dim=1), labels_N)
     probabilities_NK = (logits_NK / temperature).softmax(dim=1)
     steps = torch.linspace(0, 1, QUANTILES, dtype=torch.float64)
     strangeness_N = strangeness(features_ND, logits_NK, checkpoint.prototypes_PD).double()
     return Calibration(
         temperature=temperature,
-        set_threshold=set_threshold(probabilities_NK, held_out.labels_N),
+        set_threshold=set_threshold(probabilities_NK, labels_N),
         strangeness_quantiles=tuple(strangeness_N.quantile(steps).tolist()),
-        images=held_out.name,
+        images=f"{held_out.name}, as they are and as JPEG of quality {JPEG_QUALITY}",
         count=len(held_out),
         digest=held_out.digest,
     )
