@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 import torch
 from conftest import drawing, encode
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from app.errors import BadRequest, BodyTooLarge, RequestError, WrongSize
@@ -197,6 +197,14 @@ def test_the_limit_is_on_pixels_and_inclusive() -> None:
     assert pixels(data, "crop", max_pixels=1000).shape == (3, 32, 32)
     with pytest.raises(BodyTooLarge):
         pixels(data, "crop", max_pixels=999)
+
+
+def test_texts_that_inflate_without_end_are_refused() -> None:
+    texts = PngImagePlugin.PngInfo()
+    for name in ("a", "b"):
+        texts.add_text(name, "x" * 1_000_000, zip=True)
+    with pytest.raises(BadRequest):
+        pixels(encode(drawing(), "PNG", pnginfo=texts))
 
 
 @pytest.mark.parametrize(
