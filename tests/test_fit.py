@@ -48,21 +48,22 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+@pytest.mark.parametrize(("optimizer", "learning_rate"), [("sgd", 0.2), ("muon", 0.02)])
 @pytest.mark.parametrize("average", [0.0, 0.9])
-def test_the_default_network_learns_stripes(optimizer: str, average: float) -> None:
+def test_the_default_network_learns_stripes(optimizer: str, learning_rate: float, average: float) -> None:
     recipe = Recipe(
         network="cifar_net",
         epochs=4,
         batch_size=16,
         optimizer=optimizer,  # type: ignore[arg-type]
-        learning_rate=0.02,
+        learning_rate=learning_rate,
         muon_learning_rate=0.05,
         average=average,
     )
     split = stripes(96)
     torch.manual_seed(0)
     network = model.build("cifar_net", num_classes=2)
+    initialize(network, recipe, split.pixels_NCHW)
     kept, progress = fit(network, split, recipe, device=CPU)
     with torch.no_grad():
         right = kept.eval()(split.pixels_NCHW).argmax(dim=1) == split.labels_N
