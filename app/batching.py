@@ -10,9 +10,6 @@ in the inference thread they held up the next batch, and two threads that want t
 exchanging it than the work is (one picture a request, 64 connections: 3,800 -> 5,000 answers a second). All others have
 a thread of their own, so that one big photo does not hold up a thousand thumbnails.
 
-Requests of one picture and of many take turns, batch by batch, while both wait: a thousand pictures in one request
-delay a single one by one batch of theirs, and get half of the time.
-
 The counters belong to the event loop and the queues are the only thing shared, so there is no lock.
 """
 
@@ -26,20 +23,15 @@ from contextlib import suppress
 from enum import Enum, auto
 from queue import Empty, SimpleQueue
 from time import monotonic, time
-from typing import Generic, TypeVar, cast
+from typing import Generic, cast
 
 from app.admission import Admission, Limits
-from app.errors import DeadlineExceeded, NotReady
+from app.entries import Answer, Entry, Item, Prepared, Result, Run, Turns
+from app.errors import NotReady
 from app.statistics import Execution, Statistics, Timing
 
 logger = logging.getLogger(__name__)
 
-Item = TypeVar("Item")
-Prepared = TypeVar("Prepared")
-Result = TypeVar("Result")
-
-Run = Callable[[list[Prepared]], Sequence[Result]]
-"""Maps a batch to as many results."""
 Building = Generator[None, None, Run[Prepared, Result]]
 """Makes such a function in steps, none of which takes much longer than a batch."""
 
@@ -51,60 +43,6 @@ STOPPING = "The service is stopping. Try again, it may be back shortly."
 class Signal(Enum):
     WAKE = auto()
     STOP = auto()
-
-
-class Answer(asyncio.Future[Result]):
-    """A result to come; and, once it is there, where its time went."""
-
-    timing: Timing
-
-
-class Entry(Generic[Item, Prepared, Result]):
-    """One admitted item of `count` pictures on its way."""
-
-    __slots__ = (
-        "admitted_at",
-        "bulk",
-        "count",
-        "deadline_seconds",
-        "future",
-        "item",
-        "prepare_seconds",
-        "prepared",
-        "run",
-        "size_bytes",
-    )
-
-    def __init__(
-        self,
-        item: Item,
-        size_bytes: int,
-        count: int,
-        future: Answer[Result],
-        deadline_seconds: float,
-        run: Run[Prepared, Result],
-        bulk: bool,
-    ) -> None:
-        self.item = item
-        self.size_bytes = size_bytes
-        self.count = count
-        self.future = future
-        self.admitted_at = monotonic()
-        self.deadline_seconds = deadline_seconds
-        self.run = run
-        self.bulk = bulk
-        self.prepared: Prepared | None = None
-        self.prepare_seconds = 0.0
-
-    def prepare(self, prepare: Callable[[Item], Prepared]) -> Exception | None:
-        """Set `prepared`, or return what `prepare` raised."""
-        start = monotonic()
-        try:
-            self.prepared = prepare(self.item)
-        except Exception as error:
-            return error
-        self.prepare_seconds = monotonic() - start
-        return None
 
 
 class Batcher(Generic[Item, Prepared, Result]):
@@ -124,9 +62,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         self.statistics = Statistics()
         self._queue: SimpleQueue[Entry[Item, Prepared, Result] | Signal] = SimpleQueue()
         self._heavy: SimpleQueue[Entry[Item, Prepared, Result] | Signal] = SimpleQueue()
-        self._singles: deque[Entry[Item, Prepared, Result]] = deque()  # this and the next: what the queue held
-        self._bulk: deque[Entry[Item, Prepared, Result]] = deque()
-        self._turn = self._singles
+        self._turns: Turns[Item, Prepared, Result] = Turns(limits.max_batch)  # what the queue held
         self._stopping = False
         self._idle_work: deque[Iterator[object]] = deque()
         self._exchanges: deque[tuple[Building[Prepared, Result], asyncio.Future[Run[Prepared, Result]]]] = deque()
@@ -273,7 +209,7 @@ class Batcher(Generic[Item, Prepared, Result]):
 
     def _decode(self) -> None:
         while isinstance(entry := self._heavy.get(), Entry):
-            failure = self._refusal(entry) or entry.prepare(self._prepare)
+            failure = entry.refusal() or entry.prepare(self._prepare)
             if failure is None:
                 self._queue.put(entry)
             else:
@@ -302,22 +238,13 @@ class Batcher(Generic[Item, Prepared, Result]):
         if self._exchanges:
             self._build_step(*self._exchanges[0])
         self._collect(timeout=0)
-        while not (self._singles or self._bulk or self._stopping):
+        while not (self._turns or self._stopping):
             if self._exchanges:
                 self._build_step(*self._exchanges[0])
                 self._collect(timeout=0)
             elif not self._collect(QUIET_SECONDS if self._idle_work else None) and self._idle_work:
                 self._step(self._idle_work[0])
-        other = self._bulk if self._turn is self._singles else self._singles
-        if other:
-            self._turn = other
-        batch: list[Entry[Item, Prepared, Result]] = []
-        room = self._limits.max_batch
-        run = self._turn[0].run if self._turn else None  # one for all, unless it has just been exchanged
-        while self._turn and (not batch or self._turn[0].count <= room) and self._turn[0].run is run:
-            batch.append(self._turn.popleft())
-            room -= batch[-1].count
-        return batch
+        return self._turns.next_batch()
 
     def _collect(self, timeout: float | None) -> bool:
         """Sort out what has queued, after waiting for something for so long; whether there was anything."""
@@ -328,7 +255,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         with suppress(Empty):
             while True:
                 if isinstance(taken, Entry):
-                    (self._bulk if taken.bulk else self._singles).append(taken)
+                    self._turns.add(taken)
                 elif taken is Signal.STOP:
                     self._stopping = True
                 taken = self._queue.get_nowait()
@@ -361,7 +288,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         outcomes: list[tuple[Entry[Item, Prepared, Result], Result | Exception]] = []
         wanted = []
         for entry in batch:
-            if refusal := self._refusal(entry):
+            if refusal := entry.refusal():
                 outcomes.append((entry, refusal))
             else:
                 wanted.append(entry)
@@ -382,16 +309,6 @@ class Batcher(Generic[Item, Prepared, Result]):
             seconds=end - start,
         )
         return outcomes, execution
-
-    def _refusal(self, entry: Entry[Item, Prepared, Result]) -> Exception | None:
-        """Why no work should be spent on the entry any more."""
-        if entry.future.cancelled():
-            return DeadlineExceeded("The client has left.")  # nobody will read it
-        if monotonic() > entry.admitted_at + entry.deadline_seconds:
-            return DeadlineExceeded(
-                f"The request waited longer than {entry.deadline_seconds:g} seconds for its turn. Try again later."
-            )
-        return None
 
 
 def _resolve(future: asyncio.Future[Result], outcome: Result | Exception) -> None:

@@ -15,9 +15,10 @@ import torch
 
 from app import checkpoint, data, images, self_test
 from app.admission import Limits
-from app.batching import Answer, Batcher, Building
+from app.batching import Batcher, Building
 from app.checkpoint import Checkpoint
 from app.device import describe
+from app.entries import Answer
 from app.errors import CheckpointError, DataError, NotFound, WeightsRefused
 from app.images import Resize
 from app.model import IMAGE_BYTES

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from app import batching
+from app import batching, entries
 from app.admission import Limits
 from app.batching import Batcher, Building
 from app.errors import DeadlineExceeded, NotReady, Overloaded
@@ -177,7 +177,8 @@ async def test_retry_after_is_depth_times_measured_time_and_hopeless_requests_ar
 ) -> None:
     doubler = Doubler()
     clock = 0.0
-    monkeypatch.setattr(batching, "monotonic", lambda: clock)
+    for module in (batching, entries):
+        monkeypatch.setattr(module, "monotonic", lambda: clock)
     batcher = await start(doubler, Limits(max_batch=1, max_waiting=100, max_waiting_bytes=10_000, deadline_seconds=20))
     held = await hold(doubler, batcher)
     clock = 8.0
@@ -198,7 +199,8 @@ async def test_retry_after_is_depth_times_measured_time_and_hopeless_requests_ar
 async def test_after_the_deadline_nothing_is_run(light: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     doubler = Doubler()
     clock = 0.0
-    monkeypatch.setattr(batching, "monotonic", lambda: clock)
+    for module in (batching, entries):
+        monkeypatch.setattr(module, "monotonic", lambda: clock)
     batcher = await start(doubler)
     held = await hold(doubler, batcher)
     late = batcher.submit("1", 1, light=light)

@@ -254,7 +254,8 @@ def test_no_answer_no_timing(client: TestClient) -> None:
 async def test_the_parts_are_those_of_the_item(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock that ticks once for every look at it, so that the parts can be told apart."""
     ticks = iter(range(1000))
-    monkeypatch.setattr("app.batching.monotonic", lambda: float(next(ticks)))
+    for module in ("batching", "entries"):
+        monkeypatch.setattr(f"app.{module}.monotonic", lambda: float(next(ticks)))
     batcher: Batcher[int, int, int] = Batcher(
         prepare=lambda item: next(ticks) and item,
         build=lambda: lambda items: [next(ticks) and item for item in items],

@@ -1,0 +1,113 @@
+"""What was admitted, on its way to its answer. Knows neither HTTP nor torch."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from time import monotonic
+from typing import Generic, TypeVar
+
+from app.errors import DeadlineExceeded
+from app.statistics import Timing
+
+Item = TypeVar("Item")
+Prepared = TypeVar("Prepared")
+Result = TypeVar("Result")
+
+Run = Callable[[list[Prepared]], Sequence[Result]]
+"""Maps a batch to as many results."""
+
+
+class Answer(asyncio.Future[Result]):
+    """A result to come; and, once it is there, where its time went."""
+
+    timing: Timing
+
+
+class Entry(Generic[Item, Prepared, Result]):
+    """One admitted item of `count` pictures on its way."""
+
+    __slots__ = (
+        "admitted_at",
+        "bulk",
+        "count",
+        "deadline_seconds",
+        "future",
+        "item",
+        "prepare_seconds",
+        "prepared",
+        "run",
+        "size_bytes",
+    )
+
+    def __init__(
+        self,
+        item: Item,
+        size_bytes: int,
+        count: int,
+        future: Answer[Result],
+        deadline_seconds: float,
+        run: Run[Prepared, Result],
+        bulk: bool,
+    ) -> None:
+        self.item = item
+        self.size_bytes = size_bytes
+        self.count = count
+        self.future = future
+        self.admitted_at = monotonic()
+        self.deadline_seconds = deadline_seconds
+        self.run = run
+        self.bulk = bulk
+        self.prepared: Prepared | None = None
+        self.prepare_seconds = 0.0
+
+    def prepare(self, prepare: Callable[[Item], Prepared]) -> Exception | None:
+        """Set `prepared`, or return what `prepare` raised."""
+        start = monotonic()
+        try:
+            self.prepared = prepare(self.item)
+        except Exception as error:
+            return error
+        self.prepare_seconds = monotonic() - start
+        return None
+
+    def refusal(self) -> Exception | None:
+        """Why no work should be spent on it any more."""
+        if self.future.cancelled():
+            return DeadlineExceeded("The client has left.")  # nobody will read it
+        if monotonic() > self.admitted_at + self.deadline_seconds:
+            return DeadlineExceeded(
+                f"The request waited longer than {self.deadline_seconds:g} seconds for its turn. Try again later."
+            )
+        return None
+
+
+class Turns(Generic[Item, Prepared, Result]):
+    """What waits for the inference thread, which alone may touch it.
+
+    Requests of one picture and of many take turns, batch by batch, while both wait: a thousand pictures in one request
+    delay a single one by one batch of theirs, and get half of the time.
+    """
+
+    def __init__(self, max_batch: int) -> None:
+        self._max_batch = max_batch
+        self._singles: deque[Entry[Item, Prepared, Result]] = deque()
+        self._bulk: deque[Entry[Item, Prepared, Result]] = deque()
+        self._turn = self._singles
+
+    def __bool__(self) -> bool:
+        return bool(self._singles or self._bulk)
+
+    def add(self, entry: Entry[Item, Prepared, Result]) -> None:
+        (self._bulk if entry.bulk else self._singles).append(entry)
+
+    def next_batch(self) -> list[Entry[Item, Prepared, Result]]:
+        """As many as fit into a batch, of one kind and for one `run`; an item of more pictures than that, alone."""
+        other = self._bulk if self._turn is self._singles else self._singles
+        if other:
+            self._turn = other
+        batch: list[Entry[Item, Prepared, Result]] = []
+        room = self._max_batch
+        while self._turn and (not batch or (self._turn[0].count <= room and self._turn[0].run is batch[0].run)):
+            batch.append(self._turn.popleft())
+            room -= batch[-1].count
+        return batch
