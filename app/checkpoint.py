@@ -29,11 +29,12 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from app import model, self_test
 from app.calibration import UNCALIBRATED, Calibration
 from app.errors import CheckpointError
+from app.model import Normalized
 from app.report import Evaluation
 
 FORMAT = 2
@@ -57,7 +58,7 @@ class Checkpoint:
     sha256: str = ""
     """Of the file it was read from; empty before it is written."""
 
-    def network(self) -> nn.Module:
+    def network(self) -> Normalized:
         """The network in evaluation mode, float32, on the CPU; pixels (N, 3, 32, 32) in 0..255 in, logits (N, K) out.
 
         Raises:
@@ -279,7 +280,7 @@ def _check_calibration(calibration: Calibration) -> None:
         raise CheckpointError("In the weights file the quantiles of the strangeness are not rising numbers.")
 
 
-def _check_prototypes(prototypes_PD: Tensor | None, network: nn.Module) -> None:
+def _check_prototypes(prototypes_PD: Tensor | None, network: Normalized) -> None:
     features = model.split(network)[1].in_features
     if prototypes_PD is not None and prototypes_PD.shape[1] != features:
         raise CheckpointError(

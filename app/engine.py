@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from app.device import choose_dtype
 from app.errors import SettingsError
-from app.model import IMAGE_SIZE
+from app.model import IMAGE_SIZE, Normalized
 from app.steps import aside
 
 logger = logging.getLogger(__name__)
 
 REPETITIONS = 5
+CENTRE = 128.0
+"""What is taken from pixels, 0 to 255, to have small numbers of both signs."""
 
 
 class Engine(Protocol):
@@ -51,7 +53,6 @@ class TorchEngine:
         layers = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
         for layer in layers:
             layer.to(dtype)
-        # Normalisation stays in float32: bfloat16 would shift all pixels by what mean and std are rounded.
         layers[0].register_forward_pre_hook(_to_own_dtype)
 
     def __call__(self, pixels_NCHW: Tensor) -> Tensor:
@@ -82,7 +83,7 @@ def check(name: str, device: torch.device) -> None:
 
 
 def choose(
-    network: nn.Module, device: torch.device, *, name: str, threads: int, max_batch: int
+    network: Normalized, device: torch.device, *, name: str, threads: int, max_batch: int
 ) -> Generator[None, None, Engine]:
     """The engine `name`; "auto" is the fastest there is.
 
@@ -95,7 +96,7 @@ def choose(
     """
     dtype = choose_dtype(device)
     if dtype == torch.bfloat16:
-        yield from aside(partial(round_kernels, network))
+        yield from aside(partial(round_weights, network))
     engines: list[Engine] = []
     if name != "torch" and device.type == "cpu":
         try:
@@ -129,21 +130,51 @@ def _cost(engine: Engine, max_batch: int) -> float:
     return cost
 
 
+def round_weights(network: Normalized) -> None:
+    """Prepare a network for bfloat16, so that what it answers is hardly changed."""
+    first, *others = (layer for layer in network.modules() if isinstance(layer, nn.Conv2d))
+    keep_pixels(network, first)
+    for layer in others:
+        round_kernels(layer)
+
+
 @torch.no_grad()
-def round_kernels(network: nn.Module) -> None:
-    """Round the convolutions' weights to bfloat16 so that the errors within a kernel cancel.
+def keep_pixels(network: Normalized, first: nn.Conv2d) -> None:
+    """Have the first convolution see pixels that bfloat16 holds exactly, and with weights of twice its digits.
+
+    It lives from small differences between neighbours, which rounded normalised pixels drown: the largest error of a
+    probability was 0.034 on validation images instead of 0.022. So it takes over the normalisation and sees whole
+    numbers around 0, twice: once for the rounded weights and once for what rounding took from them. It must not pad.
+    """
+    assert first.padding == (0, 0)
+    assert first.bias is not None
+    scale_C, mean_C = (1 / (255 * network.std)).double(), (network.mean / network.std).double()
+    weight_OCHW = first.weight.double() * scale_C[:, None, None]
+    first.bias += (first.weight * (CENTRE * scale_C - mean_C)[:, None, None]).sum(dim=(1, 2, 3)).float()
+    high_OCHW = weight_OCHW.bfloat16().double()
+    first.weight = nn.Parameter(torch.cat([high_OCHW, weight_OCHW - high_OCHW], dim=1).float())
+    first.in_channels *= 2
+    network.normalize = _centred_twice  # type: ignore[method-assign]
+
+
+def _centred_twice(pixels_NCHW: Tensor) -> Tensor:
+    centred_NCHW = pixels_NCHW.float() - CENTRE
+    return torch.cat([centred_NCHW, centred_NCHW], dim=1)
+
+
+@torch.no_grad()
+def round_kernels(layer: nn.Conv2d) -> None:
+    """Round the weights to bfloat16 so that the errors within a kernel cancel.
 
     Each weight takes over the error of the one before. Neighbouring pixels are alike, so what is felt is the error of
-    a kernel's sum; on the test images this halves the largest error of a probability (0.024 to 0.014).
+    a kernel's sum; on the test images this halved the largest error of a probability (0.024 to 0.014).
     """
-    for layer in network.modules():
-        if isinstance(layer, nn.Conv2d):
-            rounded, error_OI = [], torch.zeros(())
-            for weight_OI in layer.weight.flatten(2).unbind(2):
-                wanted_OI = weight_OI + error_OI
-                rounded.append(wanted_OI.bfloat16().float())
-                error_OI = wanted_OI - rounded[-1]
-            layer.weight.copy_(torch.stack(rounded, 2).view_as(layer.weight))
+    rounded, error_OI = [], torch.zeros(())
+    for weight_OI in layer.weight.flatten(2).unbind(2):
+        wanted_OI = weight_OI + error_OI
+        rounded.append(wanted_OI.bfloat16().float())
+        error_OI = wanted_OI - rounded[-1]
+    layer.weight.copy_(torch.stack(rounded, 2).view_as(layer.weight))
 
 
 def _to_own_dtype(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:

@@ -136,7 +136,7 @@ def build(name: str, **arguments: object) -> Normalized:
     return NETWORKS[name](**arguments)
 
 
-def fold(network: nn.Module) -> nn.Module:
+def fold(network: Normalized) -> Normalized:
     """A copy in evaluation mode whose batch norms are folded into the convolutions before them."""
     folded = copy.deepcopy(network).eval()
     for module in folded.modules():
@@ -146,7 +146,7 @@ def fold(network: nn.Module) -> nn.Module:
     return folded
 
 
-def split(network: nn.Module) -> tuple[nn.Module, nn.Linear]:
+def split(network: Normalized) -> tuple[Normalized, nn.Linear]:
     """A copy without the last layer, which gives the features (N, D) that this layer makes logits of; and the layer."""
     body = copy.deepcopy(network)
     name, head = [(name, layer) for name, layer in body.named_modules() if isinstance(layer, nn.Linear)][-1]

@@ -20,7 +20,9 @@ from app.model import IMAGE_SIZE
 
 FUNCTIONS: dict[Any, Callable[..., Any]] = {
     operator.add: ops.add,
+    operator.sub: ops.subtract,
     operator.mul: ops.multiply,
+    torch.cat: lambda parts, dim: ops.concat(parts, dim),
     F.relu: lambda x, **_: ops.relu(x),
     F.gelu: lambda x: ops.gelu(x, "erf"),
     F.max_pool2d: lambda x, size, **_: _max_pool(x, size),
@@ -79,17 +81,24 @@ class _Translator(fx.Interpreter):
         raise TypeError(f"{layer} has no translation")
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not isinstance(args[0], openvino.Node | openvino.Output):
+        first = args[0][0] if isinstance(args[0], list) else args[0]
+        if not isinstance(first, openvino.Node | openvino.Output):
             return super().call_function(target, args, kwargs)
-        return FUNCTIONS[target](*(arg.numpy() if isinstance(arg, Tensor) else arg for arg in args), **kwargs)
+        return FUNCTIONS[target](*map(_operand, args), **kwargs)
 
     def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         match target:
             case "amax":
                 return ops.reduce_max(args[0], kwargs["dim"], keep_dims=False)
-            case "float":  # what leaves the graph is
+            case "float":  # so is what enters the graph and what leaves it
                 return args[0]
         raise TypeError(f"{target} has no translation")
+
+
+def _operand(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.numpy()
+    return ops.constant(value, openvino.Type.f32) if isinstance(value, float) else value
 
 
 def _max_pool(x: Any, side: int) -> Any:

@@ -34,7 +34,7 @@ class AirbenchTrainer:
         self.device, self.dtype, self.batch_size = device, choose_dtype(device), batch_size
         self.network = CifarNet(len(images.classes))
         initialize(self.network, RECIPES["default"], images.pixels_NCHW)
-        self.network.to(device, memory_format=torch.channels_last)
+        self.network.to(device).to(memory_format=torch.channels_last)
         self.padded_NCHW = F.pad(images.pixels_NCHW.to(device).float(), (2, 2, 2, 2), mode="reflect").to(self.dtype)
         self.labels_N = images.labels_N.to(device)
         filters = [p for p in self.network.groups.parameters() if p.requires_grad and p.ndim == 4]

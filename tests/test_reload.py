@@ -304,7 +304,7 @@ def test_an_engine_that_computes_wrongly_is_refused_and_the_old_weights_go_on(
     shutil.copy(SHIPPED, settings.weights)
     fold = model.fold
 
-    def fold_wrongly(network: nn.Module) -> nn.Module:
+    def fold_wrongly(network: model.Normalized) -> model.Normalized:
         """As a translation might that mixes up the channels of one layer."""
         folded = fold(network)
         layer = [layer for layer in folded.modules() if isinstance(layer, nn.Conv2d)][2]
