@@ -26,15 +26,18 @@ from PIL import Image
 from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader, Dataset
 
-from app import model
+from app import checkpoint, model
 from app.data import Split
 from app.device import choose_device, describe
+from app.predictor import Predictor
+from app.settings import Settings
 from training.config import RECIPES
 from training.fit import fit, initialize
 
 ROOT = Path(__file__).parent.parent
 CONNECTIONS = (1, 16, 64)
 SECONDS = 8
+BATCH, BATCH_CONNECTIONS = 256, 4
 
 # wrk sends each body in turn; `done` prints what the table needs.
 LUA = """
@@ -172,9 +175,44 @@ def write_bodies(folder: Path, kind: str) -> tuple[Path, str]:
     return listing, "image/png" if kind == "raw" else f"multipart/form-data; boundary={boundary}"
 
 
-def load(port: int, connections: int, script: Path, listing: Path, content_type: str, seconds: int) -> dict[str, float]:
+def write_pixels(folder: Path) -> Path:
+    """Request bodies of raw pixels, `BATCH` pictures each."""
+    names = []
+    for index, part_NCHW in enumerate(pictures(4 * BATCH).split(BATCH)):
+        (path := folder / f"pixels-{index}").write_bytes(part_NCHW.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+        names.append(str(path))
+    (listing := folder / "pixels.txt").write_text("\n".join(names) + "\n")
+    return listing
+
+
+def engine_speed() -> float:
+    """Images per second of the service's engine alone, on full batches."""
+    settings = Settings()
+    predictor = Predictor(
+        checkpoint.load(settings.weights), choose_device(), threads=settings.threads, max_batch=settings.max_batch
+    )
+    pixels_NCHW = pictures(settings.max_batch).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        for _ in range(10):
+            predictor.engine(pixels_NCHW)
+        start, count = time.perf_counter(), 0
+        while (elapsed := time.perf_counter() - start) < SECONDS / 2:
+            predictor.engine(pixels_NCHW)
+            count += len(pixels_NCHW)
+    return count / elapsed
+
+
+def load(
+    port: int,
+    connections: int,
+    script: Path,
+    listing: Path,
+    content_type: str,
+    seconds: int,
+    path: str = "/predict",
+) -> dict[str, float]:
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "20s", "-s", str(script)]
-    command += [f"http://127.0.0.1:{port}/predict", "--", str(listing), content_type]
+    command += [f"http://127.0.0.1:{port}{path}", "--", str(listing), content_type]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return dict(json.loads(next(line for line in output.splitlines() if line.startswith("RESULT"))[7:]))
 
@@ -190,6 +228,7 @@ def main() -> None:
     speeds = compare(large)
     print(f"| training, recipe `default` | {speeds['ours']:,.0f} images/s |")
     print(f"| training, airbench94's network and step | {speeds['airbench94']:,.0f} images/s |", flush=True)
+    print(f"| the engine alone, batches of 32 | {engine_speed():,.0f} pictures/s |", flush=True)
     with service() as (port, pid, ready_seconds), tempfile.TemporaryDirectory() as name:
         script = Path(name) / "post.lua"
         script.write_text(LUA)
@@ -206,6 +245,10 @@ def main() -> None:
                     f"p50 {result['p50']:.1f} ms, p99 {result['p99']:.1f} ms{failed} |",
                     flush=True,
                 )
+        listing = write_pixels(Path(name))
+        octets = "application/octet-stream"
+        rate = load(port, BATCH_CONNECTIONS, script, listing, octets, SECONDS, "/predict/batch")["rate"]
+        print(f"| `/predict/batch`, raw pixels, {BATCH} a request | {BATCH * rate:,.0f} pictures/s |")
         print(f"| memory after the load | {resident_megabytes(pid):,.0f} MB |")
 
 
