@@ -17,6 +17,9 @@ from app.statistics import Timing
 Headers = Mapping[bytes, bytes]
 """By name in small letters, as ASGI has them."""
 
+Answer = tuple[int, list[tuple[bytes, bytes]], bytes]
+"""Status, headers and body, ready to be written."""
+
 JSON = b"application/json"
 
 
@@ -28,6 +31,15 @@ class Reply(NamedTuple):
     headers: tuple[tuple[bytes, bytes], ...] = ()
     timing: Timing | None = None
     status: int = 200
+
+    def head(self, request_id: str) -> list[tuple[bytes, bytes]]:
+        """All headers."""
+        return [
+            (b"content-length", b"%d" % len(self.body)),
+            (b"content-type", self.content_type),
+            (b"x-request-id", request_id.encode()),
+            *self.headers,
+        ]
 
     def response(self, request: Request) -> Response:
         """The same as the framework has it."""

@@ -6,13 +6,12 @@ work, they are given before uvicorn makes a task of each.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-Answer = tuple[int, list[tuple[bytes, bytes]], bytes]
-"""Status, headers, body."""
+from app.exchange import Answer, Headers
 
 
 class Joining:
@@ -45,7 +44,7 @@ class Protocol(HttpToolsProtocol):
     """Of an application with a method `refuse`."""
 
     _refusal: Answer | None = None
-    _refuse: Callable[[str, Mapping[bytes, bytes]], Answer | None]
+    _refuse: Callable[[str, Headers], Answer | None]
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(cast(asyncio.Transport, Joining(transport)))

@@ -9,7 +9,8 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from app.protocol import Answer, Protocol
+from app.exchange import Answer
+from app.protocol import Protocol
 
 pytestmark = pytest.mark.anyio
 POST = b"POST / HTTP/1.1\r\ncontent-length: 5\r\nx-request-id: %b\r\n%b\r\nhello"

@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from app.boundary import DEFECT, LEFT, Ledger, request_id_of, server_timing
 from app.errors import RequestError
-from app.exchange import Headers, Reply, refusal
+from app.exchange import Answer, Headers, Reply, refusal
 from app.service import Service
 
 logger = logging.getLogger(__name__)
@@ -32,10 +32,10 @@ class Application(FastAPI):
         self._ledger = ledger
         self._lanes = lanes
 
-    def refuse(self, path: str, headers: Headers) -> tuple[int, list[tuple[bytes, bytes]], bytes] | None:
-        """Status, headers and body of what a POST request in the lane is told when nothing is admitted, else None.
+    def refuse(self, path: str, headers: Headers) -> Answer | None:
+        """What a POST request in the lane is told while nothing more is admitted; None if it may come in.
 
-        What it holds makes no difference then, so the server asks before it reads it.
+        What it holds makes no difference, so the server asks before it makes a task of it.
         """
         if path not in self._lanes:
             return None
@@ -46,7 +46,7 @@ class Application(FastAPI):
             request_id = request_id_of(headers)
             reply = refusal(error, request_id)
             self._ledger.record(path, "POST", error.status, 0.0, request_id, error.reason)
-            return reply.status, _head(reply, request_id), reply.body
+            return reply.status, reply.head(request_id), reply.body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         plain = scope["type"] == "http" and scope["method"] == "POST" and not scope["query_string"]
@@ -68,18 +68,9 @@ class Application(FastAPI):
         except Exception:
             logger.exception("Request %s, POST %s:", request_id, path, extra={"request_id": request_id})
             reason, reply = RequestError.reason, refusal(RequestError(DEFECT), request_id)
-        head = _head(reply, request_id)
+        head = reply.head(request_id)
         if reply.timing is not None:
             head.append(server_timing(reply.timing, monotonic() - started_at))
         await send({"type": "http.response.start", "status": reply.status, "headers": head})
         await send({"type": "http.response.body", "body": reply.body})
         self._ledger.record(path, "POST", reply.status, monotonic() - started_at, request_id, reason)
-
-
-def _head(reply: Reply, request_id: str) -> list[tuple[bytes, bytes]]:
-    return [
-        (b"content-length", b"%d" % len(reply.body)),
-        (b"content-type", reply.content_type),
-        (b"x-request-id", request_id.encode()),
-        *reply.headers,
-    ]
