@@ -175,7 +175,7 @@ def test_full_is_429_with_the_time_to_come_back(settings: Settings, png: bytes) 
 
 def test_too_late_is_504(client: TestClient, png: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter(range(0, 10_000, 1000))
-    monkeypatch.setattr(batching, "monotonic", lambda: next(now))
+    monkeypatch.setattr(entries, "monotonic", lambda: next(now))
     refused(client.post("/predict", content=png, headers=OCTETS), 504, "waited longer than 5 seconds for its turn")
 
 
