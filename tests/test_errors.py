@@ -9,7 +9,7 @@ import pytest
 from conftest import drawing, encode
 from fastapi.testclient import TestClient
 
-from app import batching, boundary
+from app import boundary, entries
 from app.main import create_app
 from app.predictor import Predictor
 from app.service import Service
