@@ -50,7 +50,7 @@ def example(name: str = "net") -> Checkpoint:
         state_dict=model.build(name).state_dict(),
         classes=CIFAR10_CLASSES,
         calibration=CALIBRATION,
-        prototypes_PD=torch.eye(84 if name == "net" else 224)[:5],
+        prototypes_PD=torch.eye(84 if name == "net" else 256)[:5],
         self_test_NK=torch.full((8, 10), 0.1),
         evaluation=EVALUATION,
         trained={"recipe": "debug", "seed": 3, "versions": {"torch": "2"}},

@@ -82,7 +82,8 @@ def test_held_out_images_replace_the_test_images(data_folder: Path) -> None:
     calibration = checkpoint.calibration
     assert f"the temperature is {calibration.temperature:.4f}" in done.stdout
     assert calibration.temperature != 1.0
-    assert (calibration.images, calibration.count) == (checkpoint.evaluation.dataset, 12)
+    assert calibration.images == f"{checkpoint.evaluation.dataset}, as they are and as JPEG of quality 75"
+    assert calibration.count == 12
     assert calibration.digest == checkpoint.evaluation.digest
     assert calibration.set_threshold == 0.0  # 12 images cannot promise 95 %: a set holds all classes
     assert (checkpoint.evaluation.coverage, checkpoint.evaluation.set_size) == (1.0, 10.0)
@@ -251,7 +252,8 @@ def test_the_commands_leave_what_the_card_is_made_of(data_folder: Path, monkeypa
     assert f"**{right / 30:.2%}** of 30 images right" in text
     assert f"**{right_held / 12:.2%}** of 12 images right" in text
     assert "trained on 108 of CIFAR-10 training, 120 images" in text
-    assert f"fitted on validation (12 held-out training images), sha256 `{evaluation.digest[:12]}`" in text
+    both = "validation (12 held-out training images), as they are and as JPEG of quality 75"
+    assert f"fitted on {both}, sha256 `{evaluation.digest[:12]}`" in text
 
 
 def test_robustness_begins_with_what_evaluate_says(

@@ -72,7 +72,7 @@ def calibrate(checkpoint: Checkpoint, held_out: Split, device: torch.device | st
     strangeness_N = strangeness(features_ND, logits_NK, checkpoint.prototypes_PD).double()
     return Calibration(
         temperature=temperature,
-        set_threshold=set_threshold(probabilities_NK, labels_N),
+        set_threshold=set_threshold(probabilities_NK, labels_N, views=2),
         strangeness_quantiles=tuple(strangeness_N.quantile(steps).tolist()),
         images=f"{held_out.name}, as they are and as JPEG of quality {JPEG_QUALITY}",
         count=len(held_out),
@@ -103,16 +103,19 @@ def fit_temperature(probabilities_NK: Tensor, labels_N: Tensor) -> float:
     return log_temperature.exp().item()
 
 
-def set_threshold(probabilities_NK: Tensor, labels_N: Tensor, coverage: float = COVERAGE) -> float:
+def set_threshold(probabilities_NK: Tensor, labels_N: Tensor, coverage: float = COVERAGE, views: int = 1) -> float:
     """The least probability of a class in a prediction set, by split conformal prediction.
 
     Of N + 1 exchangeable pictures the next one is as likely to take any rank, so that the sets hold the true class with
     at least probability `coverage` if they go down to the floor((N + 1) (1 - coverage))-th smallest probability of a
     true class (Vovk, Gammerman and Shafer, 2005; Angelopoulos and Bates, 2021, arXiv:2107.07511, section 1).
     With too few images for any promise it is 0: all classes.
+
+    Args:
+        views: How often each picture is among them; more views of the same ones are no more evidence.
     """
     true_N = probabilities_NK.gather(1, labels_N[:, None])[:, 0].sort().values
-    rank = math.floor((len(true_N) + 1) * (1 - coverage) + 1e-9)
+    rank = views * math.floor((len(true_N) // views + 1) * (1 - coverage) + 1e-9)
     return true_N[rank - 1].item() if rank else 0.0
 
 
