@@ -7,8 +7,8 @@
 A lone request runs at once and a batch never waits on a timer: what arrives while one batch runs is the next batch.
 Light items, whose preparing takes a known fraction of a millisecond, are prepared by the event loop while a batch runs:
 in the inference thread they held up the next batch, and two threads that want the interpreter by turns lose more in
-exchanging it than the work is (one picture a request, 64 connections: 3,800 -> 5,000 answers a second). All others have
-a thread of their own, so that one big photo does not hold up a thousand thumbnails.
+exchanging it than the work is (one picture a request, 64 connections: a third more answers a second). All others have a
+thread of their own, so that one big photo does not hold up a thousand thumbnails.
 
 The counters belong to the event loop and the queues are the only thing shared, so there is no lock.
 """
