@@ -221,7 +221,7 @@ class Batcher(Generic[Item, Prepared, Result]):
     def _infer(self) -> None:
         try:
             run = self._build()
-        except BaseException as error:
+        except BaseException as error:  # `start` waits for it and raises it; a dead thread would keep it waiting
             self._loop.call_soon_threadsafe(self._built.set_exception, error)
             return
         self._loop.call_soon_threadsafe(self._built.set_result, run)
@@ -268,7 +268,7 @@ class Batcher(Generic[Item, Prepared, Result]):
             return
         except StopIteration as finished:
             outcome = finished.value
-        except Exception as error:
+        except Exception as error:  # raised where the exchange was asked for; what is served goes on
             outcome = error
         self._exchanges.popleft()
         self._loop.call_soon_threadsafe(_resolve, built, outcome)
@@ -278,7 +278,7 @@ class Batcher(Generic[Item, Prepared, Result]):
             next(work)
         except StopIteration:
             self._idle_work.popleft()
-        except Exception:
+        except Exception:  # nobody waits for it, and requests must not suffer from it
             logger.exception("Work for idle times failed and was given up.")
             self._idle_work.popleft()
 
@@ -327,7 +327,7 @@ def _run(run: Run[Prepared, Result], prepared: list[Prepared]) -> list[Result | 
         if len(results) != len(prepared):
             raise AssertionError(f"{len(results)} results for a batch of {len(prepared)}")
         return results
-    except Exception as error:
+    except Exception as error:  # whatever it is, it is the culprit's answer and nobody else's
         if len(prepared) == 1:
             return [error]
         logger.warning("A batch of %d failed and is tried item by item.", len(prepared), exc_info=True)

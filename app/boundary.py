@@ -89,7 +89,7 @@ class Boundary:
             return  # nobody is there to be answered
         except RequestError as error:
             await error_response(scope, error)(scope, receive, send_with_id)
-        except Exception:
+        except Exception:  # whatever it is, it is ours: the client gets a sentence, the log the traceback
             where = (state["request_id"], scope["method"], self._route(scope))
             logger.exception("Request %s, %s %s:", *where, extra={"request_id": where[0]})
             if status != LEFT:

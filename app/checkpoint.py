@@ -135,7 +135,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes it private to this user; a container serves it as another
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException:  # an interrupt, too, must leave no temporary file
         Path(temporary).unlink(missing_ok=True)
         raise
 

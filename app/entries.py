@@ -65,7 +65,7 @@ class Entry(Generic[Item, Prepared, Result]):
         start = monotonic()
         try:
             self.prepared = prepare(self.item)
-        except Exception as error:
+        except Exception as error:  # any of it fails this item alone
             return error
         self.prepare_seconds = monotonic() - start
         return None

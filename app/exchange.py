@@ -17,7 +17,7 @@ from app.statistics import Timing
 Headers = Mapping[bytes, bytes]
 """By name in small letters, as ASGI has them."""
 
-Answer = tuple[int, list[tuple[bytes, bytes]], bytes]
+RawReply = tuple[int, list[tuple[bytes, bytes]], bytes]
 """Status, headers and body, ready to be written."""
 
 JSON = b"application/json"

@@ -6,12 +6,12 @@ work, they are given before uvicorn makes a task of each.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from app.exchange import Answer, Headers
+from app.exchange import RawReply
 
 
 class Joining:
@@ -43,8 +43,8 @@ class Joining:
 class Protocol(HttpToolsProtocol):
     """Of an application with a method `refuse`."""
 
-    _refusal: Answer | None = None
-    _refuse: Callable[[str, Headers], Answer | None]
+    _refusal: RawReply | None = None
+    _refuse: Callable[[str, Iterable[tuple[bytes, bytes]]], RawReply | None]
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(cast(asyncio.Transport, Joining(transport)))
@@ -53,7 +53,7 @@ class Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         in_turn = self.cycle is None or self.cycle.response_complete  # not behind another of the same connection
         if in_turn and not self.expect_100_continue and self.parser.get_method() == b"POST":
-            self._refusal = self._refuse(self.url.decode("latin-1"), dict(self.headers))
+            self._refusal = self._refuse(self.url.decode("latin-1"), self.headers)
         if self._refusal is None:
             super().on_headers_complete()
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,8 +11,10 @@ from conftest import drawing, encode
 from fastapi.testclient import TestClient
 
 from app import boundary, entries
+from app.errors import Overloaded
 from app.main import create_app
 from app.predictor import Predictor
+from app.routes.fast_lane import Application
 from app.service import Service
 from app.settings import Settings
 
@@ -109,11 +112,8 @@ def test_a_body_above_the_limit_is_refused_however_it_is_sent(
 
 
 @pytest.mark.anyio
-async def test_a_body_that_announces_too_much_is_refused_unread(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_body_that_announces_too_much_is_refused_unread(settings: Settings) -> None:
     app = create_app(settings)
-    monkeypatch.setattr(app.state.service, "check_room", lambda: None)  # it was not started
     sent: list[Any] = []
 
     async def receive() -> Any:
@@ -203,7 +203,6 @@ async def test_a_client_that_leaves_while_it_waits_cancels_its_work(
         futures.append(asyncio.get_running_loop().create_future())
         return futures[-1]
 
-    monkeypatch.setattr(service, "check_room", lambda: None)  # it was not started
     monkeypatch.setattr(service, "predict", never)
     messages = iter([{"type": "http.request", "body": png, "more_body": False}, {"type": "http.disconnect"}])
     sent: list[Any] = []
@@ -218,3 +217,27 @@ async def test_a_client_that_leaves_while_it_waits_cancels_its_work(
     await app(scope, receive, send)
     assert futures[0].cancelled()
     assert sent == []
+
+
+def test_what_would_be_refused_whatever_it_holds_is_refused_by_its_head(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = client.app
+    assert isinstance(app, Application)
+    portal = client.portal
+    assert portal is not None
+    assert portal.call(app.refuse, "/predict", []) is None
+
+    def full() -> None:
+        raise Overloaded("Too much.", retry_after_seconds=3)
+
+    monkeypatch.setattr(app.state.service, "check_room", full)
+    assert portal.call(app.refuse, "/predict?top_k=1", []) is None  # the way through the framework, which says it too
+    refusal = portal.call(app.refuse, "/predict", [(b"x-request-id", b"seven")])
+    assert refusal is not None
+    status, headers, body = refusal
+    assert (status, json.loads(body)["error"]) == (429, "Too much.")
+    assert {(b"x-request-id", b"seven"), (b"retry-after", b"3"), (b"content-length", b"%d" % len(body))} <= set(headers)
+    counted = client.get("/metrics").text
+    assert 'cifar_refusals_total{reason="overloaded"} 1.0' in counted
+    assert 'cifar_requests_total{method="POST",route="/predict",status="429"} 1.0' in counted

@@ -188,7 +188,6 @@ async def test_a_client_that_left_counts_as_499(
     def never(*_args: object) -> "asyncio.Future[object]":
         return asyncio.get_running_loop().create_future()
 
-    monkeypatch.setattr(service, "check_room", lambda: None)  # it was not started
     monkeypatch.setattr(service, "predict", never)
     await leave(app, {"type": "http.request", "body": png[:10], "more_body": True})
     await leave(app, {"type": "http.request", "body": png, "more_body": False})

@@ -1,7 +1,7 @@
 """Refusals below the application: in turn, after the whole body, and the connection left as the client wants it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
 import pytest
@@ -9,7 +9,7 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from app.exchange import Answer
+from app.exchange import RawReply
 from app.protocol import Protocol
 
 pytestmark = pytest.mark.anyio
@@ -26,8 +26,8 @@ class Application:
         self.gate = asyncio.Event()
         self.gate.set()
 
-    def refuse(self, _path: str, headers: Mapping[bytes, bytes]) -> Answer | None:
-        body = b"no, " + headers[b"x-request-id"]
+    def refuse(self, _path: str, headers: Iterable[tuple[bytes, bytes]]) -> RawReply | None:
+        body = b"no, " + dict(headers)[b"x-request-id"]
         return (429, [(b"content-length", b"%d" % len(body)), (b"retry-after", b"1")], body) if self.full else None
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,7 +1,7 @@
 """A way past the framework for the requests that come a thousand times a second."""
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from time import monotonic
 from typing import Any
 
@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from app.boundary import DEFECT, LEFT, Ledger, request_id_of, server_timing
 from app.errors import RequestError
-from app.exchange import Answer, Headers, Reply, refusal
+from app.exchange import Headers, RawReply, Reply, refusal
 from app.service import Service
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class Application(FastAPI):
         self._ledger = ledger
         self._lanes = lanes
 
-    def refuse(self, path: str, headers: Headers) -> Answer | None:
+    def refuse(self, path: str, headers: Iterable[tuple[bytes, bytes]]) -> RawReply | None:
         """What a POST request in the lane is told while nothing more is admitted; None if it may come in.
 
         What it holds makes no difference, so the server asks before it makes a task of it.
@@ -43,7 +43,7 @@ class Application(FastAPI):
             self._service.check_room()
             return None
         except RequestError as error:
-            request_id = request_id_of(headers)
+            request_id = request_id_of(dict(headers))
             reply = refusal(error, request_id)
             self._ledger.record(path, "POST", error.status, 0.0, request_id, error.reason)
             return reply.status, reply.head(request_id), reply.body
@@ -65,7 +65,7 @@ class Application(FastAPI):
             return
         except RequestError as error:
             reason, reply = error.reason, refusal(error, request_id)
-        except Exception:
+        except Exception:  # whatever it is, it is ours: the client gets a sentence, the log the traceback
             logger.exception("Request %s, POST %s:", request_id, path, extra={"request_id": request_id})
             reason, reply = RequestError.reason, refusal(RequestError(DEFECT), request_id)
         head = reply.head(request_id)

@@ -153,7 +153,6 @@ async def respond(headers: Headers, receive: Receive, service: Service, resize: 
 
     The clients send odd content types or none, so that the body is read whatever it is said to be.
     """
-    service.check_room()
     length = headers.get(JSON_LENGTH)
     inference = requests.decode(
         await _read_body(headers, receive, service.settings.max_body_bytes),
