@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import random_checkpoint
+from torch import nn
 
 from app.data import Split
 from training import ablate as module
@@ -75,6 +77,20 @@ def test_runs_of_another_recipe_are_not_mixed_in(tmp_path: Path, monkeypatch: py
     ablate(greys(), Recipe(flip=True), [0], tmp_path / "a.jsonl", device=CPU)
     with pytest.raises(ValueError, match=r"a\.jsonl has runs of another recipe; name another file with --out"):
         ablate(greys(), Recipe(flip=True, learning_rate=0.2), [0], tmp_path / "a.jsonl", device=CPU)
+
+
+def test_a_teacher_is_heard_only_where_the_recipe_distils(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[tuple[float, bool]] = []
+
+    def listen(network: nn.Module, _train: Split, recipe: Recipe, **options: object) -> tuple[nn.Module, None]:
+        heard.append((recipe.distillation, options["answers_NK"] is not None))
+        return network, None
+
+    monkeypatch.setattr(module, "fit", listen)
+    monkeypatch.setattr(module, "ask", lambda _teachers, split, _device: torch.full((len(split), 2), 0.5))
+    recipe = Recipe(network="net", distillation=0.5)
+    ablate(greys(), recipe, [0], tmp_path / "a.jsonl", device=CPU, teachers=[random_checkpoint()])
+    assert heard == [(0.5, True), (0.0, False)]
 
 
 def test_the_runs_are_real_and_repeat(tmp_path: Path) -> None:

@@ -20,6 +20,9 @@ def identity(count: int) -> Draws:
         flip_N=torch.zeros(count, dtype=torch.bool),
         jpeg_quality_N=torch.zeros(count, dtype=torch.int64),
         cutout_N2=torch.zeros(count, 2, dtype=torch.int64),
+        partner_N=torch.arange(count),
+        patch_N2=torch.zeros(count, 2, dtype=torch.int64),
+        patch_side_N=torch.zeros(count, dtype=torch.int64),
     )
 
 
@@ -67,6 +70,24 @@ def test_cutout_greys_exactly_one_square(photos_NCHW: Tensor) -> None:
     assert augment(photos_NCHW, torch.arange(8), draws, recipe).equal(expected)
 
 
+def test_cutmix_pastes_a_square_of_the_partner(photos_NCHW: Tensor) -> None:
+    recipe = dataclasses.replace(PLAIN, cutmix=1.0)
+    draws = dataclasses.replace(
+        identity(8),
+        partner_N=torch.arange(8).flip(0),
+        patch_N2=torch.tensor([[2, 20]] * 8),
+        patch_side_N=torch.tensor([8, 0] * 4),
+        flip_N=torch.arange(8) >= 4,
+    )
+    mixed = augment(photos_NCHW, torch.tensor([0, 1, 4]), draws, recipe)
+    expected = photos_NCHW[0].clone()
+    expected[:, 2:10, 20:28] = photos_NCHW[7, :, 2:10, 20:28]
+    assert mixed[0].equal(expected)
+    assert mixed[1].equal(photos_NCHW[1])
+    assert mixed[2, :, 2:10, 20:28].equal(photos_NCHW[3].flip(2)[:, 2:10, 20:28])  # mirrored as what it is pasted into
+    assert draws.patch_share().tolist() == [1 / 16, 0] * 4
+
+
 @pytest.mark.parametrize("quality", [30, 50, 75, 95])
 def test_jpeg_is_close_to_a_real_encoder(photos_NCHW: Tensor, quality: int) -> None:
     simulated = jpeg(photos_NCHW, torch.full((8,), quality)).float()
@@ -95,9 +116,14 @@ def test_flips_alternate_between_epochs() -> None:
 
 
 def test_draws_stay_in_bounds_and_follow_the_share() -> None:
-    recipe = dataclasses.replace(PLAIN, shift=2, cutout=8, jpeg=0.25)
+    recipe = dataclasses.replace(PLAIN, shift=2, cutout=8, jpeg=0.25, cutmix=0.4)
     draws = draw(10_000, 0, recipe, epoch_generator(0, 0))
     assert draws.shift_N2.unique().tolist() == [-2, -1, 0, 1, 2]
     assert (int(draws.cutout_N2.min()), int(draws.cutout_N2.max())) == (0, 24)
     assert (draws.jpeg_quality_N > 0).double().mean() == pytest.approx(0.25, abs=0.02)
     assert not draws.flip_N.any()
+    assert draws.partner_N.sort().values.equal(torch.arange(10_000))
+    assert (draws.patch_side_N > 0).double().mean() == pytest.approx(0.4, abs=0.02)
+    assert draws.patch_share()[draws.patch_side_N > 0].mean() == pytest.approx(0.5, abs=0.02)
+    end_N2 = draws.patch_N2 + draws.patch_side_N[:, None]
+    assert (int(draws.patch_N2.min()), int(end_N2.max())) == (0, 32)

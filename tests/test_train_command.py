@@ -136,6 +136,51 @@ def test_a_calibration_that_does_not_fit_is_refused_before_the_training(
     assert not Path("runs/final/state.pt").exists()
 
 
+def test_a_student_learns_from_a_teacher_and_names_it(
+    data_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(data_folder)
+    train = ["train", "--recipe", "debug", "--data", "."]
+    assert cli.main([*train, "--name", "teacher"]) == 0
+    taught = [*train, "--distillation", "0.5", "--teacher", "runs/teacher/cifar_net.pth"]
+    assert cli.main([*taught, "--name", "student"]) == 0
+    teacher, student = (load(Path(f"runs/{name}/cifar_net.pth")) for name in ("teacher", "student"))
+    assert (teacher.trained["teachers"], student.trained["teachers"]) == ("none", teacher.sha256)
+    # Of half-soft targets more is left to be told, however well they are learnt.
+    assert log_rows(data_folder, "student")[1]["loss"] > log_rows(data_folder, "teacher")[1]["loss"]
+    capsys.readouterr()
+    ablate = ["ablate", *taught[1:], "--epochs", "1", "--seeds", "0", "--out", "a.jsonl"]
+    assert cli.main([part for part in ablate if part not in ("--distillation", "0.5")]) == 2
+    assert "The recipe has distillation 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--distillation", "0.5"], "it learns from a teacher. Train one with --recipe teacher"),
+        (["--teacher", "runs/teacher/cifar_net.pth"], "The recipe has distillation 0; leave out --teacher"),
+        (["--distillation", "0.5", "--teacher", "missing.pth"], "missing.pth"),
+        (
+            ["--distillation", "0.5", "--teacher", "runs/teacher/cifar_net.pth", "--validation", "0.1"],
+            "has seen images that this run holds out, and would pass them on",
+        ),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_refused_before_the_training(
+    data_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    sentence: str,
+) -> None:
+    monkeypatch.chdir(data_folder)
+    train = ["train", "--recipe", "debug", "--data", ".", "--epochs", "1"]
+    assert cli.main([*train, "--name", "teacher"]) == 0
+    assert cli.main([*train, "--name", "student", *flags]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not Path("runs/student").exists()
+
+
 def test_two_processes_reach_the_loss_of_one(data_folder: Path) -> None:
     """Same global batch, same pictures: only the order of additions differs (the debug network has no batch norm)."""
     flags = ["--recipe", "debug", "--data", ".", "--epochs", "3", "--precision", "float32", "--device", "cpu"]

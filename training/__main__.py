@@ -35,11 +35,12 @@ from app.device import choose_device, choose_dtype, describe
 from app.errors import AppError
 from app.report import report
 from training import plots, robustness
-from training.ablate import ablate
+from training.ablate import VALIDATION, ablate
 from training.calibrate import complete
 from training.card import write_card
 from training.config import RECIPES, Recipe, add_flags, override
 from training.data import download, hold_out, locate
+from training.distill import ask
 from training.evaluate import evaluate, format_report, predict
 from training.fit import fit, initialize, join_workers
 from training.log import RunLog, read_rows, write_rows
@@ -74,6 +75,7 @@ def train_command(options: argparse.Namespace) -> None:
     if recipe.validation:
         train, held_out = hold_out(train, recipe.validation)
 
+    teachers = _teachers(options.teacher, recipe)
     network = model.build(recipe.network, num_classes=len(train.classes))
     initialize(network, recipe, train.pixels_NCHW)
     log = RunLog(run, resume=options.resume) if workers.is_first else None
@@ -87,6 +89,7 @@ def train_command(options: argparse.Namespace) -> None:
         train,
         recipe,
         device=device,
+        answers_NK=ask(teachers, train, device) if teachers else None,
         workers=workers,
         validate=(lambda kept: _validate(kept, held_out, device)) if held_out else None,
         on_epoch=log.epoch if log else None,
@@ -108,6 +111,7 @@ def train_command(options: argparse.Namespace) -> None:
             "command": "python -m training " + " ".join(sys.argv[1:]),
             "images": f"{len(train):,} of {train.name}",
             "data_sha256": train.digest,
+            "teachers": ", ".join(teacher.sha256 for teacher in teachers) or "none",
             "seconds": round(sum(row["train_seconds"] for row in progress.rows), 1),
             "processes": workers.count,
             "device": describe(device),
@@ -134,6 +138,29 @@ def train_command(options: argparse.Namespace) -> None:
         weights = options.out
     log.say(format_report(report(checkpoint.evaluation, checkpoint.classes)))
     log.say(f"Wrote {weights}. Serve it with: CIFAR_WEIGHTS={weights} make serve")
+
+
+def _teachers(files: list[Path], recipe: Recipe) -> list[Checkpoint]:
+    """Those that a recipe with distillation learns from.
+
+    Raises:
+        CheckpointError, ValueError: a file cannot be used, or files and recipe do not fit.
+    """
+    if recipe.distillation and not files:
+        raise ValueError(
+            f"The recipe has distillation {recipe.distillation}: it learns from a teacher. Train one with --recipe "
+            "teacher and name its weights with --teacher, or learn from the labels alone with --distillation 0."
+        )
+    if files and not recipe.distillation:
+        raise ValueError("The recipe has distillation 0; leave out --teacher, or give it a share, --distillation 0.7.")
+    teachers = [load(file) for file in files]
+    for file, teacher in zip(files, teachers, strict=True):
+        if teacher.trained.get("validation", 0.0) < recipe.validation:
+            raise ValueError(
+                f"The teacher {file} has seen images that this run holds out, and would pass them on. Name one that "
+                f"was trained with --validation {recipe.validation}."
+            )
+    return teachers
 
 
 def _calibration(file: Path, recipe: Recipe, classes: tuple[str, ...]) -> Calibration:
@@ -232,13 +259,15 @@ def _put_out(result: dict[str, Any], text: str, options: argparse.Namespace) -> 
 def ablate_command(options: argparse.Namespace) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
+    recipe = override(RECIPES[options.recipe], {"epochs": options.epochs})
     train, _ = data.read(locate(options.data, os.environ))
     rows = ablate(
         train,
-        override(RECIPES[options.recipe], {"epochs": options.epochs}),
+        recipe,
         options.seeds,
         options.out,
         device=choose_device(options.device),
+        teachers=_teachers(options.teacher, dataclasses.replace(recipe, validation=VALIDATION)),
         on_row=lambda row: print(f"seed {row['seed']}, {row['setting']}: {row['validation_accuracy']:.2%}", flush=True),
     )
     print(f"{options.out} has {len(rows)} runs.")
@@ -309,7 +338,17 @@ def parser() -> argparse.ArgumentParser:
     held = argparse.ArgumentParser(add_help=False)
     held.add_argument("--validation", type=float, default=0.0, help="use this share of the training images instead")
 
-    train = commands.add_parser("train", parents=[where, compute], help="train a network", allow_abbrev=False)
+    taught = argparse.ArgumentParser(add_help=False)
+    taught.add_argument(
+        "--teacher",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="weights to learn from, for a recipe with distillation; of several, the mean of what they say",
+    )
+
+    train = commands.add_parser("train", parents=[where, compute, taught], help="train a network", allow_abbrev=False)
     train.add_argument("--recipe", choices=RECIPES, default="default")
     train.add_argument("--name", help="of the folder under runs/; recipe and time by default")
     train.add_argument("--resume", action="store_true", help="continue the run of this name where it stopped")
@@ -338,7 +377,9 @@ def parser() -> argparse.ArgumentParser:
     robust.add_argument("--out", type=Path, help="write the JSON here as well, e.g. weights/cifar_net.robustness.json")
     robust.set_defaults(command=robustness_command)
 
-    without = commands.add_parser("ablate", parents=[where, compute], help="train without one ingredient at a time")
+    without = commands.add_parser(
+        "ablate", parents=[where, compute, taught], help="train without one ingredient at a time"
+    )
     without.add_argument("--recipe", choices=RECIPES, default="default")
     without.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     without.add_argument("--epochs", type=int, default=4, help="of each run")

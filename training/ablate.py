@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from app import model
+from app.checkpoint import Checkpoint
 from app.data import Split
 from training.config import Recipe, override
 from training.data import hold_out
+from training.distill import ask
 from training.evaluate import predict
 from training.fit import fit, initialize
 from training.log import read_rows, write_rows
@@ -46,11 +49,15 @@ def ablate(
     file: Path,
     *,
     device: torch.device,
+    teachers: Sequence[Checkpoint] = (),
     on_row: Callable[[Row], None] | None = None,
 ) -> list[Row]:
     """Train with and without each ingredient under each seed, and measure on the last tenth of the training `images`.
 
     Each finished run is a line of `file`; those it has already are not run again.
+
+    Args:
+        teachers: For a recipe with distillation. They must not have seen that tenth.
 
     Returns:
         All rows of the file: `ingredient`, `setting`, `seed`, `epochs`, `validation_accuracy` in [0, 1] and `recipe`.
@@ -59,6 +66,7 @@ def ablate(
         ValueError: The file has runs of another recipe.
     """
     train, held_out = hold_out(images, VALIDATION)
+    answers_NK = ask(teachers, train, device) if teachers else None
     digest = _digest(recipe)
     rows = read_rows(file)
     if any(row["recipe"] != digest for row in rows):
@@ -71,7 +79,7 @@ def ablate(
                 continue
             changed = override(recipe, {**changes, "seed": seed, "validation": VALIDATION})
             row = {"ingredient": ingredient, "setting": setting, "seed": seed, "epochs": recipe.epochs}
-            row |= {"validation_accuracy": _train(changed, train, held_out, device), "recipe": digest}
+            row |= {"validation_accuracy": _train(changed, train, held_out, answers_NK, device), "recipe": digest}
             rows.append(row)
             write_rows(file, rows)
             if on_row is not None:
@@ -79,11 +87,12 @@ def ablate(
     return rows
 
 
-def _train(recipe: Recipe, train: Split, held_out: Split, device: torch.device) -> float:
+def _train(recipe: Recipe, train: Split, held_out: Split, answers_NK: Tensor | None, device: torch.device) -> float:
     torch.manual_seed(recipe.seed)
     network = model.build(recipe.network, num_classes=len(train.classes))
     initialize(network, recipe, train.pixels_NCHW)
-    kept, _ = fit(network, train, recipe, device=device, show_progress=True)
+    answers_NK = answers_NK if recipe.distillation else None
+    kept, _ = fit(network, train, recipe, device=device, answers_NK=answers_NK, show_progress=True)
     predicted_N = predict(kept.eval(), held_out.pixels_NCHW, device=device).argmax(dim=1)
     return (predicted_N == held_out.labels_N).double().mean().item()
 

@@ -25,6 +25,7 @@ from app.device import choose_dtype
 from app.model import CifarNet, Normalized
 from training.augment import augment, draw, epoch_generator
 from training.config import Recipe
+from training.distill import targets
 from training.meter import Meter, TrainingError
 from training.muon import Muon
 
@@ -122,6 +123,7 @@ def fit(
     recipe: Recipe,
     *,
     device: torch.device,
+    answers_NK: Tensor | None = None,
     workers: Workers = Workers(),
     validate: Callable[[nn.Module], dict[str, float]] | None = None,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
@@ -131,8 +133,9 @@ def fit(
 ) -> tuple[Normalized, Progress]:
     """Train `network` in place on `train` as `recipe` says.
 
-    `validate` and `on_epoch` are called after each epoch, in the first process only; `state_file` is then written, and
-    read at the start when `resume` is set.
+    `answers_NK` are what teachers say of the images, for a recipe with distillation. `validate` and `on_epoch` are
+    called after each epoch, in the first process only; `state_file` is then written, and read at the start when
+    `resume` is set.
 
     Returns:
         The network to keep (the average of the weights, if the recipe has one) and the progress.
@@ -157,7 +160,8 @@ def fit(
     if resume and state_file is not None:
         progress = _load_state(state_file, recipe, network, average, optimizers)
 
-    images_NCHW, labels_N = train.pixels_NCHW.to(device), train.labels_N.to(device)
+    images_NCHW = train.pixels_NCHW.to(device)
+    targets_NK = targets(train.labels_N, len(train.classes), recipe, answers_NK).to(device)
     steps = max(1, round(len(train) / recipe.batch_size))
     for epoch in range(progress.epochs_done, recipe.epochs):
         model.train()
@@ -177,9 +181,11 @@ def fit(
                 pixels_NCHW = pixels_NCHW.contiguous(memory_format=torch.channels_last)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 logits_NK = model(pixels_NCHW)
-            loss = F.cross_entropy(
-                logits_NK.float(), labels_N[mine_N], label_smoothing=recipe.label_smoothing, reduction="sum"
-            )
+            meant_NK = targets_NK[mine_N]
+            if recipe.cutmix:
+                share_N1 = draws.patch_share()[mine_N, None]
+                meant_NK = meant_NK.lerp(targets_NK[draws.partner_N[mine_N]], share_N1)
+            loss = F.cross_entropy(logits_NK.float(), meant_NK, reduction="sum")
             # The gradients of the processes are averaged: this makes that the mean over the whole batch.
             (loss * workers.count / len(batch_N)).backward()
             for optimizer in optimizers:

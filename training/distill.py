@@ -1,0 +1,71 @@
+"""What a step learns from: the labels, smoothed, and what teachers say of the images (Hinton et al., 2015,
+arXiv:1503.02531).
+
+Teachers are asked once, before the first step, so that they cost a step nothing and may be many or large. What they say
+is of clean pictures while the network sees cut and compressed ones, which is part of the lesson.
+Shape letters: N images, C = 3, H = W = 32, K classes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from app.checkpoint import Checkpoint
+from app.data import Split
+from app.device import choose_dtype
+from app.errors import CheckpointError
+from training.augment import shift_and_flip
+from training.config import Recipe
+from training.evaluate import forward
+
+TEMPERATURE = 2.0
+"""Of the answers: a teacher is all but certain of the pictures that it was trained on."""
+SHIFTS = ((0, 0), (2, 1), (-1, -2))
+"""A teacher sees each image moved by so many rows and columns, each of these mirrored as well."""
+
+
+def ask(teachers: Sequence[Checkpoint], split: Split, device: torch.device) -> Tensor:
+    """The probabilities (N, K) that teachers give to each image: their mean, and of each the geometric one over views.
+
+    Raises:
+        CheckpointError: A teacher has learned other classes.
+    """
+    answers = [_ask(teacher, split, device) for teacher in teachers]
+    return torch.stack(answers).mean(dim=0)
+
+
+def _ask(teacher: Checkpoint, split: Split, device: torch.device) -> Tensor:
+    if teacher.classes != split.classes:
+        raise CheckpointError(
+            f"The teacher knows the classes {', '.join(teacher.classes)}; the images show {', '.join(split.classes)}. "
+            "Name a --teacher that was trained on these images."
+        )
+    network, everything_N = teacher.network(), torch.arange(len(split))
+    views = []
+    for shift in SHIFTS:
+        for mirrored in (False, True):
+            seen_NCHW = shift_and_flip(
+                split.pixels_NCHW,
+                everything_N,
+                torch.tensor([shift]).expand(len(split), 2),
+                torch.full((len(split),), mirrored),
+            )
+            logits_NK = forward(network, seen_NCHW, device=device, dtype=choose_dtype(device))
+            views.append(logits_NK.log_softmax(dim=1))
+    return (torch.stack(views).mean(dim=0) / TEMPERATURE).softmax(dim=1)
+
+
+def targets(labels_N: Tensor, num_classes: int, recipe: Recipe, answers_NK: Tensor | None = None) -> Tensor:
+    """What the network is to answer, as probabilities (N, K).
+
+    Args:
+        answers_NK: Of teachers, if and only if the recipe has distillation.
+    """
+    assert (answers_NK is not None) == (recipe.distillation > 0)
+    smoothing, share = recipe.label_smoothing, recipe.distillation
+    smoothed_NK = F.one_hot(labels_N, num_classes) * (1 - smoothing) + smoothing / num_classes
+    if answers_NK is None:
+        return smoothed_NK
+    return (1 - share) * smoothed_NK + share * answers_NK
