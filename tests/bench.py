@@ -117,7 +117,7 @@ def recipe_speed(name: str, images: Split) -> float:
     network = model.build(recipe.network)
     initialize(network, recipe, images.pixels_NCHW)
     two_epochs = type(recipe)(**{**vars(recipe), "epochs": 2})
-    _, progress = fit(network, images, two_epochs, device=choose_device())
+    progress = fit(network, images, two_epochs, device=choose_device())
     return progress.rows[-1]["images_per_second"]
 
 

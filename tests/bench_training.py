@@ -85,7 +85,7 @@ def ours(images: Split, device: torch.device) -> float:
     recipe = replace(RECIPES["default"], epochs=1, distillation=0.0)  # a teacher is asked before the first step
     network = model.build(recipe.network)
     initialize(network, recipe, images.pixels_NCHW)
-    return fit(network, images, recipe, device=device)[1].rows[0]["images_per_second"]
+    return fit(network, images, recipe, device=device).rows[0]["images_per_second"]
 
 
 def compare(images: Split, batch_size: int = RECIPES["default"].batch_size) -> dict[str, float]:

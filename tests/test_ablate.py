@@ -82,9 +82,8 @@ def test_runs_of_another_recipe_are_not_mixed_in(tmp_path: Path, monkeypatch: py
 def test_a_teacher_is_heard_only_where_the_recipe_distils(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[tuple[float, bool]] = []
 
-    def listen(network: nn.Module, _train: Split, recipe: Recipe, **options: object) -> tuple[nn.Module, None]:
+    def listen(_network: nn.Module, _train: Split, recipe: Recipe, **options: object) -> None:
         heard.append((recipe.distillation, options["answers_NK"] is not None))
-        return network, None
 
     monkeypatch.setattr(module, "fit", listen)
     monkeypatch.setattr(module, "ask", lambda _teachers, split, _device: torch.full((len(split), 2), 0.5))

@@ -84,14 +84,14 @@ def train_command(options: argparse.Namespace) -> None:
         log.say(f"Recipe {options.recipe}: " + ", ".join(f"{name} {value}" for name, value in vars(recipe).items()))
         log.say(f"{len(train):,} images of {train.name} on {describe(device)}, {str(dtype).removeprefix('torch.')}")
 
-    network, progress = fit(
+    progress = fit(
         network,
         train,
         recipe,
         device=device,
         answers_NK=ask(teachers, train, device) if teachers else None,
         workers=workers,
-        validate=(lambda kept: _validate(kept, held_out, device)) if held_out else None,
+        validate=(lambda network: _validate(network, held_out, device)) if held_out else None,
         on_epoch=log.epoch if log else None,
         state_file=run / "state.pt",
         resume=options.resume,

@@ -92,8 +92,8 @@ def _train(recipe: Recipe, train: Split, held_out: Split, answers_NK: Tensor | N
     network = model.build(recipe.network, num_classes=len(train.classes))
     initialize(network, recipe, train.pixels_NCHW)
     answers_NK = answers_NK if recipe.distillation else None
-    kept, _ = fit(network, train, recipe, device=device, answers_NK=answers_NK, show_progress=True)
-    predicted_N = predict(kept.eval(), held_out.pixels_NCHW, device=device).argmax(dim=1)
+    fit(network, train, recipe, device=device, answers_NK=answers_NK, show_progress=True)
+    predicted_N = predict(network.eval(), held_out.pixels_NCHW, device=device).argmax(dim=1)
     return (predicted_N == held_out.labels_N).double().mean().item()
 
 

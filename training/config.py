@@ -56,8 +56,6 @@ class Recipe:
     al., 2019, arXiv:1905.04899)."""
     jpeg: float = 0.0
     """Share of the images that go through a JPEG compression of random quality: people post JPEGs."""
-    average: float = 0.0
-    """Decay of an exponential moving average of the weights, which is then what is kept; 0 for none."""
     precision: Literal["auto", "float32"] = "auto"
     """auto: bfloat16 autocast and channels_last where the hardware has the instructions."""
     report_every: int = 0
@@ -80,7 +78,6 @@ class Recipe:
             "cutout": (0, 32),
             "cutmix": (0, 1),
             "jpeg": (0, 1),
-            "average": (0, 0.999999),
             "report_every": (0, 10**9),
         }
         for name, (low, high) in bounds.items():

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from app.checkpoint import save_tensors
 from app.data import Split
@@ -130,15 +129,12 @@ def fit(
     state_file: Path | None = None,
     resume: bool = False,
     show_progress: bool = False,
-) -> tuple[Normalized, Progress]:
+) -> Progress:
     """Train `network` in place on `train` as `recipe` says.
 
     `answers_NK` are what teachers say of the images, for a recipe with distillation. `validate` and `on_epoch` are
     called after each epoch, in the first process only; `state_file` is then written, and read at the start when
     `resume` is set.
-
-    Returns:
-        The network to keep (the average of the weights, if the recipe has one) and the progress.
 
     Raises:
         TrainingError: the loss is no longer finite, the batch does not divide, or the state file is of another run.
@@ -153,12 +149,11 @@ def fit(
     network.to(device)
     if dtype == torch.bfloat16:
         network.to(memory_format=torch.channels_last)
-    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(recipe.average), use_buffers=True)
     model: nn.Module = DistributedDataParallel(network) if workers.count > 1 else network
     optimizers = optimizers_for(network, recipe)
     progress = Progress()
     if resume and state_file is not None:
-        progress = _load_state(state_file, recipe, network, average, optimizers)
+        progress = _load_state(state_file, recipe, network, optimizers)
 
     images_NCHW = train.pixels_NCHW.to(device)
     targets_NK = targets(train.labels_N, len(train.classes), recipe, answers_NK).to(device)
@@ -191,34 +186,26 @@ def fit(
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            if recipe.average:
-                average.update_parameters(network)
             meter.update(loss.detach(), len(mine_N), optimizers[0].param_groups[0]["lr"])
         row = meter.close(network)
-        kept = _kept(network, average, recipe)
         if workers.is_first:
             if validate is not None:
-                row |= validate(kept)
+                row |= validate(network)
             progress.rows.append(row)
             progress.epochs_done = epoch + 1
             if state_file is not None:
-                _save_state(state_file, recipe, network, average, optimizers, progress)
+                _save_state(state_file, recipe, network, optimizers, progress)
             if on_epoch is not None:
                 on_epoch(row)
-    return _kept(network, average, recipe), progress
-
-
-def _kept(network: Normalized, average: AveragedModel, recipe: Recipe) -> Normalized:
-    return cast(Normalized, average.module) if recipe.average else network
+    return progress
 
 
 def _save_state(
-    file: Path, recipe: Recipe, network: nn.Module, average: nn.Module, optimizers: list[Optimizer], progress: Progress
+    file: Path, recipe: Recipe, network: nn.Module, optimizers: list[Optimizer], progress: Progress
 ) -> None:
     content = {
         "recipe": vars(recipe),
         "network": network.state_dict(),
-        "average": average.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "epochs_done": progress.epochs_done,
         "rows": progress.rows,
@@ -226,9 +213,7 @@ def _save_state(
     save_tensors(file, content)
 
 
-def _load_state(
-    file: Path, recipe: Recipe, network: nn.Module, average: nn.Module, optimizers: list[Optimizer]
-) -> Progress:
+def _load_state(file: Path, recipe: Recipe, network: nn.Module, optimizers: list[Optimizer]) -> Progress:
     if not file.exists():
         return Progress()
     state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
@@ -238,7 +223,6 @@ def _load_state(
             "resume with the same flags, or start a new run under another --name."
         )
     network.load_state_dict(state["network"])
-    average.load_state_dict(state["average"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
     return Progress(state["epochs_done"], state["rows"])
