@@ -27,9 +27,9 @@ from training.log import read_rows, write_rows
 VALIDATION = 0.1
 NO_INGREDIENTS = {
     *("network", "seed", "validation", "epochs", "batch_size", "precision", "report_every"),
-    *("learning_rate", "muon_learning_rate", "bias_learning_rate", "momentum"),
+    *("optimizer", "learning_rate", "muon_learning_rate", "bias_learning_rate", "momentum"),
 }
-"""What is trained, on what and for how long; and numbers that have no plain choice."""
+"""What is trained, on what and for how long; and what has no plain choice, or means nothing beside another one."""
 
 Row = dict[str, Any]
 
