@@ -144,8 +144,13 @@ RECIPES = {
     # Seconds, for tests: the same path through the code.
     "debug": Recipe(network="net", epochs=2, batch_size=16, learning_rate=0.01, flip=True, shift=1, jpeg=0.5, cutout=4),
 }
-# The teacher's recipe for longer, with what a long schedule needs: harder pictures, and targets that cannot be learnt
-# by heart.
+
+# The teacher's recipe for longer, with what a long schedule needs: the teacher knows its training images by heart
+# (99.99 % of them), so here pictures are harder and targets say more than a label. 93.92 % of validation, and 92.04 %
+# of the same as JPEG (quality 75); the teacher 93.78 and 90.80 %. Six more epochs of the teacher at a low rate, half of
+# the pictures as JPEG: 93.4 and 91.0 % with labels alone, 93.7 and 91.2 % with distillation. CutMix costs a short
+# schedule: after twelve epochs 91.6 % with a share of 0.5, 92.4 % without. The tutorial's network gains less from a
+# teacher (78.4 instead of 78.1 %) and does without.
 RECIPES["default"] = replace(RECIPES["teacher"], epochs=72, distillation=0.7, cutmix=0.3, jpeg=0.5)
 
 
