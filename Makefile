@@ -17,9 +17,9 @@ test: .venv/.dev ## lint, format, types, tests
 	$(BIN)/mypy
 	$(BIN)/pytest
 
-train: .venv/.training ## train the default network, and its teacher before, on CIFAR_DATA or ./data
-	$(BIN)/python -m training train --recipe teacher --name teacher
-	$(BIN)/python -m training train --teacher runs/teacher/cifar_net.pth
+train: .venv/.training ## train the teacher and the default network on CIFAR_DATA or ./data, from where it stopped
+	$(BIN)/python -m training train --recipe teacher --name teacher --resume
+	$(BIN)/python -m training train --teacher runs/teacher/cifar_net.pth --name student --resume
 
 bench: .venv/.dev ## measure training, requests per second, start-up and memory on this machine
 	$(BIN)/python tests/bench.py
