@@ -17,9 +17,11 @@ test: .venv/.dev ## lint, format, types, tests
 	$(BIN)/mypy
 	$(BIN)/pytest
 
-train: .venv/.training ## train the teacher and the default network on CIFAR_DATA or ./data, from where it stopped
+train: .venv/.training ## train teacher, student and default network on CIFAR_DATA or ./data, from where it stopped
 	$(BIN)/python -m training train --recipe teacher --name teacher --resume
-	$(BIN)/python -m training train --teacher runs/teacher/cifar_net.pth --name student --resume
+	$(BIN)/python -m training train --recipe student --teacher runs/teacher/cifar_net.pth --name student --resume
+	$(BIN)/python -m training train --start runs/student/cifar_net.pth \
+		--teacher runs/teacher/cifar_net.pth runs/student/cifar_net.pth --name default --resume
 
 bench: .venv/.dev ## measure training, requests per second, start-up and memory on this machine
 	$(BIN)/python tests/bench.py

@@ -92,7 +92,8 @@ class CifarNet(Normalized):
     """The default network: whitened 2x2 patches, then three groups of two dense 3x3 convolutions.
 
     K. Jordan's design for fast training ("94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024, arXiv:2404.00498),
-    written anew from the paper. Side of the planes: 32 -> 31 -> 15 -> 7 -> 3.
+    written anew from the paper; but the picture is padded, so that no plane loses a row when it is halved: 32 -> 16 ->
+    8 -> 4 instead of 31 -> 15 -> 7 -> 3.
     """
 
     def __init__(self, num_classes: int = 10, widths: tuple[int, ...] = (64, 256, 256)) -> None:
@@ -119,7 +120,8 @@ class CifarNet(Normalized):
         nn.init.zeros_(cast(Tensor, self.whiten.bias))
 
     def forward(self, pixels_NCHW: Tensor) -> Tensor:
-        x = self.groups(F.gelu(self.whiten(self.normalize(pixels_NCHW))))
+        padded_NCHW = F.pad(self.normalize(pixels_NCHW), (0, 1, 0, 1))
+        x = self.groups(F.gelu(self.whiten(padded_NCHW)))
         return cast(Tensor, self.head(x.amax(dim=(2, 3)).float()))
 
 

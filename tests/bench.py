@@ -227,7 +227,7 @@ def main() -> None:
     print(f"| training, recipe `tutorial` | {recipe_speed('tutorial', small):,.0f} images/s |")
     speeds = compare(large)
     print(f"| training, recipe `default` | {speeds['ours']:,.0f} images/s |")
-    print(f"| training, airbench94's network and step | {speeds['airbench94']:,.0f} images/s |", flush=True)
+    print(f"| training, airbench94's step on the same network | {speeds['airbench94']:,.0f} images/s |", flush=True)
     print(f"| the engine alone, batches of 32 | {engine_speed():,.0f} pictures/s |", flush=True)
     with service() as (port, pid, ready_seconds), tempfile.TemporaryDirectory() as name:
         script = Path(name) / "post.lua"

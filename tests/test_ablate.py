@@ -31,7 +31,7 @@ def test_each_ingredient_of_the_default_recipe_is_taken_out_once() -> None:
     recipe, plain = RECIPES["default"], Recipe()
     table = settings(recipe)
     assert table.pop("") == {}
-    assert {"flip", "shift", "cutmix", "distillation", "label_smoothing", "weight_decay"} <= table.keys()
+    assert {"flip", "shift", "cutmix", "distillation", "jpeg", "weight_decay"} <= table.keys()
     assert not {"network", "seed", "epochs", "optimizer", "learning_rate"} & table.keys()
     for name, changes in table.items():
         assert changes == {name: getattr(plain, name)}

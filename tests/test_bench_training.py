@@ -23,10 +23,11 @@ def kinds(count: int) -> Split:
     return Split(name="kinds", classes=classes, pixels_NCHW=(smooth + noise).to(torch.uint8), labels_N=labels_N)
 
 
-def test_its_network_has_the_published_size() -> None:
-    """1.97 M parameters, and 118.1 M multiply-adds an image, counted from the original by others."""
+def test_its_network_has_the_published_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1.97 M parameters, and 118.1 M multiply-adds an image without our padding, counted from the original by others."""
     network = CifarNet()
     assert sum(parameter.numel() for parameter in network.parameters()) == pytest.approx(1.97e6, rel=0.003)
+    monkeypatch.setattr(F, "pad", lambda pixels_NCHW, _ends: pixels_NCHW)
     assert sum(row.multiply_adds for row in layers(network)) == pytest.approx(118.1e6, rel=0.001)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import random_checkpoint
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from app import model
 from app.data import Split
 from app.errors import CheckpointError
 from training.config import RECIPES, Recipe
-from training.distill import SHIFTS, TEMPERATURE, ask, targets
+from training.distill import SHIFTS, TEMPERATURE, ask, lessons, loss
 from training.fit import fit, initialize
 
 CPU = torch.device("cpu")
@@ -30,7 +31,7 @@ def split_of(pixels_NCHW: Tensor) -> Split:
 def test_a_teacher_is_asked_for_each_view_and_softened(photos_NCHW: Tensor) -> None:
     teacher = random_checkpoint()
     answers_NK = ask([teacher], split_of(photos_NCHW), CPU)
-    padded = torch.nn.functional.pad(photos_NCHW.float(), (2, 2, 2, 2), mode="reflect").to(torch.uint8)
+    padded = F.pad(photos_NCHW.float(), (2, 2, 2, 2), mode="reflect").to(torch.uint8)
     mean_NK = torch.zeros(8, 10)
     for down, right in SHIFTS:
         moved = padded[:, :, 2 + down : 34 + down, 2 + right : 34 + right]
@@ -53,22 +54,57 @@ def test_a_teacher_of_other_classes_is_refused(photos_NCHW: Tensor) -> None:
         ask([random_checkpoint()], split, CPU)
 
 
-def test_targets_are_labels_then_smoothed_then_mixed() -> None:
+def test_a_teacher_is_as_sure_as_when_it_is_served(photos_NCHW: Tensor) -> None:
+    """Logits of twice the size, and a calibration that takes that back, are the same answers."""
+    split, plain = split_of(photos_NCHW), random_checkpoint()
+    head = [name for name in plain.state_dict if name.startswith("fc3")]
+    louder = {name: value * 2 if name in head else value for name, value in plain.state_dict.items()}
+    calibrated = dataclasses.replace(
+        plain, state_dict=louder, calibration=dataclasses.replace(plain.calibration, temperature=2.0)
+    )
+    assert len(head) == 2
+    torch.testing.assert_close(ask([calibrated], split, CPU), ask([plain], split, CPU), atol=5e-3, rtol=0)
+
+
+def test_lessons_are_smoothed_labels_and_answers() -> None:
     labels_N = torch.tensor([1, 0])
-    assert targets(labels_N, 2, Recipe()).tolist() == [[0, 1], [1, 0]]
-    smoothed_NK = targets(labels_N, 2, Recipe(label_smoothing=0.1))
-    torch.testing.assert_close(smoothed_NK, torch.tensor([[0.05, 0.95], [0.95, 0.05]]))
+    assert lessons(labels_N, 2, Recipe()).tolist() == [[[0, 1]], [[1, 0]]]
     answers_NK = torch.tensor([[0.5, 0.5], [0.3, 0.7]])
-    mixed_NK = targets(labels_N, 2, Recipe(distillation=0.5), answers_NK)
-    torch.testing.assert_close(mixed_NK, torch.tensor([[0.25, 0.75], [0.65, 0.35]]))
+    both_NLK = lessons(labels_N, 2, Recipe(label_smoothing=0.1, distillation=0.5), answers_NK)
+    torch.testing.assert_close(both_NLK[:, 0], torch.tensor([[0.05, 0.95], [0.95, 0.05]]))
+    torch.testing.assert_close(both_NLK[:, 1], answers_NK)
 
 
-def test_the_loss_is_that_of_smoothed_labels() -> None:
+def test_without_a_teacher_the_loss_is_that_of_smoothed_labels() -> None:
     """The same as torch's own label smoothing."""
+    recipe = Recipe(label_smoothing=0.2)
     logits_NK, labels_N = torch.randn(6, 10, generator=torch.Generator().manual_seed(0)), torch.arange(6)
-    soft = torch.nn.functional.cross_entropy(logits_NK, targets(labels_N, 10, Recipe(label_smoothing=0.2)))
-    expected = torch.nn.functional.cross_entropy(logits_NK, labels_N, label_smoothing=0.2)
-    torch.testing.assert_close(soft, expected)
+    expected = F.cross_entropy(logits_NK, labels_N, label_smoothing=0.2, reduction="sum")
+    torch.testing.assert_close(loss(logits_NK, lessons(labels_N, 10, recipe), recipe), expected)
+
+
+def test_distillation_is_least_where_the_network_is_as_sure_as_its_teacher() -> None:
+    """The teacher's own logits answer its softened probabilities; half of them, or twice, do so worse."""
+    recipe = Recipe(distillation=1.0)
+    logits_NK, labels_N = torch.randn(6, 10, generator=torch.Generator().manual_seed(0)), torch.arange(6)
+    told_NLK = lessons(labels_N, 10, recipe, (logits_NK / TEMPERATURE).softmax(dim=1))
+    least = loss(logits_NK, told_NLK, recipe)
+    assert least < loss(logits_NK / 2, told_NLK, recipe)
+    assert least < loss(logits_NK * 2, told_NLK, recipe)
+    equal_NK = logits_NK.clone().requires_grad_()
+    loss(equal_NK, told_NLK, recipe).backward()
+    torch.testing.assert_close(equal_NK.grad, torch.zeros(6, 10), atol=1e-6, rtol=0)
+
+
+def test_labels_and_teachers_count_in_their_shares() -> None:
+    logits_NK, labels_N = torch.randn(6, 10, generator=torch.Generator().manual_seed(0)), torch.arange(6)
+    answers_NK = torch.full((6, 10), 0.1)
+    both = Recipe(distillation=0.3)
+    told_NLK = lessons(labels_N, 10, both, answers_NK)
+    expected = 0.7 * loss(logits_NK, told_NLK[:, :1], Recipe()) + 0.3 * loss(
+        logits_NK, told_NLK, dataclasses.replace(both, distillation=1.0)
+    )
+    torch.testing.assert_close(loss(logits_NK, told_NLK, both), expected)
 
 
 def test_a_network_learns_what_the_teacher_says_and_not_the_labels() -> None:
@@ -82,7 +118,7 @@ def test_a_network_learns_what_the_teacher_says_and_not_the_labels() -> None:
     torch.manual_seed(0)
     network = model.build(recipe.network, num_classes=2)
     initialize(network, recipe, pixels_NCHW)
-    answers_NK = torch.nn.functional.one_hot(truth_N, 2).float()
+    answers_NK = F.one_hot(truth_N, 2).float()
     fit(network, split, recipe, device=CPU, answers_NK=answers_NK)
     with torch.no_grad():
         assert (network.eval()(pixels_NCHW).argmax(dim=1) == truth_N).double().mean() > 0.9

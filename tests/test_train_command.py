@@ -154,6 +154,40 @@ def test_a_student_learns_from_a_teacher_and_names_it(
     assert "The recipe has distillation 0" in capsys.readouterr().err
 
 
+def test_a_run_begins_with_the_weights_it_is_given(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(data_folder)
+    train = ["train", "--recipe", "debug", "--data", "."]
+    assert cli.main([*train, "--name", "first"]) == 0
+    assert cli.main([*train, "--name", "next", "--epochs", "1", "--start", "runs/first/cifar_net.pth"]) == 0
+    first, following = (load(Path(f"runs/{name}/cifar_net.pth")) for name in ("first", "next"))
+    assert (first.trained["started_from"], following.trained["started_from"]) == ("random weights", first.sha256)
+    before, after = (log_rows(data_folder, name) for name in ("first", "next"))
+    assert after[0]["loss"] < before[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--start", "missing.pth"], "missing.pth"),
+        (["--start", "runs/first/cifar_net.pth", "--network", "cifar_net"], "are of a network net for the classes"),
+        (["--start", "runs/first/cifar_net.pth", "--validation", "0.1"], "have seen images that this run holds out"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_as_a_start(
+    data_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    sentence: str,
+) -> None:
+    monkeypatch.chdir(data_folder)
+    train = ["train", "--recipe", "debug", "--data", "."]
+    assert cli.main([*train, "--name", "first"]) == 0
+    assert cli.main([*train, "--name", "next", *flags]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not Path("runs/next").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -162,7 +196,7 @@ def test_a_student_learns_from_a_teacher_and_names_it(
         (["--distillation", "0.5", "--teacher", "missing.pth"], "missing.pth"),
         (
             ["--distillation", "0.5", "--teacher", "runs/teacher/cifar_net.pth", "--validation", "0.1"],
-            "has seen images that this run holds out, and would pass them on",
+            "cifar_net.pth have seen images that this run holds out, and would pass them on",
         ),
     ],
 )

@@ -75,9 +75,12 @@ def train_command(options: argparse.Namespace) -> None:
     if recipe.validation:
         train, held_out = hold_out(train, recipe.validation)
 
+    start = _start(options.start, recipe, train.classes) if options.start else None
     teachers = _teachers(options.teacher, recipe)
     network = model.build(recipe.network, num_classes=len(train.classes))
     initialize(network, recipe, train.pixels_NCHW)
+    if start:
+        network.load_state_dict(start.state_dict)
     log = RunLog(run, resume=options.resume) if workers.is_first else None
     if log:
         dtype = choose_dtype(device) if recipe.precision == "auto" else torch.float32
@@ -111,6 +114,7 @@ def train_command(options: argparse.Namespace) -> None:
             "command": "python -m training " + " ".join(sys.argv[1:]),
             "images": f"{len(train):,} of {train.name}",
             "data_sha256": train.digest,
+            "started_from": start.sha256 if start else "random weights",
             "teachers": ", ".join(teacher.sha256 for teacher in teachers) or "none",
             "seconds": round(sum(row["train_seconds"] for row in progress.rows), 1),
             "processes": workers.count,
@@ -140,6 +144,30 @@ def train_command(options: argparse.Namespace) -> None:
     log.say(f"Wrote {weights}. Serve it with: CIFAR_WEIGHTS={weights} make serve")
 
 
+def _start(file: Path, recipe: Recipe, classes: tuple[str, ...]) -> Checkpoint:
+    """What an earlier run has learned, for another one to begin with.
+
+    Raises:
+        CheckpointError, ValueError: the file cannot be used, or the two runs do not fit.
+    """
+    found = load(file)
+    _refuse_informed(file, found, recipe)
+    if (found.architecture, found.classes) != (recipe.network, classes):
+        raise ValueError(
+            f"The weights in {file} are of a network {found.architecture} for the classes {', '.join(found.classes)}; "
+            f"this run trains {recipe.network} for {', '.join(classes)}. Leave out --start to begin with random ones."
+        )
+    return found
+
+
+def _refuse_informed(file: Path, checkpoint: Checkpoint, recipe: Recipe) -> None:
+    if checkpoint.trained.get("validation", 0.0) < recipe.validation:
+        raise ValueError(
+            f"The weights {file} have seen images that this run holds out, and would pass them on. Name those of a run "
+            f"with --validation {recipe.validation}."
+        )
+
+
 def _teachers(files: list[Path], recipe: Recipe) -> list[Checkpoint]:
     """Those that a recipe with distillation learns from.
 
@@ -155,11 +183,7 @@ def _teachers(files: list[Path], recipe: Recipe) -> list[Checkpoint]:
         raise ValueError("The recipe has distillation 0; leave out --teacher, or give it a share, --distillation 0.7.")
     teachers = [load(file) for file in files]
     for file, teacher in zip(files, teachers, strict=True):
-        if teacher.trained.get("validation", 0.0) < recipe.validation:
-            raise ValueError(
-                f"The teacher {file} has seen images that this run holds out, and would pass them on. Name one that "
-                f"was trained with --validation {recipe.validation}."
-            )
+        _refuse_informed(file, teacher, recipe)
     return teachers
 
 
@@ -352,6 +376,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--recipe", choices=RECIPES, default="default")
     train.add_argument("--name", help="of the folder under runs/; recipe and time by default")
     train.add_argument("--resume", action="store_true", help="continue the run of this name where it stopped")
+    train.add_argument("--start", type=Path, metavar="FILE", help="weights to begin with, instead of random ones")
     train.add_argument("--out", type=Path, help="write the weights here as well, e.g. weights/cifar_net.pth")
     train.add_argument(
         "--calibration",

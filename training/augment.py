@@ -37,9 +37,9 @@ class Draws:
     patch_side_N: Tensor
     """0 for no such square."""
 
-    def patch_share(self) -> Tensor:
-        """How much (N,) of each picture is its partner's."""
-        return (self.patch_side_N / IMAGE_SIZE) ** 2
+    def patch_share(self, index_N: Tensor) -> Tensor:
+        """How much (N,) of each of these pictures is its partner's."""
+        return (self.patch_side_N[index_N] / IMAGE_SIZE) ** 2
 
     def to(self, device: torch.device) -> "Draws":
         return Draws(**{name: tensor.to(device) for name, tensor in vars(self).items()})

@@ -49,8 +49,8 @@ LIMITS = """## Limits
 """
 
 PROVENANCE = (
-    *("recipe", "command", "teachers", "images", "data_sha256", "seed", "epochs", "device", "precision"),
-    *("processes", "seconds", "finished_at", "python"),
+    *("recipe", "command", "started_from", "teachers", "images", "data_sha256", "seed", "epochs", "device"),
+    *("precision", "processes", "seconds", "finished_at", "python"),
 )
 
 

@@ -151,7 +151,18 @@ RECIPES = {
 # the pictures as JPEG: 93.4 and 91.0 % with labels alone, 93.7 and 91.2 % with distillation. CutMix costs a short
 # schedule: after twelve epochs 91.6 % with a share of 0.5, 92.4 % without. The tutorial's network gains less from a
 # teacher (78.4 instead of 78.1 %) and does without.
-RECIPES["default"] = replace(RECIPES["teacher"], epochs=72, distillation=0.7, cutmix=0.3, jpeg=0.5)
+RECIPES["student"] = replace(RECIPES["teacher"], epochs=72, distillation=0.7, cutmix=0.3, jpeg=0.5)
+
+# From the student's weights on, at half the rates. It brings no accuracy (93.86 % of validation), but answers that can
+# be believed more: cross-entropy on validation as it is 0.200 instead of 0.203, as JPEG 0.262 instead of 0.265.
+RECIPES["default"] = replace(
+    RECIPES["student"],
+    epochs=36,
+    muon_learning_rate=0.04,
+    learning_rate=0.0025,
+    bias_learning_rate=12.5,
+    label_smoothing=0.0,
+)
 
 
 def add_flags(parser: argparse._ActionsContainer) -> None:

@@ -1,9 +1,9 @@
 """What a step learns from: the labels, smoothed, and what teachers say of the images (Hinton et al., 2015,
-arXiv:1503.02531).
+arXiv:1503.02531: both sides are softened by one temperature, so that the network learns to be as sure as its teachers).
 
 Teachers are asked once, before the first step, so that they cost a step nothing and may be many or large. What they say
 is of clean pictures while the network sees cut and compressed ones, which is part of the lesson.
-Shape letters: N images, C = 3, H = W = 32, K classes.
+Shape letters: N images, C = 3, H = W = 32, K classes, L = 1 or 2 lessons: of the labels, and of the teachers.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from training.config import Recipe
 from training.evaluate import forward
 
 TEMPERATURE = 2.0
-"""Of the answers: a teacher is all but certain of the pictures that it was trained on."""
+"""Of both sides: a teacher is all but certain of the pictures that it was trained on."""
 SHIFTS = ((0, 0), (2, 1), (-1, -2))
 """A teacher sees each image moved by so many rows and columns, each of these mirrored as well."""
 
@@ -53,19 +53,28 @@ def _ask(teacher: Checkpoint, split: Split, device: torch.device) -> Tensor:
                 torch.full((len(split),), mirrored),
             )
             logits_NK = forward(network, seen_NCHW, device=device, dtype=choose_dtype(device))
-            views.append(logits_NK.log_softmax(dim=1))
+            # As sure as it is when served; how sure it was while it trained is a matter of its recipe.
+            views.append((logits_NK / teacher.calibration.temperature).log_softmax(dim=1))
     return (torch.stack(views).mean(dim=0) / TEMPERATURE).softmax(dim=1)
 
 
-def targets(labels_N: Tensor, num_classes: int, recipe: Recipe, answers_NK: Tensor | None = None) -> Tensor:
-    """What the network is to answer, as probabilities (N, K).
+def lessons(labels_N: Tensor, num_classes: int, recipe: Recipe, answers_NK: Tensor | None = None) -> Tensor:
+    """What the network is to answer, as probabilities (N, L, K).
 
     Args:
         answers_NK: Of teachers, if and only if the recipe has distillation.
     """
     assert (answers_NK is not None) == (recipe.distillation > 0)
-    smoothing, share = recipe.label_smoothing, recipe.distillation
+    smoothing = recipe.label_smoothing
     smoothed_NK = F.one_hot(labels_N, num_classes) * (1 - smoothing) + smoothing / num_classes
-    if answers_NK is None:
-        return smoothed_NK
-    return (1 - share) * smoothed_NK + share * answers_NK
+    return torch.stack([smoothed_NK] if answers_NK is None else [smoothed_NK, answers_NK], dim=1)
+
+
+def loss(logits_NK: Tensor, lessons_NLK: Tensor, recipe: Recipe) -> Tensor:
+    """The cross-entropy, summed over the images, to labels and teachers in the shares that the recipe gives them."""
+    total = (1 - recipe.distillation) * F.cross_entropy(logits_NK, lessons_NLK[:, 0], reduction="sum")
+    if recipe.distillation:
+        softened = F.cross_entropy(logits_NK / TEMPERATURE, lessons_NLK[:, 1], reduction="sum")
+        # The square makes up for the smaller gradients of what is softened (section 2 of the paper).
+        total = total + recipe.distillation * TEMPERATURE**2 * softened
+    return total

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
@@ -24,7 +23,7 @@ from app.device import choose_dtype
 from app.model import CifarNet, Normalized
 from training.augment import augment, draw, epoch_generator
 from training.config import Recipe
-from training.distill import targets
+from training.distill import lessons, loss
 from training.meter import Meter, TrainingError
 from training.muon import Muon
 
@@ -156,7 +155,7 @@ def fit(
         progress = _load_state(state_file, recipe, network, optimizers)
 
     images_NCHW = train.pixels_NCHW.to(device)
-    targets_NK = targets(train.labels_N, len(train.classes), recipe, answers_NK).to(device)
+    lessons_NLK = lessons(train.labels_N, len(train.classes), recipe, answers_NK).to(device)
     steps = max(1, round(len(train) / recipe.batch_size))
     for epoch in range(progress.epochs_done, recipe.epochs):
         model.train()
@@ -176,17 +175,17 @@ def fit(
                 pixels_NCHW = pixels_NCHW.contiguous(memory_format=torch.channels_last)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 logits_NK = model(pixels_NCHW)
-            meant_NK = targets_NK[mine_N]
+            mine_NLK = lessons_NLK[mine_N]
             if recipe.cutmix:
-                share_N1 = draws.patch_share()[mine_N, None]
-                meant_NK = meant_NK.lerp(targets_NK[draws.partner_N[mine_N]], share_N1)
-            loss = F.cross_entropy(logits_NK.float(), meant_NK, reduction="sum")
+                share_N11 = draws.patch_share(mine_N)[:, None, None]
+                mine_NLK = mine_NLK.lerp(lessons_NLK[draws.partner_N[mine_N]], share_N11)
+            loss_sum = loss(logits_NK.float(), mine_NLK, recipe)
             # The gradients of the processes are averaged: this makes that the mean over the whole batch.
-            (loss * workers.count / len(batch_N)).backward()
+            (loss_sum * workers.count / len(batch_N)).backward()
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            meter.update(loss.detach(), len(mine_N), optimizers[0].param_groups[0]["lr"])
+            meter.update(loss_sum.detach(), len(mine_N), optimizers[0].param_groups[0]["lr"])
         row = meter.close(network)
         if workers.is_first:
             if validate is not None:
