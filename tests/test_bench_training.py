@@ -24,7 +24,7 @@ def kinds(count: int) -> Split:
 
 
 def test_its_network_has_the_published_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """1.97 M parameters, and 118.1 M multiply-adds an image without our padding, counted from the original by others."""
+    """1.97 M parameters, and, if it does not pad, 118.1 M multiply-adds an image, as others counted in the original."""
     network = CifarNet()
     assert sum(parameter.numel() for parameter in network.parameters()) == pytest.approx(1.97e6, rel=0.003)
     monkeypatch.setattr(F, "pad", lambda pixels_NCHW, _ends: pixels_NCHW)
