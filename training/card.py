@@ -104,7 +104,8 @@ def _section(path: Path, checkpoint: Checkpoint, pictures: dict[Path, Figure]) -
     validated = read_rows(path.with_suffix(".validation.log.jsonl"))
     if epochs := validated or read_rows(path.with_suffix(".log.jsonl")):
         which = "the same recipe with images held out" if validated else "the run that made these weights"
-        lines += ["### Learning curves", "", f"Of {which}, from its log. The training loss is of augmented images.", ""]
+        told = "The training loss is of augmented images; with teachers, most of it is the entropy of what they say."
+        lines += ["### Learning curves", "", f"Of {which}, from its log. {told}", ""]
         lines += picture("curves", plots.learning_curves(epochs))
     return "\n".join(lines)
 
