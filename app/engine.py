@@ -142,10 +142,11 @@ def round_weights(network: Normalized) -> None:
 def keep_pixels(network: Normalized, first: nn.Conv2d) -> None:
     """Have the first convolution see pixels that bfloat16 holds exactly, and with weights of twice its digits.
 
-    It lives from small differences between neighbours, which rounded normalised pixels drown: the largest error of a
-    probability was 0.034 on validation images, against 0.022. So it takes over the normalisation and sees whole
-    numbers around 0, twice: once for the rounded weights and once for what rounding took from them. And it sees ones,
-    for what the normalisation subtracts from a pixel: where the picture is padded there are none, and its bias stays.
+    It lives from small differences between neighbours, which rounded normalised pixels drown: with an earlier network
+    the largest error of a probability was 0.034 on validation images, against 0.022. So it takes over the normalisation
+    and sees whole numbers around 0, twice: once for the rounded weights and once for what rounding took from them. And
+    it sees ones, for what the normalisation subtracts from a pixel: where the picture is padded there are none. With
+    this in its bias instead, the border was wrong, and a probability of the default network by up to 0.088.
     """
     scale_C, mean_C = (1 / (255 * network.std)).double(), (network.mean / network.std).double()
     weight_OCHW = first.weight.double()
