@@ -17,11 +17,7 @@ test: .venv/.dev ## lint, format, types, tests
 	$(BIN)/mypy
 	$(BIN)/pytest
 
-train: .venv/.training ## train teacher, student and default network on CIFAR_DATA or ./data, from where it stopped
-	$(BIN)/python -m training train --recipe teacher --name teacher --resume
-	$(BIN)/python -m training train --recipe student --teacher runs/teacher/cifar_net.pth --name student --resume
-	$(BIN)/python -m training train --start runs/student/cifar_net.pth \
-		--teacher runs/teacher/cifar_net.pth runs/student/cifar_net.pth --name default --resume
+train: runs/default/cifar_net.pth ## train the default network on CIFAR_DATA or ./data, from where it stopped
 
 bench: .venv/.dev ## measure training, requests per second, start-up and memory on this machine
 	$(BIN)/python tests/bench.py
@@ -48,3 +44,15 @@ clean: ## remove .venv and caches
 .venv/.dev: .venv/bin/python pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[openvino,training,dev]'
 	@touch $@ .venv/.service .venv/.training
+
+# Three runs, each of which goes on where it stopped; one that has ended is not run again.
+TRAIN := $(BIN)/python -m training train --resume
+
+runs/teacher/cifar_net.pth: | .venv/.training
+	$(TRAIN) --name teacher --recipe teacher
+
+runs/validation/cifar_net.pth: runs/teacher/cifar_net.pth
+	$(TRAIN) --name validation --teacher runs/teacher/cifar_net.pth --validation 0.1
+
+runs/default/cifar_net.pth: runs/teacher/cifar_net.pth runs/validation/cifar_net.pth
+	$(TRAIN) --name default --teacher runs/teacher/cifar_net.pth --calibration runs/validation/cifar_net.pth

@@ -7,20 +7,21 @@ Three layouts are recognised, in this order:
     class folders       one folder per class with its pictures directly in it: cats/1.png, dogs/a.jpg, ...
 
 The first two may lie in the folder itself or in the subfolder their archive unpacks to. Pictures of class folders are
-cut to the centre square and resized to 32x32 (`app.images`, "crop"); a fifth of each class is the test part.
+cut to the centre square and resized to 32x32 (`app.images`, "crop"); a fifth of each class is the test part, chosen by
+the hash of the file names, so that a picture that was trained on hardly ever becomes one to test with.
 
 Shape letters: N images, C = 3 channels, H = W = 32.
 """
 
 import ctypes
 import hashlib
+import os
 import pickle
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -38,8 +39,6 @@ TEST_BATCH = "test_batch"
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 TEST_SHARE = 1 / 5
 NAMED_FILES = 5
-
-T = TypeVar("T")
 
 # A copy of the test set goes round whose images went through one JPEG encoding. Figures on it are not comparable with
 # published ones, so it must not pass for the test set; nothing but its content tells them apart.
@@ -78,25 +77,22 @@ class Split:
         return digest.hexdigest()
 
 
-def read(folder: Path, seed: int = 0) -> tuple[Split, Split]:
+def read(folder: Path) -> tuple[Split, Split]:
     """The training and the test part of the data set in `folder`.
-
-    Args:
-        seed: Of the split of class folders into two parts and of their order; CIFAR-10 comes divided and ordered.
 
     Raises:
         DataError: There is no data set, or a part of it cannot be used.
     """
-    train, test = _recognise(folder)(folder, seed, ("training", "test"))
+    train, test = _recognise(folder)(folder, ("training", "test"))
     return train, test
 
 
-def read_test(folder: Path, seed: int = 0) -> Split:
+def read_test(folder: Path) -> Split:
     """The test part only; like `read` otherwise."""
-    return _recognise(folder)(folder, seed, ("test",))[0]
+    return _recognise(folder)(folder, ("test",))[0]
 
 
-def _recognise(folder: Path) -> Callable[[Path, int, Sequence[str]], list[Split]]:
+def _recognise(folder: Path) -> Callable[[Path, Sequence[str]], list[Split]]:
     if not folder.is_dir():
         raise DataError(f"There is no folder {folder}. {HOW_TO_GET}")
     if _find_batches(folder, "bin", ".bin"):
@@ -122,12 +118,12 @@ def _find_batches(folder: Path, layout: str, suffix: str) -> Path | None:
     return None
 
 
-def _read_binary(folder: Path, _seed: int, parts: Sequence[str]) -> list[Split]:
+def _read_binary(folder: Path, parts: Sequence[str]) -> list[Split]:
     found = _find_batches(folder, "bin", ".bin") or folder
     return [_cifar10(part, found, ".bin", _parse_records) for part in parts]
 
 
-def _read_python(folder: Path, _seed: int, parts: Sequence[str]) -> list[Split]:
+def _read_python(folder: Path, parts: Sequence[str]) -> list[Split]:
     found = _find_batches(folder, "py", "") or folder
     return [_cifar10(part, found, "", _parse_pickle) for part in parts]
 
@@ -200,16 +196,16 @@ def _class_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _read_class_folders(folder: Path, seed: int, parts: Sequence[str]) -> list[Split]:
+def _read_class_folders(folder: Path, parts: Sequence[str]) -> list[Split]:
     names = _class_names(folder)
     if len(names) < 2:
         raise DataError(f"The folder {folder} has the one class folder {names[0]}; a classifier needs at least two.")
-    generator = torch.Generator().manual_seed(seed)
     chosen: dict[str, list[tuple[Path, int]]] = {"training": [], "test": []}
     for label, name in enumerate(names):
-        for part, paths in zip(chosen, _divide(folder / name, generator), strict=True):
+        for part, paths in zip(chosen, _divide(folder / name), strict=True):
             chosen[part] += [(path, label) for path in paths]
-    chosen = {part: _shuffle(pictures, generator) for part, pictures in chosen.items()}
+    # Classes mixed, because training holds out the last images.
+    chosen = {part: sorted(pictures, key=lambda picture: _rank(picture[0])) for part, pictures in chosen.items()}
     # All parts at once, so that everything unreadable is reported at once.
     pixels_NCHW = _decode([path for part in parts for path, _ in chosen[part]], folder)
     return [
@@ -223,21 +219,22 @@ def _read_class_folders(folder: Path, seed: int, parts: Sequence[str]) -> list[S
     ]
 
 
-def _divide(class_folder: Path, generator: torch.Generator) -> tuple[list[Path], list[Path]]:
+def _divide(class_folder: Path) -> tuple[list[Path], list[Path]]:
     """The files of a class to train on and to test with. Hidden ones apart, a file that is no picture is reported."""
-    paths = sorted(path for path in class_folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    paths = [path for path in class_folder.iterdir() if path.is_file() and not path.name.startswith(".")]
     if len(paths) < 2:
         raise DataError(
             f"The class folder {class_folder} has {len(paths) or 'no'} picture{'s' * (not paths)}; a class needs at "
             "least two, one to train on and one to test with, directly in its folder. Add some or remove the folder."
         )
-    paths = _shuffle(paths, generator)
+    paths.sort(key=_rank)
     count = max(1, round(len(paths) * TEST_SHARE))
     return paths[count:], paths[:count]
 
 
-def _shuffle(items: list[T], generator: torch.Generator) -> list[T]:
-    return [items[index] for index in torch.randperm(len(items), generator=generator).tolist()]
+def _rank(path: Path) -> bytes:
+    """The place of a picture in an order that is as good as random, but keeps it when other pictures come or go."""
+    return hashlib.sha256(os.fsencode(Path(path.parent.name, path.name))).digest()
 
 
 def _decode(paths: list[Path], folder: Path) -> Tensor:

@@ -56,11 +56,11 @@ class Net(Normalized):
 
 
 class ConvNorm(nn.Module):
-    """A convolution without bias and its batch norm; `fold` makes one convolution of the two."""
+    """A 3x3 convolution without bias and its batch norm; `fold` makes one convolution of the two."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> None:
+    def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=(kernel - 1) // 2, bias=False)
+        self.conv = nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False)
         self.norm: nn.Module = nn.BatchNorm2d(outputs)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class ConvNorm(nn.Module):
 
 
 class Group(nn.Module):
-    """Two 3x3 convolutions, between them a maximum over 2x2 pixels.
+    """A 3x3 convolution, a maximum over 2x2 pixels, then two 3x3 convolutions beside a shortcut.
 
     Each begins as the identity on its first channels, so that early gradients reach every layer. The batch norms keep
     the scale 1, which the next convolution could undo: being positive it also passes through the maximum, and `fold`
@@ -79,24 +79,26 @@ class Group(nn.Module):
         super().__init__()
         self.first = ConvNorm(inputs, outputs)
         self.second = ConvNorm(outputs, outputs)
-        for layer in (self.first, self.second):
+        self.third = ConvNorm(outputs, outputs)
+        for layer in (self.first, self.second, self.third):
             nn.init.dirac_(layer.conv.weight.data[: layer.conv.in_channels])
             cast(nn.BatchNorm2d, layer.norm).weight.requires_grad_(False)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         x = F.gelu(self.first.norm(F.max_pool2d(self.first.conv(x_NCHW), 2)))
-        return F.gelu(self.second(x))
+        return F.gelu(x + self.third(F.gelu(self.second(x))))
 
 
 class CifarNet(Normalized):
-    """The default network: whitened 2x2 patches, then three groups of two dense 3x3 convolutions.
+    """The default network: whitened 2x2 patches, then three groups of three dense 3x3 convolutions.
 
-    K. Jordan's design for fast training ("94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024, arXiv:2404.00498),
-    written anew from the paper; but the picture is padded, so that no plane loses a row when it is halved: 32 -> 16 ->
-    8 -> 4 instead of 31 -> 15 -> 7 -> 3.
+    After K. Jordan's design for fast training ("94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024,
+    arXiv:2404.00498), written anew from the paper, with the third convolution and the shortcut of his airbench96, and
+    narrower for it. The first layer does not pad: the planes have sides of 31, 15, 7 and 3. With 32, 16, 8 and 4 there
+    is a fifth more to compute, for no more accuracy.
     """
 
-    def __init__(self, num_classes: int = 10, widths: tuple[int, ...] = (64, 256, 256)) -> None:
+    def __init__(self, num_classes: int = 10, widths: tuple[int, ...] = (64, 192, 256)) -> None:
         super().__init__()
         self.whiten = nn.Conv2d(3, 24, 2)
         self.whiten.weight.requires_grad_(False)
@@ -120,12 +122,18 @@ class CifarNet(Normalized):
         nn.init.zeros_(cast(Tensor, self.whiten.bias))
 
     def forward(self, pixels_NCHW: Tensor) -> Tensor:
-        padded_NCHW = F.pad(self.normalize(pixels_NCHW), (0, 1, 0, 1))
-        x = self.groups(F.gelu(self.whiten(padded_NCHW)))
+        x = self.groups(F.gelu(self.whiten(self.normalize(pixels_NCHW))))
         return cast(Tensor, self.head(x.amax(dim=(2, 3)).float()))
 
 
-NETWORKS: dict[str, type[Normalized]] = {"net": Net, "cifar_net": CifarNet}
+class WideCifarNet(CifarNet):
+    """The default network half as wide again, to teach it."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__(num_classes, widths=(96, 288, 384))
+
+
+NETWORKS: dict[str, type[Normalized]] = {"net": Net, "cifar_net": CifarNet, "wide_cifar_net": WideCifarNet}
 
 
 def build(name: str, **arguments: object) -> Normalized:

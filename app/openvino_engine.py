@@ -25,7 +25,6 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.cat: lambda parts, dim: ops.concat(parts, dim),
     F.relu: lambda x, **_: ops.relu(x),
     F.gelu: lambda x: ops.gelu(x, "erf"),
-    F.pad: lambda x, ends, **_: _pad(x, *ends),
     F.max_pool2d: lambda x, size, **_: _max_pool(x, size),
     torch.flatten: lambda x, start: ops.reshape(x, [0] * start + [-1], special_zero=True),
 }
@@ -100,10 +99,6 @@ def _operand(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.numpy()
     return ops.constant(value, openvino.Type.f32) if isinstance(value, float) else value
-
-
-def _pad(x: Any, left: int, right: int, top: int, bottom: int) -> Any:
-    return ops.pad(x, [0, 0, top, left], [0, 0, bottom, right], "constant", 0.0)
 
 
 def _max_pool(x: Any, side: int) -> Any:

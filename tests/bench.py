@@ -185,20 +185,28 @@ def write_pixels(folder: Path) -> Path:
     return listing
 
 
-def engine_speed() -> float:
-    """Images per second of the service's engine alone, on full batches."""
+def engine_speeds(architecture: str) -> tuple[float, float]:
+    """Of the service's engine alone: milliseconds for one picture, and pictures per second in full batches."""
     settings = Settings()
-    predictor = Predictor(
-        checkpoint.load(settings.weights), choose_device(), threads=settings.threads, max_batch=settings.max_batch
+    random = checkpoint.Checkpoint(
+        architecture=architecture,
+        arguments={},
+        state_dict=model.build(architecture).state_dict(),
+        classes=checkpoint.CIFAR10_CLASSES,
     )
-    pixels_NCHW = pictures(settings.max_batch).contiguous(memory_format=torch.channels_last)
-    with torch.inference_mode():
-        for _ in range(10):
-            predictor.engine(pixels_NCHW)
-        start, count = time.perf_counter(), 0
-        while (elapsed := time.perf_counter() - start) < SECONDS / 2:
-            predictor.engine(pixels_NCHW)
-            count += len(pixels_NCHW)
+    predictor = Predictor(random, choose_device(), threads=settings.threads, max_batch=settings.max_batch)
+    return 1e3 / _pictures_a_second(predictor, 1), _pictures_a_second(predictor, settings.max_batch)
+
+
+@torch.inference_mode()
+def _pictures_a_second(predictor: Predictor, batch: int) -> float:
+    pixels_NCHW = pictures(batch).contiguous(memory_format=torch.channels_last)
+    for _ in range(10):
+        predictor.engine(pixels_NCHW)
+    start, count = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - start) < SECONDS / 2:
+        predictor.engine(pixels_NCHW)
+        count += batch
     return count / elapsed
 
 
@@ -227,8 +235,11 @@ def main() -> None:
     print(f"| training, recipe `tutorial` | {recipe_speed('tutorial', small):,.0f} images/s |")
     speeds = compare(large)
     print(f"| training, recipe `default` | {speeds['ours']:,.0f} images/s |")
-    print(f"| training, airbench94's step on the same network | {speeds['airbench94']:,.0f} images/s |", flush=True)
-    print(f"| the engine alone, batches of 32 | {engine_speed():,.0f} pictures/s |", flush=True)
+    print(f"| training, airbench94's network and step | {speeds['airbench94']:,.0f} images/s |", flush=True)
+    for architecture in model.NETWORKS:
+        milliseconds, rate = engine_speeds(architecture)
+        print(f"| the engine alone, {architecture}, one picture | {milliseconds:.2f} ms |")
+        print(f"| the engine alone, {architecture}, batches of 32 | {rate:,.0f} pictures/s |", flush=True)
     with service() as (port, pid, ready_seconds), tempfile.TemporaryDirectory() as name:
         script = Path(name) / "post.lua"
         script.write_text(LUA)

@@ -90,6 +90,7 @@ def test_prototypes_lie_where_the_features_do() -> None:
     assert ((prototypes_PD @ centres_PD.T).amax(dim=1) > 0.7).all()
     assert (find_prototypes(features_ND, which_N, per_class=1) @ centres_PD.T).argmax(dim=1).tolist() == [*range(6)]
     assert len(find_prototypes(features_ND[:4], which_N[:4], per_class=3)) == 4  # one image of each class
+    assert len(find_prototypes(features_ND[1:3], which_N[1:3], per_class=3)) == 2  # and none of the class 0
 
 
 def test_half_of_the_held_out_images_are_more_familiar_than_the_median() -> None:

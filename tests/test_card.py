@@ -22,7 +22,15 @@ ROBUSTNESS = {
     ],
 }
 ABLATION = [
-    {"ingredient": name, "setting": setting, "seed": seed, "epochs": 4, "validation_accuracy": accuracy / 100}
+    {
+        "ingredient": name,
+        "setting": setting,
+        "seed": seed,
+        "epochs": 4,
+        "teachers": "a net",
+        "validation_accuracy": accuracy / 100,
+        "jpeg_accuracy": accuracy / 200,
+    }
     for name, setting, accuracies in (("", "the whole recipe", (80, 82, 84)), ("flip", "flip False", (79, 79.5, 80)))
     for seed, accuracy in enumerate(accuracies)
 ]
@@ -115,10 +123,11 @@ def test_the_curves_are_of_the_run_with_validation_where_there_is_one(folder: Pa
 def test_the_ablation_has_mean_and_standard_deviation_over_seeds(folder: Path) -> None:
     write_rows(folder / "ablation.jsonl", [*ABLATION, {**ABLATION[0], "epochs": 8, "validation_accuracy": 0.9}])
     text = card(folder)
-    assert "| the whole recipe | 3 | 82.00 ± 2.00 |  |" in text
-    assert "| flip False | 3 | 79.50 ± 0.50 | -2.50 |" in text
+    assert "| the whole recipe | 3 | 82.00 ± 2.00 |  | 41.00 ± 1.00 |  |" in text
+    assert "| flip False | 3 | 79.50 ± 0.50 | -2.50 | 39.75 ± 0.25 | -1.25 |" in text
     assert "shortened to 8 epochs" in text
-    assert "| the whole recipe | 1 | 90.00 |  |" in text
+    assert "| the whole recipe | 1 | 90.00 |  | 40.00 |  |" in text
+    assert "Taught by a net." in text
 
 
 def test_the_same_files_make_the_same_card(folder: Path) -> None:

@@ -244,15 +244,22 @@ def test_reads_class_folders_and_divides_each_class(tmp_path: Path) -> None:
     assert len(seen) == 37  # each picture is in one part, once
 
 
-def test_the_seed_decides_the_parts_and_their_order(tmp_path: Path) -> None:
+def test_class_folders_are_divided_alike_each_time_and_when_a_picture_is_added(tmp_path: Path) -> None:
     write_class_folders(tmp_path, {"ant": 30, "bee": 30})
-    first, again, other = data.read(tmp_path, seed=1), data.read(tmp_path, seed=1), data.read(tmp_path, seed=2)
+
+    def parts() -> list[set[tuple[int, ...]]]:
+        return [{tuple(image[:, 0, 0].tolist()) for image in split.pixels_NCHW} for split in data.read(tmp_path)]
+
+    first, again = data.read(tmp_path), data.read(tmp_path)
     assert [split.digest for split in first] == [split.digest for split in again]
-    assert first[1].digest == data.read_test(tmp_path, seed=1).digest
-    chosen, others = ({tuple(image[:, 0, 0].tolist()) for image in split.pixels_NCHW} for split in (first[1], other[1]))
-    assert chosen != others  # not only in another order
+    assert first[1].digest == data.read_test(tmp_path).digest
     labels = first[0].labels_N.tolist()
     assert labels != sorted(labels)  # so the last images, which `hold_out` takes, are of all classes
+    trained, tested = parts()
+    Image.new("RGB", (32, 32), "blue").save(tmp_path / "ant" / "new.png")
+    trained_now, tested_now = parts()
+    assert trained | tested < trained_now | tested_now
+    assert len(tested_now & trained) <= 1
 
 
 def test_pictures_of_other_sizes_are_cut_to_their_centre(tmp_path: Path) -> None:

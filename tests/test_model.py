@@ -78,7 +78,7 @@ def test_folding_changes_no_answer(name: str) -> None:
 
 def test_convolutions_begin_as_the_identity_on_their_first_channels() -> None:
     convolutions = [layer for layer in model.CifarNet().groups.modules() if isinstance(layer, nn.Conv2d)]
-    assert len(convolutions) == 6
+    assert len(convolutions) == 9
     for convolution in convolutions:
         x_NCHW = torch.rand(1, convolution.in_channels, 5, 5)
         torch.testing.assert_close(convolution(x_NCHW)[:, : convolution.in_channels], x_NCHW)
@@ -102,5 +102,5 @@ def test_the_default_network_is_small() -> None:
 
 
 def test_an_unknown_network_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="no network 'vgg'; known are net, cifar_net"):
+    with pytest.raises(ValueError, match="no network 'vgg'; known are net, cifar_net, wide_cifar_net"):
         model.build("vgg")

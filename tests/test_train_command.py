@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from app.checkpoint import load
 from app.data import read
 from training import __main__ as cli
 from training.config import RECIPES
+from training.log import RunLog
 
 TRAIN = [sys.executable, "-m", "training", "train"]
 ROOT = Path(__file__).parent.parent
@@ -23,8 +26,30 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def data_folder(tmp_path: Path) -> Path:
+    return write_images(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with such images and two finished runs: `held`, with a tenth of them held out, and `plain`."""
+    folder = write_images(tmp_path_factory.mktemp("finished"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train = ["train", "--recipe", "debug", "--data", "."]
+        assert cli.main([*train, "--name", "held", "--validation", "0.1"]) == 0
+        assert cli.main([*train, "--name", "plain"]) == 0
+    return folder
+
+
+@pytest.fixture
+def finished_folder(finished: Path, tmp_path: Path) -> Path:
+    """A copy for one test."""
+    return Path(shutil.copytree(finished, tmp_path, dirs_exist_ok=True))
+
+
+def write_images(parent: Path) -> Path:
     """120 training and 30 test images: each class has its own grey, so that there is something to learn."""
-    folder = tmp_path / "cifar-10-batches-bin"
+    folder = parent / "cifar-10-batches-bin"
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
     names = [f"data_batch_{number}.bin" for number in range(1, 6)] + ["test_batch.bin"]
@@ -33,7 +58,7 @@ def data_folder(tmp_path: Path) -> Path:
         noise = torch.randint(0, 20, (count, 3072), generator=generator)
         records = torch.cat([labels_N1, labels_N1 * 23 + noise], dim=1).to(torch.uint8)
         (folder / name).write_bytes(bytes(records.flatten().tolist()))
-    return tmp_path
+    return parent
 
 
 def run(*arguments: str, folder: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
@@ -121,95 +146,58 @@ def test_a_run_on_all_images_takes_over_the_calibration_of_one_with_held_out_ima
     ],
 )
 def test_a_calibration_that_does_not_fit_is_refused_before_the_training(
-    data_folder: Path,
+    finished_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     flags: list[str],
     sentence: str,
 ) -> None:
-    monkeypatch.chdir(data_folder)
+    monkeypatch.chdir(finished_folder)
     train = ["train", "--recipe", "debug", "--data", "."]
-    assert cli.main([*train, "--name", "held", "--validation", "0.1"]) == 0
-    assert cli.main([*train, "--name", "plain"]) == 0
     assert cli.main([*train, "--name", "final", "--calibration", "runs/held/cifar_net.pth", *flags]) == 2
     assert sentence in capsys.readouterr().err
     assert not Path("runs/final/state.pt").exists()
 
 
 def test_a_student_learns_from_a_teacher_and_names_it(
-    data_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(data_folder)
+    monkeypatch.chdir(finished_folder)
     train = ["train", "--recipe", "debug", "--data", "."]
-    assert cli.main([*train, "--name", "teacher"]) == 0
-    taught = [*train, "--distillation", "0.5", "--teacher", "runs/teacher/cifar_net.pth"]
+    taught = [*train, "--distillation", "0.5", "--teacher", "runs/plain/cifar_net.pth"]
     assert cli.main([*taught, "--name", "student"]) == 0
-    teacher, student = (load(Path(f"runs/{name}/cifar_net.pth")) for name in ("teacher", "student"))
-    assert (teacher.trained["teachers"], student.trained["teachers"]) == ("none", teacher.sha256)
-    # Of half-soft targets more is left to be told, however well they are learnt.
-    assert log_rows(data_folder, "student")[1]["loss"] > log_rows(data_folder, "teacher")[1]["loss"]
+    teacher, student = (load(Path(f"runs/{name}/cifar_net.pth")) for name in ("plain", "student"))
+    assert teacher.trained["teachers"] == "none"
+    assert re.fullmatch(
+        rf"net {teacher.sha256[:12]}, 2 epochs \(\d+\.\d\d% of CIFAR-10 test, 30 images\)", student.trained["teachers"]
+    )
     capsys.readouterr()
-    ablate = ["ablate", "--recipe", "debug", "--data", ".", "--teacher", "runs/teacher/cifar_net.pth"]
+    ablate = ["ablate", "--recipe", "debug", "--data", ".", "--teacher", "runs/plain/cifar_net.pth"]
     assert cli.main(ablate) == 2
     assert "The recipe has distillation 0" in capsys.readouterr().err
-
-
-def test_a_run_begins_with_the_weights_it_is_given(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(data_folder)
-    train = ["train", "--recipe", "debug", "--data", "."]
-    assert cli.main([*train, "--name", "first"]) == 0
-    assert cli.main([*train, "--name", "next", "--epochs", "1", "--start", "runs/first/cifar_net.pth"]) == 0
-    first, following = (load(Path(f"runs/{name}/cifar_net.pth")) for name in ("first", "next"))
-    assert (first.trained["started_from"], following.trained["started_from"]) == ("random weights", first.sha256)
-    before, after = (log_rows(data_folder, name) for name in ("first", "next"))
-    assert after[0]["loss"] < before[0]["loss"]
-
-
-@pytest.mark.parametrize(
-    ("flags", "sentence"),
-    [
-        (["--start", "missing.pth"], "missing.pth"),
-        (["--start", "runs/first/cifar_net.pth", "--network", "cifar_net"], "are of a network net for the classes"),
-        (["--start", "runs/first/cifar_net.pth", "--validation", "0.1"], "have seen images that this run holds out"),
-    ],
-)
-def test_weights_that_do_not_fit_are_refused_as_a_start(
-    data_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    flags: list[str],
-    sentence: str,
-) -> None:
-    monkeypatch.chdir(data_folder)
-    train = ["train", "--recipe", "debug", "--data", "."]
-    assert cli.main([*train, "--name", "first"]) == 0
-    assert cli.main([*train, "--name", "next", *flags]) == 2
-    assert sentence in capsys.readouterr().err
-    assert not Path("runs/next").exists()
 
 
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
         (["--distillation", "0.5"], "it learns from a teacher. Train one with --recipe teacher"),
-        (["--teacher", "runs/teacher/cifar_net.pth"], "The recipe has distillation 0; leave out --teacher"),
+        (["--teacher", "runs/plain/cifar_net.pth"], "The recipe has distillation 0; leave out --teacher"),
         (["--distillation", "0.5", "--teacher", "missing.pth"], "missing.pth"),
         (
-            ["--distillation", "0.5", "--teacher", "runs/teacher/cifar_net.pth", "--validation", "0.1"],
-            "cifar_net.pth have seen images that this run holds out, and would pass them on",
+            ["--distillation", "0.5", "--teacher", "runs/plain/cifar_net.pth", "--validation", "0.1"],
+            "cifar_net.pth has seen images that this run holds out, and would pass them on",
         ),
     ],
 )
 def test_a_teacher_that_does_not_fit_is_refused_before_the_training(
-    data_folder: Path,
+    finished_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     flags: list[str],
     sentence: str,
 ) -> None:
-    monkeypatch.chdir(data_folder)
-    train = ["train", "--recipe", "debug", "--data", ".", "--epochs", "1"]
-    assert cli.main([*train, "--name", "teacher"]) == 0
+    monkeypatch.chdir(finished_folder)
+    train = ["train", "--recipe", "debug", "--data", "."]
     assert cli.main([*train, "--name", "student", *flags]) == 2
     assert sentence in capsys.readouterr().err
     assert not Path("runs/student").exists()
@@ -242,7 +230,7 @@ def test_two_processes_reach_the_loss_of_one(data_folder: Path) -> None:
     assert [row["loss"] for row in two] == pytest.approx(losses, rel=1e-3)
 
 
-def test_interrupting_leaves_no_half_written_file_and_resuming_goes_on(data_folder: Path) -> None:
+def test_interrupting_leaves_no_half_written_file(data_folder: Path) -> None:
     flags = ["--recipe", "debug", "--data", ".", "--name", "long", "--epochs", "400"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen([*TRAIN, *flags], cwd=data_folder, env=environment, stderr=subprocess.PIPE) as process:
@@ -254,15 +242,52 @@ def test_interrupting_leaves_no_half_written_file_and_resuming_goes_on(data_fold
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors.decode()
     assert b"Traceback" not in errors
-    assert b"--resume" in errors
+    assert b"--resume --name NAME" in errors
     left = {path.name for path in state_file.parent.iterdir() if "tfevents" not in path.name}
     assert left <= {"state.pt", "log.jsonl", "curves.png"}
-    done = torch.load(state_file, weights_only=True)["epochs_done"]
-    assert done >= 1
+    assert torch.load(state_file, weights_only=True)["epochs_done"] >= 1
 
     again = run(*flags, folder=data_folder)
     assert again.returncode == 2
     assert "--resume" in again.stderr
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(
+    data_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(data_folder)
+    train = ["train", "--recipe", "debug", "--data", ".", "--epochs", "4", "--resume", "--name"]
+    assert cli.main([*train, "whole"]) == 0
+    assert "runs/whole holds no run yet; this one begins at the beginning" in capsys.readouterr().out
+    write = RunLog.epoch
+
+    def interrupt(log: RunLog, rows: list[dict[str, float]]) -> None:
+        if len(rows) == 3:
+            raise KeyboardInterrupt
+        write(log, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "epoch", interrupt)
+        assert cli.main([*train, "stopped"]) == 130
+    assert [row["epoch"] for row in log_rows(data_folder, "stopped")] == [1, 2]
+    assert cli.main([*train, "stopped"]) == 0
+    assert [row["epoch"] for row in log_rows(data_folder, "stopped")] == [1, 2, 3, 4]
+    whole, stopped = (load(Path(f"runs/{name}/cifar_net.pth")).state_dict for name in ("whole", "stopped"))
+    assert all(torch.equal(stopped[name], tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize(
+    "device", [[], ["--device", "cuda"], ["--device", "cuda:0"]], ids=["default", "cuda", "cuda:0"]
+)
+def test_a_run_on_a_gpu_leaves_weights_for_any_device(
+    data_folder: Path, monkeypatch: pytest.MonkeyPatch, device: list[str]
+) -> None:
+    monkeypatch.chdir(data_folder)
+    assert cli.main(["train", "--recipe", "debug", "--data", ".", "--name", "a", "--validation", "0.1", *device]) == 0
+    checkpoint = load(Path("runs/a/cifar_net.pth"))
+    assert checkpoint.trained["device"] == torch.cuda.get_device_name()
+    assert checkpoint.prototypes_PD is not None
 
 
 @pytest.mark.parametrize(
@@ -271,6 +296,7 @@ def test_interrupting_leaves_no_half_written_file_and_resuming_goes_on(data_fold
         (["train", "--data", "nowhere"], ["nowhere", "--data"]),
         (["train", "--recipe", "debug", "--data", ".", "--device", "tpu"], ["'tpu'", "cuda"]),
         (["train", "--recipe", "debug", "--data", ".", "--epochs", "0"], ["epochs is 0"]),
+        (["train", "--recipe", "debug", "--data", ".", "--resume"], ["Which run", "--name"]),
         (["evaluate", "--data", ".", "--weights", "missing.pth"], ["missing.pth"]),
     ],
 )
@@ -298,12 +324,10 @@ def test_an_unknown_field_is_refused_by_name(capsys: pytest.CaptureFixture[str])
 
 
 def test_evaluate_agrees_with_the_file_and_prints_only_json(
-    data_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(data_folder)
-    assert cli.main(["train", "--recipe", "debug", "--data", ".", "--name", "a", "--epochs", "6"]) == 0
-    capsys.readouterr()
-    weights = "runs/a/cifar_net.pth"
+    monkeypatch.chdir(finished_folder)
+    weights = "runs/plain/cifar_net.pth"
     assert cli.main(["evaluate", "--weights", weights, "--data", ".", "--json", "--batch-size", "7"]) == 0
     figures = json.loads(capsys.readouterr().out)
     evaluation = load(Path(weights)).evaluation
@@ -312,11 +336,10 @@ def test_evaluate_agrees_with_the_file_and_prints_only_json(
     assert figures["calibration"]["nll"] == pytest.approx(evaluation.nll, rel=1e-4)
 
 
-def test_the_commands_leave_what_the_card_is_made_of(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(data_folder)
+def test_the_commands_leave_what_the_card_is_made_of(finished_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished_folder)
     train, held_out = ["train", "--recipe", "debug", "--data", "."], ["--validation", "0.1"]
     held = "runs/held/cifar_net.pth"
-    assert cli.main([*train, *held_out, "--name", "held"]) == 0
     assert cli.main([*train, "--name", "final", "--calibration", held, "--out", "weights/net.pth"]) == 0
     robustness = ["robustness", "--weights", held, "--data", ".", *held_out, "--out", "weights/net.robustness.json"]
     assert cli.main(robustness) == 0
@@ -336,26 +359,25 @@ def test_the_commands_leave_what_the_card_is_made_of(data_folder: Path, monkeypa
 
 
 def test_robustness_begins_with_what_evaluate_says(
-    data_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(data_folder)
-    assert cli.main(["train", "--recipe", "debug", "--data", ".", "--name", "a", "--validation", "0.1"]) == 0
-    capsys.readouterr()
-    held = ["--weights", "runs/a/cifar_net.pth", "--data", ".", "--validation", "0.1", "--json"]
+    monkeypatch.chdir(finished_folder)
+    held = ["--weights", "runs/held/cifar_net.pth", "--data", ".", "--validation", "0.1", "--json"]
     assert cli.main(["evaluate", *held]) == 0
     evaluated = json.loads(capsys.readouterr().out)
     assert cli.main(["robustness", *held, "--out", "new/robustness.json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["rows"][0]["accuracy"] == evaluated["accuracy"]
     assert result["dataset"] == evaluated["dataset"]
-    checkpoint = load(Path("runs/a/cifar_net.pth"))
+    checkpoint = load(Path("runs/held/cifar_net.pth"))
     assert result["weights"]["sha256"] == checkpoint.sha256
     assert result["weights"]["trained_on"] == "108 of CIFAR-10 training, 120 images"
     assert json.loads(Path("new/robustness.json").read_text()) == result
     assert cli.main(["robustness", *held[:-1]]) == 0
     assert "JPEG quality 75" in capsys.readouterr().out
-    assert cli.main(["robustness", *held[:-2], "0.2"]) == 2  # they have seen half of those
-    assert "a run with --validation 0.2" in capsys.readouterr().err
+    for command in ("evaluate", "robustness", "unfamiliar", "plot", "show"):
+        assert cli.main([command, *held[:-2], "0.2"]) == 2  # they have seen half of those
+        assert "a run with --validation 0.2" in capsys.readouterr().err
 
 
 def test_an_ablation_goes_on_where_it_stopped(
@@ -371,11 +393,10 @@ def test_an_ablation_goes_on_where_it_stopped(
 
 
 def test_pictures_are_written(
-    data_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(data_folder)
-    assert cli.main(["train", "--recipe", "debug", "--data", ".", "--name", "a"]) == 0
-    weights = "runs/a/cifar_net.pth"
+    monkeypatch.chdir(finished_folder)
+    weights = "runs/plain/cifar_net.pth"
     assert cli.main(["show", "--data", ".", "--weights", weights, "--count", "8", "--out", "grid.png"]) == 0
     assert cli.main(["plot", "--data", ".", "--weights", weights, "--out", "plots"]) == 0
     assert cli.main(["summary", "--network", "net"]) == 0

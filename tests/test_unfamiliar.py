@@ -1,6 +1,5 @@
 """Pictures of none of the classes, and the comparison of what notices them."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -77,12 +76,16 @@ def test_the_comparison_has_a_row_for_each_source_and_flags_few_of_the_held_out(
 def test_weights_that_do_not_know_what_is_familiar_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train, held_out = reds(200, seed=0), reds(20, seed=1)
-    monkeypatch.setattr(data, "read", lambda _folder: (train, held_out))
+    train, test = reds(200, seed=0), reds(20, seed=1)
+    monkeypatch.setattr(data, "read", lambda _folder: (train, test))
+    monkeypatch.setattr(data, "read_test", lambda _folder: test)
     save(random_checkpoint(), tmp_path / "bare.pth")
     assert cli.main(["unfamiliar", "--weights", str(tmp_path / "bare.pth")]) == 2
     assert "do not know what is familiar; name those of a run with --validation 0.1" in capsys.readouterr().err
-    whole = complete(random_checkpoint(), train, held_out, None)
-    save(dataclasses.replace(whole), tmp_path / "whole.pth")
-    assert cli.main(["unfamiliar", "--weights", str(tmp_path / "whole.pth"), "--count", "2", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["held_out"]["images"] == 20
+    whole, out = tmp_path / "whole.pth", tmp_path / "out.json"
+    sha256 = save(complete(random_checkpoint(), train, test, None), whole)
+    assert cli.main(["unfamiliar", "--weights", str(whole), "--count", "2", "--json", "--out", str(out)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert json.loads(out.read_text()) == found
+    assert found["held_out"]["images"] == 20
+    assert found["weights"]["sha256"] == sha256

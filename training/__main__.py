@@ -40,8 +40,8 @@ from training.calibrate import complete
 from training.card import write_card
 from training.config import RECIPES, Recipe, add_flags, override
 from training.data import download, hold_out, locate
-from training.distill import ask
-from training.evaluate import evaluate, format_report, predict
+from training.distill import ask, introduce
+from training.evaluate import evaluate, format_report, predict, require_same_classes
 from training.fit import fit, initialize, join_workers
 from training.log import RunLog, read_rows, write_rows
 from training.summary import summarize
@@ -56,13 +56,15 @@ def train_command(options: argparse.Namespace) -> None:
     flags = {field.name: getattr(options, field.name) for field in dataclasses.fields(Recipe)}
     recipe = override(RECIPES[options.recipe], flags)
     device = choose_device(options.device or _local_gpu())
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     if options.threads:
         torch.set_num_threads(options.threads)
     workers = join_workers(device)
     torch.manual_seed(recipe.seed)
 
+    if options.resume and not options.name:
+        raise ValueError("Which run is to be resumed? Give the --name of its folder under runs/.")
     run = RUNS / (options.name or f"{options.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
     if workers.is_first and not options.resume and (run / "state.pt").exists():
         raise ValueError(f"{run} already holds a run; add --resume to continue it, or choose another one with --name.")
@@ -75,14 +77,13 @@ def train_command(options: argparse.Namespace) -> None:
     if recipe.validation:
         train, held_out = hold_out(train, recipe.validation)
 
-    start = _start(options.start, recipe, train.classes) if options.start else None
     teachers = _teachers(options.teacher, recipe)
     network = model.build(recipe.network, num_classes=len(train.classes))
     initialize(network, recipe, train.pixels_NCHW)
-    if start:
-        network.load_state_dict(start.state_dict)
-    log = RunLog(run, resume=options.resume) if workers.is_first else None
+    log = RunLog(run) if workers.is_first else None
     if log:
+        if options.resume and not (run / "state.pt").exists():
+            log.say(f"{run} holds no run yet; this one begins at the beginning.")
         dtype = choose_dtype(device) if recipe.precision == "auto" else torch.float32
         log.say(f"Recipe {options.recipe}: " + ", ".join(f"{name} {value}" for name, value in vars(recipe).items()))
         log.say(f"{len(train):,} images of {train.name} on {describe(device)}, {str(dtype).removeprefix('torch.')}")
@@ -98,6 +99,7 @@ def train_command(options: argparse.Namespace) -> None:
         on_epoch=log.epoch if log else None,
         state_file=run / "state.pt",
         resume=options.resume,
+        teachers=introduce(teachers),
         show_progress=True,
     )
     if not log:
@@ -106,7 +108,7 @@ def train_command(options: argparse.Namespace) -> None:
     untested = Checkpoint(
         architecture=recipe.network,
         arguments={"num_classes": len(train.classes)},
-        state_dict=network.state_dict(),
+        state_dict=network.cpu().state_dict(),
         classes=train.classes,
         trained={
             "recipe": options.recipe,
@@ -114,8 +116,7 @@ def train_command(options: argparse.Namespace) -> None:
             "command": "python -m training " + " ".join(sys.argv[1:]),
             "images": f"{len(train):,} of {train.name}",
             "data_sha256": train.digest,
-            "started_from": start.sha256 if start else "random weights",
-            "teachers": ", ".join(teacher.sha256 for teacher in teachers) or "none",
+            "teachers": introduce(teachers),
             "seconds": round(sum(row["train_seconds"] for row in progress.rows), 1),
             "processes": workers.count,
             "device": describe(device),
@@ -135,37 +136,15 @@ def train_command(options: argparse.Namespace) -> None:
     save(checkpoint, weights)
     if options.out:
         save(checkpoint, options.out)
-        # For the model card, with the log of the run that the calibration is from.
+        # For the model card, with the log of the run that the calibration is from; none may be left of another run.
         write_rows(options.out.with_suffix(".log.jsonl"), progress.rows)
+        validation_log = options.out.with_suffix(".validation.log.jsonl")
+        validation_log.unlink(missing_ok=True)
         if options.calibration and (rows := read_rows(options.calibration.parent / "log.jsonl")):
-            write_rows(options.out.with_suffix(".validation.log.jsonl"), rows)
+            write_rows(validation_log, rows)
         weights = options.out
     log.say(format_report(report(checkpoint.evaluation, checkpoint.classes)))
     log.say(f"Wrote {weights}. Serve it with: CIFAR_WEIGHTS={weights} make serve")
-
-
-def _start(file: Path, recipe: Recipe, classes: tuple[str, ...]) -> Checkpoint:
-    """What an earlier run has learned, for another one to begin with.
-
-    Raises:
-        CheckpointError, ValueError: the file cannot be used, or the two runs do not fit.
-    """
-    found = load(file)
-    _refuse_informed(file, found, recipe)
-    if (found.architecture, found.classes) != (recipe.network, classes):
-        raise ValueError(
-            f"The weights in {file} are of a network {found.architecture} for the classes {', '.join(found.classes)}; "
-            f"this run trains {recipe.network} for {', '.join(classes)}. Leave out --start to begin with random ones."
-        )
-    return found
-
-
-def _refuse_informed(file: Path, checkpoint: Checkpoint, recipe: Recipe) -> None:
-    if checkpoint.trained.get("validation", 0.0) < recipe.validation:
-        raise ValueError(
-            f"The weights {file} have seen images that this run holds out, and would pass them on. Name those of a run "
-            f"with --validation {recipe.validation}."
-        )
 
 
 def _teachers(files: list[Path], recipe: Recipe) -> list[Checkpoint]:
@@ -183,7 +162,11 @@ def _teachers(files: list[Path], recipe: Recipe) -> list[Checkpoint]:
         raise ValueError("The recipe has distillation 0; leave out --teacher, or give it a share, --distillation 0.7.")
     teachers = [load(file) for file in files]
     for file, teacher in zip(files, teachers, strict=True):
-        _refuse_informed(file, teacher, recipe)
+        if teacher.trained.get("validation", 0.0) < recipe.validation:
+            raise ValueError(
+                f"The teacher {file} has seen images that this run holds out, and would pass them on. Name one "
+                f"that was trained with --validation {recipe.validation}."
+            )
     return teachers
 
 
@@ -235,17 +218,29 @@ def _validate(network: nn.Module, held_out: Split, device: torch.device) -> dict
     }
 
 
-def _split(options: argparse.Namespace) -> Split:
-    """The images to measure or show: the test images, or with --validation those a run held out."""
-    folder = locate(options.data, os.environ)
-    if not options.validation:
-        return data.read_test(folder)
-    return hold_out(data.read(folder)[0], options.validation)[1]
+def _split(options: argparse.Namespace, weights: Checkpoint | None = None) -> Split:
+    """The images to measure or show: the test images, or with --validation those a run held out.
+
+    Raises:
+        DataError, ValueError: `weights` are for other classes, or have seen some of the images.
+    """
+    folder, share = locate(options.data, os.environ), options.validation
+    split = hold_out(data.read(folder)[0], share)[1] if share else data.read_test(folder)
+    if weights is not None:
+        require_same_classes(weights, split)
+        if (held_out := weights.trained.get("validation", 0.0)) < share:
+            raise ValueError(
+                f"These weights were trained with a share of {held_out} of the images held out, so --validation "
+                f"{share} would measure images that they have seen. Name the weights of a run with "
+                f"--validation {share}."
+            )
+    return split
 
 
 def evaluate_command(options: argparse.Namespace) -> None:
     checkpoint = load(options.weights)
-    evaluation = evaluate(checkpoint, _split(options), choose_device(options.device), batch_size=options.batch_size)
+    split = _split(options, checkpoint)
+    evaluation = evaluate(checkpoint, split, choose_device(options.device), batch_size=options.batch_size)
     figures = report(evaluation, checkpoint.classes)
     figures["weights"] = {"file": options.weights.name, "sha256": checkpoint.sha256}
     print(json.dumps(figures, indent=2) if options.json else format_report(figures))
@@ -253,24 +248,28 @@ def evaluate_command(options: argparse.Namespace) -> None:
 
 def robustness_command(options: argparse.Namespace) -> None:
     checkpoint = load(options.weights)
-    held_out = checkpoint.trained.get("validation", options.validation)
-    if held_out < options.validation:
-        raise ValueError(
-            f"These weights were trained with a share of {held_out} of the images held out, so --validation "
-            f"{options.validation} would measure images that they have seen. Name the weights of a run with "
-            f"--validation {options.validation}."
-        )
-    split = _split(options)
+    split = _split(options, checkpoint)
     result = {
-        "weights": {
-            "file": options.weights.name,
-            "sha256": checkpoint.sha256,
-            "trained_on": checkpoint.trained.get("images", "images that the file does not name"),
-        },
+        "weights": _identify(options.weights, checkpoint),
         "dataset": {"name": split.name, "sha256": split.digest, "images": len(split)},
         "rows": robustness.measure(checkpoint, split, choose_device(options.device)),
     }
     _put_out(result, robustness.format_robustness(result), options)
+
+
+def unfamiliar_command(options: argparse.Namespace) -> None:
+    checkpoint = load(options.weights)
+    split = _split(options, checkpoint)
+    train, _ = data.read(locate(options.data, os.environ))
+    if options.validation:
+        train, _ = hold_out(train, options.validation)
+    found = compare(checkpoint, train, split, options.count, choose_device(options.device))
+    _put_out({"weights": _identify(options.weights, checkpoint), **found}, format_comparison(found), options)
+
+
+def _identify(file: Path, checkpoint: Checkpoint) -> dict[str, str]:
+    trained_on = checkpoint.trained.get("images", "images that the file does not name")
+    return {"file": file.name, "sha256": checkpoint.sha256, "trained_on": trained_on}
 
 
 def _put_out(result: dict[str, Any], text: str, options: argparse.Namespace) -> None:
@@ -292,19 +291,24 @@ def ablate_command(options: argparse.Namespace) -> None:
         options.out,
         device=choose_device(options.device),
         teachers=_teachers(options.teacher, dataclasses.replace(recipe, validation=VALIDATION)),
-        on_row=lambda row: print(f"seed {row['seed']}, {row['setting']}: {row['validation_accuracy']:.2%}", flush=True),
+        on_row=lambda row: print(
+            f"seed {row['seed']}, {row['setting']}: {row['validation_accuracy']:.2%}, "
+            f"as JPEG {row['jpeg_accuracy']:.2%}",
+            flush=True,
+        ),
     )
     print(f"{options.out} has {len(rows)} runs.")
 
 
 def show_command(options: argparse.Namespace) -> None:
-    split = _split(options)
+    weights = load(options.weights) if options.weights else None
+    split = _split(options, weights)
     chosen_N = torch.randperm(len(split), generator=torch.Generator().manual_seed(options.seed))[: options.count]
     pixels_NCHW = split.pixels_NCHW[chosen_N]
     predicted_N = None
-    if options.weights:
+    if weights is not None:
         device = choose_device(options.device)
-        predicted_N = predict(load(options.weights).network(), pixels_NCHW, device=device).argmax(dim=1)
+        predicted_N = predict(weights.network(), pixels_NCHW, device=device).argmax(dim=1)
     figure = plots.image_grid(pixels_NCHW, split.labels_N[chosen_N], split.classes, predicted_N)
     if options.out is None and plots.has_display():
         plots.show(figure)
@@ -316,7 +320,7 @@ def show_command(options: argparse.Namespace) -> None:
 
 def plot_command(options: argparse.Namespace) -> None:
     checkpoint = load(options.weights)
-    evaluation = evaluate(checkpoint, _split(options), choose_device(options.device))
+    evaluation = evaluate(checkpoint, _split(options, checkpoint), choose_device(options.device))
     figures = {
         "confusion.png": plots.confusion_matrix(evaluation.confusion_KK, checkpoint.classes, evaluation.dataset),
         "per_class.png": plots.per_class_bars(evaluation.confusion_KK, checkpoint.classes, evaluation.dataset),
@@ -325,12 +329,6 @@ def plot_command(options: argparse.Namespace) -> None:
     for name, figure in figures.items():
         plots.save(figure, options.out / name)
         print(f"Wrote {options.out / name}.")
-
-
-def unfamiliar_command(options: argparse.Namespace) -> None:
-    train, held_out = hold_out(data.read(locate(options.data, os.environ))[0], options.validation)
-    found = compare(load(options.weights), train, held_out, options.count, choose_device(options.device))
-    print(json.dumps(found, indent=2) if options.json else format_comparison(found))
 
 
 def summary_command(options: argparse.Namespace) -> None:
@@ -343,7 +341,7 @@ def card_command(options: argparse.Namespace) -> None:
 
 
 def download_command(options: argparse.Namespace) -> None:
-    folder = Path(options.data or os.environ.get("CIFAR_DATA", "data"))
+    folder = locate(options.data, os.environ)
     download(folder)
     print(f"CIFAR-10 is in {folder}.")
 
@@ -359,6 +357,9 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument("--data", help="folder of the data set; else CIFAR_DATA, else ./data")
     compute = argparse.ArgumentParser(add_help=False)
     compute.add_argument("--device", help="cuda, cuda:1, mps or cpu; the first that is there by default")
+    result = argparse.ArgumentParser(add_help=False)
+    result.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")
+    result.add_argument("--out", type=Path, help="write the JSON here as well, e.g. weights/cifar_net.robustness.json")
     held = argparse.ArgumentParser(add_help=False)
     held.add_argument("--validation", type=float, default=0.0, help="use this share of the training images instead")
 
@@ -376,7 +377,6 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--recipe", choices=RECIPES, default="default")
     train.add_argument("--name", help="of the folder under runs/; recipe and time by default")
     train.add_argument("--resume", action="store_true", help="continue the run of this name where it stopped")
-    train.add_argument("--start", type=Path, metavar="FILE", help="weights to begin with, instead of random ones")
     train.add_argument("--out", type=Path, help="write the weights here as well, e.g. weights/cifar_net.pth")
     train.add_argument(
         "--calibration",
@@ -395,11 +395,9 @@ def parser() -> argparse.ArgumentParser:
     measure.set_defaults(command=evaluate_command)
 
     robust = commands.add_parser(
-        "robustness", parents=[where, compute, held], help="measure some weights on worse pictures"
+        "robustness", parents=[where, compute, held, result], help="measure some weights on worse pictures"
     )
     robust.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS)
-    robust.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")
-    robust.add_argument("--out", type=Path, help="write the JSON here as well, e.g. weights/cifar_net.robustness.json")
     robust.set_defaults(command=robustness_command)
 
     without = commands.add_parser(
@@ -427,12 +425,12 @@ def parser() -> argparse.ArgumentParser:
     plot.set_defaults(command=plot_command)
 
     notice = commands.add_parser(
-        "unfamiliar", parents=[where, compute], help="do the weights notice pictures that show none of the classes?"
+        "unfamiliar",
+        parents=[where, compute, held, result],
+        help="do the weights notice pictures that show none of the classes?",
     )
-    notice.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS, help="of a run with --validation")
-    notice.add_argument("--validation", type=float, default=0.1, help="the share of images that it held out")
+    notice.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS)
     notice.add_argument("--count", type=int, default=500, help="pictures of each source")
-    notice.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")
     notice.set_defaults(command=unfamiliar_command)
 
     summary = commands.add_parser("summary", help="a network, layer by layer")
@@ -457,7 +455,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("Interrupted; what was finished is kept, and train --resume continues from there.", file=sys.stderr)
+        print(
+            "Interrupted; what was finished is kept, and train --resume --name NAME continues from there.",
+            file=sys.stderr,
+        )
         return 130
     finally:
         if torch.distributed.is_initialized():

@@ -12,17 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from app import model
 from app.checkpoint import Checkpoint
 from app.data import Split
+from training.calibrate import JPEG_QUALITY
 from training.config import Recipe, override
 from training.data import hold_out
-from training.distill import ask
+from training.distill import ask, introduce
 from training.evaluate import predict
 from training.fit import fit, initialize
 from training.log import read_rows, write_rows
+from training.robustness import jpeg
 
 VALIDATION = 0.1
 NO_INGREDIENTS = {
@@ -60,17 +62,22 @@ def ablate(
         teachers: For a recipe with distillation. They must not have seen that tenth.
 
     Returns:
-        All rows of the file: `ingredient`, `setting`, `seed`, `epochs`, `validation_accuracy` in [0, 1] and `recipe`.
+        All rows of the file: `ingredient`, `setting`, `seed`, `epochs`, `validation_accuracy` and `jpeg_accuracy` (of
+        the same images as JPEG of quality 75) in [0, 1], `teachers` in words and `common`, a digest.
 
     Raises:
-        ValueError: The file has runs of another recipe.
+        ValueError: The file has runs of another recipe, on other images or with other teachers.
     """
     train, held_out = hold_out(images, VALIDATION)
+    compressed = dataclasses.replace(held_out, pixels_NCHW=jpeg(JPEG_QUALITY, held_out.pixels_NCHW))
     answers_NK = ask(teachers, train, device) if teachers else None
-    digest = _digest(recipe)
+    common = _digest(recipe, images, teachers)
     rows = read_rows(file)
-    if any(row["recipe"] != digest for row in rows):
-        raise ValueError(f"{file} has runs of another recipe; name another file with --out, or remove this one.")
+    if any(row["common"] != common for row in rows):
+        raise ValueError(
+            f"{file} has runs of another recipe, on other images or with other teachers; name another file with --out, "
+            "or remove this one."
+        )
     finished = {(row["setting"], row["seed"], row["epochs"]) for row in rows}
     for seed in seeds:
         for ingredient, changes in settings(recipe).items():
@@ -79,7 +86,13 @@ def ablate(
                 continue
             changed = override(recipe, {**changes, "seed": seed, "validation": VALIDATION})
             row = {"ingredient": ingredient, "setting": setting, "seed": seed, "epochs": recipe.epochs}
-            row |= {"validation_accuracy": _train(changed, train, held_out, answers_NK, device), "recipe": digest}
+            network = _train(changed, train, answers_NK, device)
+            row |= {
+                "validation_accuracy": _accuracy(network, held_out, device),
+                "jpeg_accuracy": _accuracy(network, compressed, device),
+                "teachers": introduce(teachers),
+                "common": common,
+            }
             rows.append(row)
             write_rows(file, rows)
             if on_row is not None:
@@ -87,17 +100,22 @@ def ablate(
     return rows
 
 
-def _train(recipe: Recipe, train: Split, held_out: Split, answers_NK: Tensor | None, device: torch.device) -> float:
+def _train(recipe: Recipe, train: Split, answers_NK: Tensor | None, device: torch.device) -> nn.Module:
     torch.manual_seed(recipe.seed)
     network = model.build(recipe.network, num_classes=len(train.classes))
     initialize(network, recipe, train.pixels_NCHW)
     answers_NK = answers_NK if recipe.distillation else None
     fit(network, train, recipe, device=device, answers_NK=answers_NK, show_progress=True)
-    predicted_N = predict(network.eval(), held_out.pixels_NCHW, device=device).argmax(dim=1)
-    return (predicted_N == held_out.labels_N).double().mean().item()
+    return network.eval()
 
 
-def _digest(recipe: Recipe) -> str:
+def _accuracy(network: nn.Module, split: Split, device: torch.device) -> float:
+    predicted_N = predict(network, split.pixels_NCHW, device=device).argmax(dim=1)
+    return (predicted_N == split.labels_N).double().mean().item()
+
+
+def _digest(recipe: Recipe, images: Split, teachers: Sequence[Checkpoint]) -> str:
     """Of all that the rows of one file have in common."""
-    common = {name: value for name, value in vars(recipe).items() if name not in ("seed", "epochs", "validation")}
+    fields = {name: value for name, value in vars(recipe).items() if name not in ("seed", "epochs", "validation")}
+    common = [fields, images.digest, [teacher.sha256 for teacher in teachers]]
     return hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()[:12]

@@ -131,6 +131,8 @@ def find_prototypes(
     found = []
     for label in range(int(labels_N.max()) + 1):
         own_ND = directions_ND[labels_N == label]
+        if not len(own_ND):
+            continue
         centres_PD = own_ND[torch.randperm(len(own_ND), generator=generator)[:per_class]]
         for _ in range(20):
             nearest_N = (own_ND @ centres_PD.T).argmax(dim=1)

@@ -22,6 +22,7 @@ from app.calibration import Calibration
 from app.checkpoint import Checkpoint, load, write_atomically
 from app.report import report, wilson_interval
 from training import plots
+from training.calibrate import JPEG_QUALITY
 from training.log import read_rows
 
 HEADER = """# Model card
@@ -49,7 +50,7 @@ LIMITS = """## Limits
 """
 
 PROVENANCE = (
-    *("recipe", "command", "started_from", "teachers", "images", "data_sha256", "seed", "epochs", "device"),
+    *("recipe", "command", "teachers", "images", "data_sha256", "seed", "epochs", "device"),
     *("precision", "processes", "seconds", "finished_at", "python"),
 )
 
@@ -227,22 +228,26 @@ def _ablation(runs: list[dict[str, Any]]) -> list[str]:
     """A table for each length of the schedule: mean and standard deviation over seeds."""
     lines = ["## Ablation", ""]
     for epochs in sorted({run["epochs"] for run in runs}):
-        accuracies: dict[str, list[float]] = {}
+        settings: dict[str, list[dict[str, Any]]] = {}
         for run in runs:
             if run["epochs"] == epochs:
-                accuracies.setdefault(run["setting"], []).append(100 * run["validation_accuracy"])
-        means = {setting: statistics.mean(values) for setting, values in accuracies.items()}
-        whole = next(iter(means))
-        rows = [
-            (setting, str(len(values)), _spread(values), f"{means[setting] - means[whole]:+.2f}" * (setting != whole))
-            for setting, values in accuracies.items()
-        ]
+                settings.setdefault(run["setting"], []).append(run)
+        whole = next(iter(settings.values()))
+        rows = []
+        for setting, repeated in settings.items():
+            row = [setting, str(len(repeated))]
+            for measure in ("validation_accuracy", "jpeg_accuracy"):
+                here, there = ([100 * run[measure] for run in of] for of in (repeated, whole))
+                difference = statistics.mean(here) - statistics.mean(there)
+                row += [_spread(here), f"{difference:+.2f}" if repeated is not whole else ""]
+            rows.append(row)
         lines += [
             f"The recipe shortened to {epochs} epochs, and the same with one ingredient at a time taken out and "
             "nothing tuned again (`python -m training ablate`): validation accuracy in percent, one view, mean ± "
-            "standard deviation over seeds.",
+            "standard deviation over seeds, and what is lost without the ingredient, in points; the same for these "
+            f"images as JPEG of quality {JPEG_QUALITY}. Taught by {runs[0]['teachers']}.",
             "",
-            *_table(("setting", "seeds", "accuracy", "difference in points"), rows),
+            *_table(("setting", "seeds", "accuracy", "difference", "as JPEG", "difference"), rows),
         ]
     return lines
 

@@ -16,6 +16,7 @@ from app.checkpoint import Checkpoint
 from app.data import Split
 from app.device import choose_dtype
 from app.errors import CheckpointError
+from app.report import report
 from training.augment import shift_and_flip
 from training.config import Recipe
 from training.evaluate import forward
@@ -56,6 +57,21 @@ def _ask(teacher: Checkpoint, split: Split, device: torch.device) -> Tensor:
             # As sure as it is when served; how sure it was while it trained is a matter of its recipe.
             views.append((logits_NK / teacher.calibration.temperature).log_softmax(dim=1))
     return (torch.stack(views).mean(dim=0) / TEMPERATURE).softmax(dim=1)
+
+
+def introduce(teachers: Sequence[Checkpoint]) -> str:
+    """Who they are and what they know, for the card."""
+    return ", ".join(map(_introduce, teachers)) or "none"
+
+
+def _introduce(teacher: Checkpoint) -> str:
+    words = f"{teacher.architecture} {teacher.sha256[:12]}"
+    if "epochs" in teacher.trained:
+        words += f", {teacher.trained['epochs']} epochs"
+    if teacher.evaluation is None:
+        return words
+    known = report(teacher.evaluation, teacher.classes)
+    return f"{words} ({known['accuracy']:.2%} of {known['dataset']['name']})"
 
 
 def lessons(labels_N: Tensor, num_classes: int, recipe: Recipe, answers_NK: Tensor | None = None) -> Tensor:

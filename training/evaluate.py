@@ -61,6 +61,20 @@ def predict(
     return (forward(network, pixels_NCHW, batch_size, device, dtype) / temperature).softmax(dim=1)
 
 
+def require_same_classes(checkpoint: Checkpoint, split: Split) -> None:
+    """Check that what the network answers can be compared with the labels.
+
+    Raises:
+        DataError: The classes of the images are not those of the checkpoint.
+    """
+    if split.classes != checkpoint.classes:
+        raise DataError(
+            f"The weights know the classes {', '.join(checkpoint.classes)}; the images ({split.name}) have the classes "
+            f"{', '.join(split.classes)}. Both must be the same, in the same order: use the data that the weights were "
+            "trained on, or train new weights on this data."
+        )
+
+
 def evaluate(
     checkpoint: Checkpoint, split: Split, device: torch.device | str = "cpu", batch_size: int = BATCH_SIZE
 ) -> Evaluation:
@@ -70,12 +84,7 @@ def evaluate(
         DataError: The classes of the images are not those of the checkpoint.
         ValueError: `batch_size` is less than 1.
     """
-    if split.classes != checkpoint.classes:
-        raise DataError(
-            f"The weights know the classes {', '.join(checkpoint.classes)}; the images ({split.name}) have the classes "
-            f"{', '.join(split.classes)}. Both must be the same, in the same order: use the data that the weights were "
-            "trained on, or train new weights on this data."
-        )
+    require_same_classes(checkpoint, split)
     probabilities_NK = predict(
         checkpoint.network(), split.pixels_NCHW, batch_size, device, temperature=checkpoint.calibration.temperature
     )

@@ -124,16 +124,17 @@ def fit(
     answers_NK: Tensor | None = None,
     workers: Workers = Workers(),
     validate: Callable[[nn.Module], dict[str, float]] | None = None,
-    on_epoch: Callable[[dict[str, float]], None] | None = None,
+    on_epoch: Callable[[list[dict[str, float]]], None] | None = None,
     state_file: Path | None = None,
     resume: bool = False,
+    teachers: str = "none",
     show_progress: bool = False,
 ) -> Progress:
     """Train `network` in place on `train` as `recipe` says.
 
-    `answers_NK` are what teachers say of the images, for a recipe with distillation. `validate` and `on_epoch` are
-    called after each epoch, in the first process only; `state_file` is then written, and read at the start when
-    `resume` is set.
+    `answers_NK` are what `teachers` say of the images, for a recipe with distillation. `validate` and `on_epoch` are
+    called after each epoch, in the first process only, `on_epoch` with the figures of all epochs so far; `state_file`
+    is then written, and read at the start when `resume` is set.
 
     Raises:
         TrainingError: the loss is no longer finite, the batch does not divide, or the state file is of another run.
@@ -150,9 +151,11 @@ def fit(
         network.to(memory_format=torch.channels_last)
     model: nn.Module = DistributedDataParallel(network) if workers.count > 1 else network
     optimizers = optimizers_for(network, recipe)
-    progress = Progress()
-    if resume and state_file is not None:
-        progress = _load_state(state_file, recipe, network, optimizers)
+    progress, origin = Progress(), {**vars(recipe), "images": train.digest, "teachers": teachers}
+    if resume and state_file is not None and state_file.exists():
+        progress = _load_state(state_file, origin, network, optimizers)
+        if workers.is_first and on_epoch is not None:  # in case it stopped between state and log
+            on_epoch(progress.rows)
 
     images_NCHW = train.pixels_NCHW.to(device)
     lessons_NLK = lessons(train.labels_N, len(train.classes), recipe, answers_NK).to(device)
@@ -193,17 +196,17 @@ def fit(
             progress.rows.append(row)
             progress.epochs_done = epoch + 1
             if state_file is not None:
-                _save_state(state_file, recipe, network, optimizers, progress)
+                _save_state(state_file, origin, network, optimizers, progress)
             if on_epoch is not None:
-                on_epoch(row)
+                on_epoch(progress.rows)
     return progress
 
 
 def _save_state(
-    file: Path, recipe: Recipe, network: nn.Module, optimizers: list[Optimizer], progress: Progress
+    file: Path, origin: dict[str, Any], network: nn.Module, optimizers: list[Optimizer], progress: Progress
 ) -> None:
     content = {
-        "recipe": vars(recipe),
+        "origin": origin,
         "network": network.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "epochs_done": progress.epochs_done,
@@ -212,14 +215,13 @@ def _save_state(
     save_tensors(file, content)
 
 
-def _load_state(file: Path, recipe: Recipe, network: nn.Module, optimizers: list[Optimizer]) -> Progress:
-    if not file.exists():
-        return Progress()
+def _load_state(file: Path, origin: dict[str, Any], network: nn.Module, optimizers: list[Optimizer]) -> Progress:
     state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    if changed := [name for name, value in vars(recipe).items() if state["recipe"].get(name) != value]:
+    before = state.get("origin", {})
+    if changed := [name for name, value in origin.items() if before.get(name) != value]:
         raise TrainingError(
-            f"The run to resume was started with another {', '.join(changed)}; "
-            "resume with the same flags, or start a new run under another --name."
+            f"The run to resume was started with another value of: {', '.join(changed)}. "
+            "Resume it with the same flags, images and teachers, or start a new run under another --name."
         )
     network.load_state_dict(state["network"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):

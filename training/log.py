@@ -24,24 +24,19 @@ def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 class RunLog:
     """Writes under `folder`; one line a finished epoch, in the file and on the terminal."""
 
-    def __init__(self, folder: Path, *, resume: bool = False) -> None:
+    def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.file = folder / "log.jsonl"
-        self.rows: list[dict[str, float]] = []
-        if resume:
-            self.rows = read_rows(self.file)
         self.tensorboard = _tensorboard(folder)
 
     def say(self, text: str) -> None:
         tqdm.write(text)
 
-    def epoch(self, row: dict[str, float]) -> None:
-        """Record one epoch's figures."""
-        # A resumed run may repeat an epoch that was logged but not yet saved.
-        self.rows = [old for old in self.rows if old["epoch"] < row["epoch"]] + [row]
-        write_rows(self.file, self.rows)
-        plots.save(plots.learning_curves(self.rows), self.folder / "curves.png")
+    def epoch(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Record the figures of all epochs so far, and show those of the last one."""
+        write_rows(self.folder / "log.jsonl", rows)
+        plots.save(plots.learning_curves(rows), self.folder / "curves.png")
+        row = rows[-1]
         if self.tensorboard is not None:
             for name, value in row.items():
                 self.tensorboard.add_scalar(name, value, int(row["epoch"]))
