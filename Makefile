@@ -39,10 +39,11 @@ clean: ## remove .venv and caches
 
 .venv/.training: .venv/bin/python pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[training]'
-	@touch $@ .venv/.service
+	@touch $@
 
 .venv/.dev: .venv/bin/python pyproject.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[openvino,training,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[openvino,training,dev]' \
+		|| $(BIN)/pip install --quiet --disable-pip-version-check -e '.[training,dev]'
 	@touch $@ .venv/.service .venv/.training
 
 # Three runs, each of which goes on where it stopped; one that has ended is not run again.

@@ -46,8 +46,8 @@ class Server(uvicorn.Server):
         except StartError as error:  # from the application's lifespan it would come out as a traceback
             print(error, file=sys.stderr)
             self.should_exit = True
-            return
-        await super().startup(sockets)
+        if not self.should_exit:  # nor has a signal come meanwhile
+            await super().startup(sockets)
         if not self.started:
             return
         if hasattr(signal, "SIGHUP"):
@@ -95,9 +95,10 @@ def bind(settings: Settings) -> socket.socket:
         listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter of a name that cannot be one
+        reason = getattr(error, "strerror", None) or "there is no such name"
         raise SettingsError(
-            f"The service cannot listen on {settings.host}, port {settings.port}: {error.strerror}. "
+            f"The service cannot listen on {settings.host}, port {settings.port}: {reason}. "
             "Choose another port with --port or CIFAR_PORT; --port 0 takes a free one."
         ) from None
     return listener
@@ -126,11 +127,13 @@ def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
         log_config=None,
         proxy_headers=False,  # nothing here depends on who asks, and looking takes time for each request
         access_log=False,  # ours is cheaper, and knows the request's id and route
+        ws="none",
+        timeout_keep_alive=75,  # load balancers keep theirs for 60 and would now and then ask on a closed connection
         timeout_graceful_shutdown=math.ceil(settings.deadline_seconds) + 1,
     )
     server = Server(config, app.state.service)
     server.run(sockets=[listener])
-    return 0 if server.started else 1
+    return 0 if server.started or app.state.service.draining else 1
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from app.errors import Overloaded
 
 SMOOTHING = 0.1
-"""Weight of the newest batch in the mean time per picture."""
+"""Weight of the newest in a mean time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,20 +27,25 @@ class Admission:
         self.limits = limits
         self.waiting = 0
         self.waiting_bytes = 0
+        self.heavy = 0
         self._seconds_per_picture = 0.0
+        self._seconds_per_heavy = 0.0
 
-    @property
-    def expected_wait_seconds(self) -> float:
-        """What an item admitted now would wait: the pictures before it times the measured time for each."""
-        return self.waiting * self._seconds_per_picture
+    def expected_wait_seconds(self, *, light: bool = True) -> float:
+        """What an item admitted now would wait: the pictures before it times the measured time for each.
 
-    def check(self, size_bytes: int, count: int, deadline_seconds: float) -> None:
+        One that is not light also waits for the others like it to be prepared.
+        """
+        for_inference = self.waiting * self._seconds_per_picture
+        return for_inference if light else max(for_inference, self.heavy * self._seconds_per_heavy)
+
+    def check(self, size_bytes: int, count: int, deadline_seconds: float, *, light: bool = True) -> None:
         """Whether so much more may be admitted. If nothing waits, everything may.
 
         Raises:
             Overloaded: as many pictures or bytes wait as are accepted, or the answer would come too late.
         """
-        wait_seconds = self.expected_wait_seconds
+        wait_seconds = self.expected_wait_seconds(light=light)
         if self.waiting and (
             self.waiting + count > self.limits.max_waiting
             or self.waiting_bytes + size_bytes > self.limits.max_waiting_bytes
@@ -53,15 +58,25 @@ class Admission:
                 retry_after_seconds=retry,
             )
 
-    def enter(self, size_bytes: int, count: int) -> None:
+    def enter(self, size_bytes: int, count: int, *, light: bool = True) -> None:
         self.waiting += count
         self.waiting_bytes += size_bytes
+        self.heavy += not light
 
-    def leave(self, size_bytes: int, count: int) -> None:
+    def leave(self, size_bytes: int, count: int, *, light: bool = True) -> None:
         self.waiting -= count
         self.waiting_bytes -= size_bytes
+        self.heavy -= not light
 
     def learn(self, seconds_per_picture: float) -> None:
         """Take the time of a batch into the mean."""
-        known = self._seconds_per_picture or seconds_per_picture
-        self._seconds_per_picture = known + SMOOTHING * (seconds_per_picture - known)
+        self._seconds_per_picture = _blend(self._seconds_per_picture, seconds_per_picture)
+
+    def learn_heavy(self, seconds: float) -> None:
+        """Take the time of preparing an item that is not light into the mean."""
+        self._seconds_per_heavy = _blend(self._seconds_per_heavy, seconds)
+
+
+def _blend(known: float, new: float) -> float:
+    known = known or new
+    return known + SMOOTHING * (new - known)

@@ -8,7 +8,7 @@ A lone request runs at once and a batch never waits on a timer: what arrives whi
 Light items, whose preparing takes a known fraction of a millisecond, are prepared by the event loop while a batch runs:
 in the inference thread they held up the next batch, and two threads that want the interpreter by turns lose more in
 exchanging it than the work is (one picture a request, 64 connections: a third more answers a second). All others have a
-thread of their own, so that one big photo does not hold up a thousand thumbnails.
+thread of their own, so that one big photo does not hold up a thousand small ones.
 
 The counters belong to the event loop and the queues are the only thing shared, so there is no lock.
 """
@@ -92,8 +92,8 @@ class Batcher(Generic[Item, Prepared, Result]):
 
     @property
     def expected_wait_seconds(self) -> float:
-        """What an item admitted now would wait."""
-        return self._admission.expected_wait_seconds
+        """What a light item admitted now would wait."""
+        return self._admission.expected_wait_seconds()
 
     def check_room(self) -> None:
         """Whether the smallest item would be admitted now; what `submit` says of one that is known is the last word.
@@ -114,7 +114,7 @@ class Batcher(Generic[Item, Prepared, Result]):
             NotReady: the service is stopping.
         """
         deadline_seconds = self._limits.deadline_seconds
-        self._check(size_bytes, 1, deadline_seconds)
+        self._check(size_bytes, 1, deadline_seconds, light=light)
         return self._admit(item, size_bytes, 1, deadline_seconds, light=light, bulk=False)
 
     def submit_all(
@@ -131,13 +131,13 @@ class Batcher(Generic[Item, Prepared, Result]):
         """
         deadline_seconds = min(deadline_seconds or math.inf, self._limits.deadline_seconds)
         pictures = sum(count for _, _, count in items)
-        self._check(sum(size for _, size, _ in items), pictures, deadline_seconds)
+        self._check(sum(size for _, size, _ in items), pictures, deadline_seconds, light=light)
         bulk = pictures > 1
         return [self._admit(*item, deadline_seconds, light=light, bulk=bulk) for item in items]
 
-    def _check(self, size_bytes: int, count: int, deadline_seconds: float) -> None:
+    def _check(self, size_bytes: int, count: int, deadline_seconds: float, *, light: bool = True) -> None:
         self._check_open()
-        self._admission.check(size_bytes, count, deadline_seconds)
+        self._admission.check(size_bytes, count, deadline_seconds, light=light)
 
     def _check_open(self) -> None:
         if not self.ready:
@@ -148,8 +148,10 @@ class Batcher(Generic[Item, Prepared, Result]):
     ) -> Answer[Result]:
         # Not Answer[Result](...): the brackets would be evaluated anew for each request, which takes 2 us.
         future: Answer[Result] = Answer(loop=self._loop)
-        entry: Entry[Item, Prepared, Result] = Entry(item, size_bytes, count, future, deadline_seconds, self._run, bulk)
-        self._admission.enter(size_bytes, count)
+        entry: Entry[Item, Prepared, Result] = Entry(
+            item, size_bytes, count, future, deadline_seconds, self._run, light=light, bulk=bulk
+        )
+        self._admission.enter(size_bytes, count, light=light)
         if not light:
             self._heavy.put(entry)
         elif (failure := entry.prepare(self._prepare)) is None:
@@ -195,7 +197,9 @@ class Batcher(Generic[Item, Prepared, Result]):
             self.statistics.record(execution, time())
             self._admission.learn(execution.seconds / execution.pictures)
         for entry, outcome in outcomes:
-            self._admission.leave(entry.size_bytes, entry.count)
+            self._admission.leave(entry.size_bytes, entry.count, light=entry.light)
+            if not entry.light and entry.prepare_seconds:
+                self._admission.learn_heavy(entry.prepare_seconds)
             if entry.future.done():  # cancelled meanwhile
                 continue
             if isinstance(outcome, Exception):

@@ -1,13 +1,12 @@
 """What held-out images taught about the answers of a network: how sure it may be, and what is like its training.
 
-A leaf: torch only. Shape letters: N pictures, K classes, D features, P prototypes.
+A leaf: torch only. Shape letters: N pictures, K classes.
 """
 
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 UNFAMILIAR = 0.05
@@ -22,8 +21,8 @@ class Calibration:
     """What the logits are divided by before the softmax (Guo et al., 2017, arXiv:1706.04599)."""
     set_threshold: float | None = None
     """A class of at least this probability is in the prediction set."""
-    strangeness_quantiles: tuple[float, ...] | None = None
-    """Of the `strangeness` of the held-out images, at equal steps from the least to the greatest."""
+    energy_quantiles: tuple[float, ...] | None = None
+    """Of the `energy` of the held-out images, at equal steps from the least to the greatest."""
     images: str = ""
     """Which images, in words."""
     count: int = 0
@@ -31,15 +30,15 @@ class Calibration:
     digest: str = ""
     """sha256 over their pixels and labels."""
 
-    def familiarity(self, strangeness: float) -> float:
-        """The share of held-out images that are stranger, in [0, 1]. Only with `strangeness_quantiles`."""
-        quantiles = self.strangeness_quantiles
+    def familiarity(self, energy: float) -> float:
+        """The share of held-out images with a higher energy, in [0, 1]. Only with `energy_quantiles`."""
+        quantiles = self.energy_quantiles
         assert quantiles is not None
-        above = bisect_left(quantiles, strangeness)
+        above = bisect_left(quantiles, energy)
         if above == 0 or above == len(quantiles):
             return float(above == 0)
         low, high = quantiles[above - 1], quantiles[above]
-        return 1 - (above - 1 + (strangeness - low) / (high - low)) / (len(quantiles) - 1)
+        return 1 - (above - 1 + (energy - low) / (high - low)) / (len(quantiles) - 1)
 
     def prediction_set(self, probabilities_K: Sequence[float]) -> list[int] | None:
         """Indices of the classes that the picture may be of, the most probable first; at least one, None if unknown.
@@ -59,14 +58,10 @@ class Calibration:
 UNCALIBRATED = Calibration()
 
 
-def strangeness(features_ND: Tensor, logits_NK: Tensor, prototypes_PD: Tensor) -> Tensor:
-    """How little each picture resembles the training images (N,), from 0.
+def energy(logits_NK: Tensor) -> Tensor:
+    """How little the network makes of each picture (N,): the higher, the less it resembles the training images.
 
-    Its distance to the nearest prototype (1 - cosine), the more the less the network can decide: times 1 + entropy in
-    nats. As in NNGuide (Park, Jung and Teoh, 2023, arXiv:2309.14888) each makes up for what the other one misses:
-    features betray drawings and noise, indecision betrays photographs. `python -m training unfamiliar` compares.
+    Minus the logarithm of the summed exponentials of the logits, the free energy of Liu et al. (2020,
+    arXiv:2010.03759). `python -m training unfamiliar` compares it with other scores.
     """
-    lengths_N: Tensor = torch.linalg.vector_norm(features_ND, dim=1).clamp_min(1e-12)
-    distance_N = 1 - (features_ND @ prototypes_PD.T).amax(dim=1) / lengths_N
-    entropy_N: Tensor = torch.special.entr(logits_NK.softmax(dim=1)).sum(dim=1)
-    return distance_N * (1 + entropy_N)
+    return -logits_NK.logsumexp(dim=1)

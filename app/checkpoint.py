@@ -1,18 +1,17 @@
 """The only definition of what a weights file holds. Reading never runs code from the file; writing is atomic.
 
-    format        2
+    format        3
     architecture  {"name": "cifar_net", "arguments": {...}}, what `model.build` needs
     state_dict    float32 tensors on the CPU, mean and std among them, so that preprocessing is never typed twice
     classes       the class names, in the order of the outputs
     calibration   the fields of `calibration.Calibration`
-    prototypes    (P, D), unit vectors: where the training images lie among the features of this network, or None
     self_test     (N, K), the probabilities of `self_test.drawings` in float32, or None
     evaluation    the fields of `report.Evaluation`, or None
-    trained       where the weights come from: shown to people, never interpreted
+    trained       where the weights come from, for people; training also reads what was held out
 
 The tutorial's own file, a bare state_dict of `Net`, is read as well. It lacks all that may be None.
 
-Shape letters: N images, K classes, P prototypes, D features.
+Shape letters: N images, K classes.
 """
 
 import dataclasses
@@ -37,7 +36,7 @@ from app.errors import CheckpointError
 from app.model import Normalized
 from app.report import Evaluation
 
-FORMAT = 2
+FORMAT = 3
 CIFAR10_CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 EXPECTED = "Expected is a file written by `python -m training train`, or the state_dict of the tutorial's Net."
 
@@ -51,7 +50,6 @@ class Checkpoint:
     state_dict: dict[str, Tensor]
     classes: tuple[str, ...]
     calibration: Calibration = UNCALIBRATED
-    prototypes_PD: Tensor | None = None
     self_test_NK: Tensor | None = None
     evaluation: Evaluation | None = None
     trained: dict[str, Any] = field(default_factory=dict)
@@ -108,7 +106,6 @@ def save(checkpoint: Checkpoint, path: Path) -> str:
         "state_dict": {name: tensor.detach().cpu().clone() for name, tensor in checkpoint.state_dict.items()},
         "classes": list(checkpoint.classes),
         "calibration": vars(checkpoint.calibration).copy(),
-        "prototypes": checkpoint.prototypes_PD,
         "self_test": checkpoint.self_test_NK,
         "evaluation": None if checkpoint.evaluation is None else vars(checkpoint.evaluation).copy(),
         "trained": checkpoint.trained,
@@ -169,7 +166,7 @@ def load(path: Path) -> Checkpoint:
         ) from None
     try:
         checkpoint = _parse(content)
-        _check_prototypes(checkpoint.prototypes_PD, checkpoint.network())
+        checkpoint.network()
     except CheckpointError as error:
         raise CheckpointError(f"{error} (File {path}.) {EXPECTED}") from None
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError):
@@ -194,7 +191,6 @@ def _parse(content: object) -> Checkpoint:
             state_dict=content["state_dict"],
             classes=tuple(content["classes"]),
             calibration=Calibration(**content["calibration"]),
-            prototypes_PD=content["prototypes"],
             self_test_NK=content["self_test"],
             evaluation=None if evaluation is None else Evaluation(**evaluation),
             trained=content["trained"],
@@ -240,10 +236,9 @@ def _check(checkpoint: Checkpoint) -> None:
     if not (checkpoint.state_dict.get("std", torch.ones(3)) > 0).all():
         raise CheckpointError("In the weights file a standard deviation of the normalisation is not positive.")
     _check_calibration(checkpoint.calibration)
-    for name, matrix in (("prototypes", checkpoint.prototypes_PD), ("self_test", checkpoint.self_test_NK)):
-        if matrix is not None and not _is_matrix(matrix):
-            raise CheckpointError(f"In the weights file the field {name} is no matrix of finite float32 numbers.")
     if checkpoint.self_test_NK is not None:
+        if not _is_matrix(checkpoint.self_test_NK):
+            raise CheckpointError("In the weights file the field self_test is no matrix of finite float32 numbers.")
         expected = (len(self_test.drawings()), len(checkpoint.classes))
         if checkpoint.self_test_NK.shape != expected:
             raise CheckpointError(
@@ -271,21 +266,13 @@ def _check_calibration(calibration: Calibration) -> None:
             f"In the weights file the threshold of the prediction sets is {calibration.set_threshold}; it must be from "
             "0 to 1."
         )
-    quantiles = calibration.strangeness_quantiles
+    quantiles = calibration.energy_quantiles
     if quantiles is not None and not (
         len(quantiles) > 1
         and all(isinstance(value, float) and math.isfinite(value) for value in quantiles)
         and all(low <= high for low, high in pairwise(quantiles))
     ):
-        raise CheckpointError("In the weights file the quantiles of the strangeness are not rising numbers.")
-
-
-def _check_prototypes(prototypes_PD: Tensor | None, network: Normalized) -> None:
-    features = model.split(network)[1].in_features
-    if prototypes_PD is not None and prototypes_PD.shape[1] != features:
-        raise CheckpointError(
-            f"In the weights file the prototypes have {prototypes_PD.shape[1]} features; the network has {features}."
-        )
+        raise CheckpointError("In the weights file the quantiles of the energy are not rising numbers.")
 
 
 def _check_evaluation(evaluation: Evaluation, size: int) -> None:

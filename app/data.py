@@ -29,10 +29,9 @@ from torch import Tensor
 from app import images, numpy_pickle
 from app.checkpoint import CIFAR10_CLASSES
 from app.errors import DataError, RequestError
-from app.model import IMAGE_SIZE
+from app.model import IMAGE_BYTES, IMAGE_SIZE
 
-PIXEL_BYTES = 3 * IMAGE_SIZE * IMAGE_SIZE
-RECORD_BYTES = 1 + PIXEL_BYTES
+RECORD_BYTES = 1 + IMAGE_BYTES
 BATCH_IMAGES = 10_000
 TRAINING_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
 TEST_BATCH = "test_batch"
@@ -178,7 +177,7 @@ def _parse_pickle(path: Path, raw: bytearray) -> tuple[Tensor, Tensor]:
     try:
         batch = numpy_pickle.load(raw)
         labels, data = batch[b"labels"], batch[b"data"]
-        if data.shape != (len(labels), PIXEL_BYTES) or len(data.content) != len(labels) * PIXEL_BYTES:
+        if data.shape != (len(labels), IMAGE_BYTES) or len(data.content) != len(labels) * IMAGE_BYTES:
             raise ValueError("labels and pixels differ in number")
         pixels = torch.frombuffer(bytearray(data.content), dtype=torch.uint8)
         return pixels.reshape(-1, 3, IMAGE_SIZE, IMAGE_SIZE), torch.tensor(labels, dtype=torch.int64)

@@ -33,6 +33,7 @@ class Entry(Generic[Item, Prepared, Result]):
         "deadline_seconds",
         "future",
         "item",
+        "light",
         "prepare_seconds",
         "prepared",
         "run",
@@ -47,6 +48,8 @@ class Entry(Generic[Item, Prepared, Result]):
         future: Answer[Result],
         deadline_seconds: float,
         run: Run[Prepared, Result],
+        *,
+        light: bool,
         bulk: bool,
     ) -> None:
         self.item = item
@@ -56,6 +59,7 @@ class Entry(Generic[Item, Prepared, Result]):
         self.admitted_at = monotonic()
         self.deadline_seconds = deadline_seconds
         self.run = run
+        self.light = light
         self.bulk = bulk
         self.prepared: Prepared | None = None
         self.prepare_seconds = 0.0

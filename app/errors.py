@@ -15,6 +15,7 @@
         |-- BadRequest         400
         |-- Unauthorized       401
         |-- NotFound           404
+        |-- TooSlow            408
         |-- WeightsRefused     409
         |-- BodyTooLarge       413
         |-- UnsupportedMedia   415
@@ -84,6 +85,7 @@ class Unauthorized(RequestError):
     """The key is missing or wrong."""
 
     status = 401
+    reason = "unauthorized"
 
 
 class NotFound(RequestError):
@@ -93,10 +95,18 @@ class NotFound(RequestError):
     reason = "not_found"
 
 
+class TooSlow(RequestError):
+    """The body has not come within the deadline."""
+
+    status = 408
+    reason = "too_slow"
+
+
 class WeightsRefused(RequestError):
     """The weights file cannot take the place of the one that is served."""
 
     status = 409
+    reason = "weights_refused"
 
 
 class BodyTooLarge(RequestError):

@@ -3,15 +3,16 @@
 The fast lane lives on these alone; a route of the framework hands its request's over and gets the same answer.
 """
 
+import asyncio
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from pydantic_core import to_json
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Receive
+from starlette.types import Message, Receive
 
-from app.errors import BodyTooLarge, RequestError
+from app.errors import BodyTooLarge, Overloaded, RequestError, TooSlow
 from app.statistics import Timing
 
 Headers = Mapping[bytes, bytes]
@@ -69,33 +70,70 @@ def refusal(error: RequestError, request_id: str) -> Reply:
     return Reply(body, headers=raw, status=error.status)
 
 
-async def read_body(headers: Headers, receive: Receive, max_bytes: int) -> bytes:
-    """The body; one that announces too much is not read at all.
+class Intake:
+    """Where bodies come in. Belongs to the event loop.
 
-    Raises:
-        BodyTooLarge: It has more than `max_bytes`.
-        ClientDisconnect: The client has left before its end.
+    Args:
+        max_bytes: Of one body.
+        max_waiting_bytes: Of all that have come in part.
+        seconds: How long one may take.
     """
-    length = headers.get(b"content-length", b"")
-    if length.isdigit() and int(length) > max_bytes:
-        raise _too_large(max_bytes)
-    parts: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        part: bytes = message.get("body", b"")
-        size += len(part)
-        if size > max_bytes:
-            raise _too_large(max_bytes)
-        if not message.get("more_body", False):
-            return b"".join((*parts, part)) if parts else part
-        parts.append(part)
 
+    def __init__(self, *, max_bytes: int, max_waiting_bytes: int, seconds: float) -> None:
+        self.max_bytes = max_bytes
+        self._max_waiting_bytes = max_waiting_bytes
+        self._seconds = seconds
+        self._waiting_bytes = 0
 
-def _too_large(max_bytes: int) -> BodyTooLarge:
-    return BodyTooLarge(
-        f"The request body is too large; accepted are at most {max_bytes:,} bytes.",
-        detail={"max_body_bytes": max_bytes},
-    )
+    async def read(self, headers: Headers, receive: Receive) -> bytes:
+        """The body; one that announces too much is not read at all.
+
+        Raises:
+            BodyTooLarge: It has more than `max_bytes`.
+            Overloaded: Too much of other bodies has come that are not whole yet.
+            TooSlow: It was not whole in time.
+            ClientDisconnect: The client has left before its end.
+        """
+        length = headers.get(b"content-length", b"")
+        self._check(int(length) if length.isdigit() else 0)
+        try:
+            async with asyncio.timeout(self._seconds):
+                message = await receive()
+                if message["type"] == "http.request" and not message.get("more_body", False):
+                    whole: bytes = message.get("body", b"")  # as nearly all of them come
+                    self._check(len(whole))
+                    return whole
+                return await self._join(message, receive)
+        except TimeoutError:
+            raise TooSlow(
+                f"The body was not complete within {self._seconds:g} seconds. Send it faster, or a smaller one.",
+                headers={"Connection": "close"},
+            ) from None
+
+    async def _join(self, message: Message, receive: Receive) -> bytes:
+        body = bytearray()
+        try:
+            while True:
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                part: bytes = message.get("body", b"")
+                self._waiting_bytes += len(part)
+                body += part
+                self._check(len(body))
+                if self._waiting_bytes > self._max_waiting_bytes and self._waiting_bytes > len(body):
+                    raise Overloaded(
+                        "The service receives as much as it accepts at a time. Try again in 1 second.",
+                        retry_after_seconds=1,
+                    )
+                if not message.get("more_body", False):
+                    return bytes(body)
+                message = await receive()
+        finally:
+            self._waiting_bytes -= len(body)
+
+    def _check(self, size_bytes: int) -> None:
+        if size_bytes > self.max_bytes:
+            raise BodyTooLarge(
+                f"The request body is too large; accepted are at most {self.max_bytes:,} bytes.",
+                detail={"max_body_bytes": self.max_bytes},
+            )

@@ -14,7 +14,12 @@ from datetime import UTC, datetime
 from typing import TextIO
 
 TEXT = "%(asctime)s %(levelname)s %(message)s"
-QUIET = frozenset({"/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready", "/v2/models/cifar/ready"})
+QUIET = frozenset(
+    {
+        *("/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"),
+        *("/v2/models/cifar/ready", "/v2/models/cifar/versions/1/ready"),
+    }
+)
 """Routes that are asked every few seconds, by machines."""
 
 

@@ -41,7 +41,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        if not service.ready:  # `python -m app` has started it, to say itself what is wrong with the weights
+        if not service.started:  # `python -m app` has started it, to say itself what is wrong with the weights
             await service.start()
         # What is loaded stays; without this, a full garbage collection stops all requests for 60 ms now and then.
         gc.collect()
@@ -63,6 +63,7 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,  # the framework's pages load their scripts from elsewhere; ours is in static
         redoc_url=None,
+        redirect_slashes=False,
     )
     app.state.service = service
     app.state.registry = exposition.registry(service, traffic, access_log)

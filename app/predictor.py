@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from app import engine, model
-from app.calibration import strangeness
+from app.calibration import energy
 from app.checkpoint import Checkpoint
 from app.images import to_tensor
 from app.model import IMAGE_BYTES, IMAGE_SIZE
@@ -23,7 +23,7 @@ class Estimate(NamedTuple):
 
     probabilities_K: list[float]
     familiarity: float | None
-    """Share of held-out images that are stranger, in [0, 1]; None if the weights do not know."""
+    """Share of held-out images that resemble the training images less, in [0, 1]; None if the weights do not know."""
 
 
 class Predictor:
@@ -55,44 +55,44 @@ class Predictor:
     ) -> Generator[None, None, None]:
         self._max_batch = max_batch
         self._calibration = checkpoint.calibration
-        self._prototypes_PD = checkpoint.prototypes_PD
         folded = yield from aside(lambda: model.fold(checkpoint.network()))
         # The last layer is small; in bfloat16 its logits would be so coarse that two classes often shared the highest.
         body, self._head = model.split(folded)
         self.engine = yield from engine.choose(body, device, name=engine_name, threads=threads, max_batch=max_batch)
 
     def warm_up(self) -> Iterator[None]:
-        """Run each size of a batch once, one a step, because the first run of a size also chooses its kernels.
+        """Run the sizes of a batch once, one a step, because the first run of a size also chooses its kernels.
 
-        About a quarter of a second altogether on a CPU.
+        Up to 32 all, about a quarter of a second altogether on a CPU; of the larger ones, which take longer, some.
         """
-        for size in range(1, self._max_batch + 1):
+        doubled = (2**power for power in range(self._max_batch.bit_length()))
+        for size in sorted({*range(1, min(self._max_batch, 32) + 1), *doubled, self._max_batch}):
             self.predict(torch.zeros(size, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8))
             yield
 
     @torch.inference_mode()
     def predict(self, pixels_NCHW: Tensor) -> Tensor:
         """Probabilities (N, K), float64 on the CPU so that each row sums to 1, of uint8 pixels (N, C, H, W)."""
-        return self._probabilities(self._head(self._features(pixels_NCHW)))
+        return self._probabilities(self._logits(pixels_NCHW))
 
     @torch.inference_mode()
     def estimate(self, pixels_NCHW: Tensor) -> list[Estimate]:
         """The same for each picture, and how familiar it is."""
-        features_ND = self._features(pixels_NCHW)
-        logits_NK = self._head(features_ND)
+        logits_NK = self._logits(pixels_NCHW)
         rows_NK = self._probabilities(logits_NK).tolist()
-        if self._prototypes_PD is None or self._calibration.strangeness_quantiles is None:
+        if self._calibration.energy_quantiles is None:
             return [Estimate(row_K, None) for row_K in rows_NK]
-        strange_N = strangeness(features_ND, logits_NK, self._prototypes_PD).tolist()
-        return list(map(Estimate, rows_NK, map(self._calibration.familiarity, strange_N)))
+        return list(map(Estimate, rows_NK, map(self._calibration.familiarity, energy(logits_NK).tolist())))
 
     def estimate_each(self, items: Sequence[bytes | memoryview]) -> list[list[Estimate]]:
         """The estimates for each item: the pixels of one picture or of several, a byte each (N, H, W, C)."""
         estimates = iter(self.estimate(to_tensor(items)))
         return [list(islice(estimates, len(pixels) // IMAGE_BYTES)) for pixels in items]
 
-    def _features(self, pixels_NCHW: Tensor) -> Tensor:
-        return torch.cat([self.engine(part) for part in pixels_NCHW.split(self._max_batch)])
+    def _logits(self, pixels_NCHW: Tensor) -> Tensor:
+        features_ND = torch.cat([self.engine(part) for part in pixels_NCHW.split(self._max_batch)])
+        logits_NK: Tensor = self._head(features_ND)
+        return logits_NK
 
     def _probabilities(self, logits_NK: Tensor) -> Tensor:
         return (logits_NK.double() / self._calibration.temperature).softmax(dim=1)

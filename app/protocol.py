@@ -3,15 +3,21 @@
 What one turn of the event loop writes to a connection leaves in one piece: uvicorn writes the head of an answer and its
 body apart, and each is a system call that wakes the client. And under too much load, when refusals are most of the
 work, they are given before uvicorn makes a task of each.
+
+And it is never talked into another protocol.
 """
 
 import asyncio
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
+from httptools import HttpParserUpgrade
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from app.exchange import RawReply
+
+OFFER = frozenset({b"connection", b"upgrade", b"http2-settings"})
+"""The headers of a request in which its client offers to go on in another protocol."""
 
 
 class Joining:
@@ -40,19 +46,55 @@ class Joining:
             self._parts.clear()
 
 
+class Steadfast:
+    """A parser that stays with HTTP/1.1 when a client offers another protocol, as RFC 9110, section 7.8 allows.
+
+    Of itself it takes what follows the head for that protocol's: the body is lost, or read as the next request. Java's
+    own client and `curl --http2` offer HTTP/2 with their first request.
+    """
+
+    def __init__(self, parser: Any, take_head_without_offer: Callable[[], bytes | None]) -> None:
+        self._parser = parser
+        self._take_head_without_offer = take_head_without_offer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._parser, name)
+
+    def feed_data(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except HttpParserUpgrade as offer:
+            if (head := self._take_head_without_offer()) is None:
+                raise
+            self.feed_data(head + data[offer.args[0] :])
+
+
 class Protocol(HttpToolsProtocol):
     """Of an application with a method `refuse`."""
 
-    _refusal: RawReply | None = None
-    _refuse: Callable[[str, Iterable[tuple[bytes, bytes]]], RawReply | None]
+    _refusal: Callable[[], RawReply] | None = None
+    _refuse: Callable[[str, Iterable[tuple[bytes, bytes]]], Callable[[], RawReply] | None]
+    _head_without_offer: bytes | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(cast(asyncio.Transport, Joining(transport)))
+        self.parser = cast(Any, Steadfast(self.parser, self.take_head_without_offer))
         self._refuse = cast(Any, self.config.app).refuse
 
+    def take_head_without_offer(self) -> bytes | None:
+        """The head of a request that offered another protocol, once."""
+        head, self._head_without_offer = self._head_without_offer, None
+        return head
+
     def on_headers_complete(self) -> None:
+        method: bytes = self.parser.get_method()
+        if self.parser.should_upgrade() and method != b"CONNECT":
+            lines = [b"%b %b HTTP/%b" % (method, self.url, self.parser.get_http_version().encode())]
+            lines += [b"%b: %b" % header for header in self.headers if header[0] not in OFFER]
+            self._head_without_offer = b"\r\n".join([*lines, b"\r\n"])
+            return
         in_turn = self.cycle is None or self.cycle.response_complete  # not behind another of the same connection
-        if in_turn and not self.expect_100_continue and self.parser.get_method() == b"POST":
+        if in_turn and not self.expect_100_continue and method == b"POST":
             self._refusal = self._refuse(self.url.decode("latin-1"), self.headers)
         if self._refusal is None:
             super().on_headers_complete()
@@ -62,10 +104,12 @@ class Protocol(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._head_without_offer is not None:
+            return
         if self._refusal is None:
             super().on_message_complete()
             return
-        (status, headers, body), self._refusal = self._refusal, None
+        (status, headers, body), self._refusal = self._refusal(), None
         headers = [*self.server_state.default_headers, *headers]
         keep_alive = self.parser.should_keep_alive() and (b"connection", b"close") not in headers
         if not keep_alive:

@@ -41,7 +41,7 @@ class Scores(BaseModel):
     )
     familiarity: float | None = Field(
         description="How much the picture resembles what the network was trained on: the share of held-out images of "
-        "that kind that are stranger, 0 to 1. Null if these weights do not know.",
+        "that kind that resemble it less, 0 to 1. Null if these weights do not know.",
         examples=[0.62],
     )
     unfamiliar: bool | None = Field(
@@ -182,6 +182,7 @@ MEANINGS = {
     400: "No picture in the body, a damaged one, or a malformed form.",
     401: "The key is missing or wrong.",
     404: "There is no such page, or no report.",
+    408: "The body was not complete within the deadline.",
     409: "The weights file cannot take the place of the one that is served, which goes on serving.",
     413: "The body has too many bytes or the picture too many pixels.",
     415: "A content type or content encoding that the service does not read.",

@@ -22,6 +22,7 @@ from app.checkpoint import Checkpoint
 from app.device import describe
 from app.entries import Answer
 from app.errors import CheckpointError, DataError, NotFound, WeightsRefused
+from app.exchange import Intake
 from app.images import Resize
 from app.model import IMAGE_BYTES
 from app.predictor import Estimate, Predictor
@@ -68,8 +69,14 @@ class Service:
     def __init__(self, settings: Settings, checkpoint: Checkpoint, device: torch.device) -> None:
         self.settings = settings
         self.device = device
+        self.started = False
         self.draining = False
         self.predictions = Predictions()
+        self.intake = Intake(
+            max_bytes=settings.max_body_bytes,
+            max_waiting_bytes=settings.max_waiting_bytes,
+            seconds=settings.deadline_seconds,
+        )
         self._served = Served(checkpoint)
         self._reloading = asyncio.Lock()
         self._batcher: Batcher[Item, Pixels, Verdict] = Batcher(
@@ -85,6 +92,7 @@ class Service:
 
     async def start(self) -> None:
         """Return when the network is warm. An evaluation, if data were given, goes on in the background."""
+        self.started = True
         await self._batcher.start()
         release_memory()
         self._start_evaluation()
@@ -254,7 +262,7 @@ class Service:
         self.predictions.record(probabilities_NK, served.checkpoint.classes)
         return [Verdict(rows, served.checkpoint) for rows in answers]
 
-    def _evaluate(self, served: Served, split: data.Split) -> Iterator[None]:
+    def _evaluate(self, served: Served, split: data.Split, digest: str) -> Iterator[None]:
         parts = []
         for pixels_NCHW in split.pixels_NCHW.split(EVALUATION_BATCH):
             if served is not self._served:  # exchanged; the new ones have an evaluation of their own
@@ -266,7 +274,7 @@ class Service:
             torch.cat(parts),
             split.labels_N,
             dataset=split.name,
-            digest=split.digest,
+            digest=digest,
             evaluated_at=evaluated_at,
             temperature=served.checkpoint.calibration.temperature,
             set_threshold=served.checkpoint.calibration.set_threshold,
@@ -289,7 +297,7 @@ class Service:
                 ", ".join(served.checkpoint.classes),
             )
             return
-        self._batcher.run_when_idle(self._evaluate(served, split))
+        self._batcher.run_when_idle(self._evaluate(served, split, split.digest))
 
 
 def _is_light(picture: bytes, resize: Resize | None) -> bool:

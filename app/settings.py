@@ -186,11 +186,10 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
         SystemExit: `--help` was asked for and printed.
     """
     values = {name: (f"{PREFIX}{name.upper()}", environment.get(f"{PREFIX}{name.upper()}")) for name in KNOWN}
+    variables = [variable for variable, _ in values.values()]
     for variable in environment:
-        if variable.startswith(PREFIX) and variable.removeprefix(PREFIX).lower() not in KNOWN:
-            raise SettingsError(
-                f"There is no setting {variable}. {_nearest(variable, [name for name, _ in values.values()])}"
-            )
+        if variable.startswith(PREFIX) and variable not in variables:
+            raise SettingsError(f"There is no setting {variable}. {_nearest(variable, variables)}")
     flags = _parser().parse_args(arguments)
     values |= {name: (_flag(name), value) for name, value in vars(flags).items() if value is not None}
     return Settings(

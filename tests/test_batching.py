@@ -195,6 +195,33 @@ async def test_retry_after_is_depth_times_measured_time_and_hopeless_requests_ar
     await batcher.close()
 
 
+async def test_what_takes_long_to_prepare_is_refused_by_that_and_does_not_count_for_what_is_light(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    doubler = Doubler()
+    clock = 0.0
+    for module in (batching, entries):
+        monkeypatch.setattr(module, "monotonic", lambda: clock)
+
+    def prepare(text: str) -> int:
+        nonlocal clock
+        clock += 8.0 * (text == "7")
+        return doubler.prepare(text)
+
+    batcher = Batcher(prepare, doubler.build, LIMITS)
+    await batcher.start()
+    assert await batcher.submit("7", 1, light=False) == 14  # took 8 seconds, which none of the others will
+    held = await hold(doubler, batcher)
+    photos = [batcher.submit("1", 1, light=False) for _ in range(8)]
+    with pytest.raises(Overloaded, match="Try again in 64 seconds"):
+        batcher.submit("2", 1, light=False)
+    small = batcher.submit("3", 1, light=True)
+    doubler.gate.set()
+    assert await asyncio.gather(held, small, *photos) == [0, 6] + 8 * [2]
+    assert batcher.waiting == batcher._admission.heavy == 0
+    await batcher.close()
+
+
 @pytest.mark.parametrize("light", [True, False])
 async def test_after_the_deadline_nothing_is_run(light: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     doubler = Doubler()

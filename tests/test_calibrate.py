@@ -1,17 +1,16 @@
 """What is learned from held-out images: the temperature, the prediction sets, what is familiar."""
 
-import dataclasses
+import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import random_checkpoint
 
-from app.calibration import Calibration, strangeness
+from app.calibration import Calibration, energy
 from app.checkpoint import CIFAR10_CLASSES
 from app.data import Split
 from app.report import calibration_error
-from training.calibrate import calibrate, find_prototypes, fit_temperature, set_threshold
+from training.calibrate import calibrate, fit_temperature, set_threshold
 from training.robustness import jpeg
 
 
@@ -63,34 +62,15 @@ def test_a_prediction_set_is_ranked_and_never_empty() -> None:
     assert Calibration().prediction_set([0.5, 0.5]) is None
 
 
-def test_familiarity_is_the_share_of_held_out_images_that_are_stranger() -> None:
-    known = Calibration(strangeness_quantiles=(1.0, 2.0, 2.0, 4.0, 8.0))
+def test_familiarity_is_the_share_of_held_out_images_of_higher_energy() -> None:
+    known = Calibration(energy_quantiles=(1.0, 2.0, 2.0, 4.0, 8.0))
     given = {0.5: 1.0, 1.0: 1.0, 1.5: 0.875, 2.0: 0.75, 3.0: 0.375, 4.0: 0.25, 6.0: 0.125, 8.0: 0.0, 9.0: 0.0}
     assert {value: known.familiarity(value) for value in given} == pytest.approx(given)
 
 
-def test_strangeness_by_hand() -> None:
-    prototypes_PD = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    features_ND = torch.tensor([[5.0, 0.0], [3.0, 4.0], [-1.0, 0.0]])
-    sure_NK, torn_NK = torch.tensor([[100.0, 0.0]]).expand(3, 2), torch.zeros(3, 2)
-    assert strangeness(features_ND, sure_NK, prototypes_PD).tolist() == pytest.approx([0, 0.2, 1])
-    torn_N = strangeness(features_ND, torn_NK, prototypes_PD)
-    torch.testing.assert_close(torn_N, torch.tensor([0, 0.2, 1]) * (1 + torch.tensor(2.0).log()))
-
-
-def test_prototypes_lie_where_the_features_do() -> None:
-    generator = torch.Generator().manual_seed(0)
-    centres_PD = F.normalize(torch.randn(6, 8, generator=generator), dim=1)
-    which_N = torch.arange(600) % 6
-    features_ND = 3 * centres_PD[which_N] + 0.1 * torch.randn(600, 8, generator=generator)
-    prototypes_PD = find_prototypes(features_ND, which_N % 2, per_class=3)
-    assert prototypes_PD.shape == (6, 8)
-    torch.testing.assert_close(prototypes_PD.norm(dim=1), torch.ones(6))
-    # Three of each class: a random start may give two of them one centre, but each has one nearby.
-    assert ((prototypes_PD @ centres_PD.T).amax(dim=1) > 0.7).all()
-    assert (find_prototypes(features_ND, which_N, per_class=1) @ centres_PD.T).argmax(dim=1).tolist() == [*range(6)]
-    assert len(find_prototypes(features_ND[:4], which_N[:4], per_class=3)) == 4  # one image of each class
-    assert len(find_prototypes(features_ND[1:3], which_N[1:3], per_class=3)) == 2  # and none of the class 0
+def test_energy_by_hand() -> None:
+    logits_NK = torch.tensor([[3.0, 3.0], [0.0, 100.0], [0.0, 0.0], [-5.0, -5.0]])
+    assert energy(logits_NK).tolist() == pytest.approx([-3 - math.log(2), -100, -math.log(2), 5 - math.log(2)])
 
 
 def test_half_of_the_held_out_images_are_more_familiar_than_the_median() -> None:
@@ -102,13 +82,12 @@ def test_half_of_the_held_out_images_are_more_familiar_than_the_median() -> None
         labels_N=torch.arange(60) % 10,
     )
     given = random_checkpoint()
-    prototypes_PD = F.normalize(torch.rand(10, 84, generator=generator), dim=1)
-    found = calibrate(dataclasses.replace(given, prototypes_PD=prototypes_PD), held_out)
+    found = calibrate(given, held_out)
     assert found.images == "held out, as they are and as JPEG of quality 75"
     assert (found.count, found.digest) == (60, held_out.digest)
     logits_NK = given.network()(torch.cat([held_out.pixels_NCHW, jpeg(75, held_out.pixels_NCHW)]))
     expected = fit_temperature(logits_NK.softmax(dim=1), held_out.labels_N.repeat(2))
     assert found.temperature == pytest.approx(expected, rel=1e-4)
-    assert found.strangeness_quantiles is not None
-    ranks = sorted(found.familiarity(value) for value in found.strangeness_quantiles[::100])
+    assert found.energy_quantiles is not None
+    ranks = sorted(found.familiarity(value) for value in found.energy_quantiles[::100])
     assert ranks == pytest.approx([index / 10 for index in range(11)], abs=1e-6)

@@ -95,18 +95,20 @@ def test_robustness_brings_the_figure_on_exact_pixels(folder: Path) -> None:
 
 def test_other_pictures_have_a_row_each(folder: Path) -> None:
     found = {
+        "weights": {"sha256": "abcdef" * 10, "trained_on": "45,000 of CIFAR-10 training"},
         "held_out": {"name": "some images", "images": 100, "flagged": 0.05},
         "pictures_per_source": 500,
-        "used": "strangeness",
-        "sources": [{"source": "noise", "auroc": {"energy": 0.5, "strangeness": 0.98765}, "flagged": 0.875}],
-        "mean_auroc": {"energy": 0.5, "strangeness": 0.98765},
+        "used": "energy",
+        "sources": [{"source": "noise", "auroc": {"entropy": 0.5, "energy": 0.98765}, "flagged": 0.875}],
+        "mean_auroc": {"entropy": 0.5, "energy": 0.98765},
         "mean_flagged": 0.875,
     }
     (folder / "a.unfamiliar.json").write_text(json.dumps(found))
     text = card(folder)
-    assert "| source | called unfamiliar | strangeness | energy |" in text
+    assert "| source | called unfamiliar | energy | entropy |" in text
     assert "| noise | 87.5% | 0.988 | 0.500 |" in text
     assert "(of some images: 5.0%)" in text
+    assert "By the weights `abcdefabcdef`, which were trained on 45,000 of CIFAR-10 training." in text
 
 
 def test_the_curves_are_of_the_run_with_validation_where_there_is_one(folder: Path) -> None:

@@ -35,7 +35,7 @@ EVALUATION = Evaluation(
 CALIBRATION = Calibration(
     temperature=1.25,
     set_threshold=0.375,
-    strangeness_quantiles=(0.0, 0.125, 0.5),
+    energy_quantiles=(0.0, 0.125, 0.5),
     images="validation (12 held-out training images)",
     count=12,
     digest="1" * 64,
@@ -50,7 +50,6 @@ def example(name: str = "net") -> Checkpoint:
         state_dict=model.build(name).state_dict(),
         classes=CIFAR10_CLASSES,
         calibration=CALIBRATION,
-        prototypes_PD=torch.eye(84 if name == "net" else 256)[:5],
         self_test_NK=torch.full((8, 10), 0.1),
         evaluation=EVALUATION,
         trained={"recipe": "debug", "seed": 3, "versions": {"torch": "2"}},
@@ -66,7 +65,6 @@ def content(**changes: object) -> dict[str, Any]:
         "state_dict": given.state_dict,
         "classes": list(given.classes),
         "calibration": vars(CALIBRATION),
-        "prototypes": given.prototypes_PD,
         "self_test": given.self_test_NK,
         "evaluation": vars(EVALUATION),
         "trained": given.trained,
@@ -93,8 +91,9 @@ def test_round_trip(tmp_path: Path, name: str) -> None:
     assert loaded.sha256 == sha256
     for field in ("architecture", "arguments", "classes", "calibration", "trained"):
         assert getattr(loaded, field) == getattr(saved, field)
-    for field in ("prototypes_PD", "self_test_NK"):
-        assert torch.equal(getattr(loaded, field), getattr(saved, field))
+    assert loaded.self_test_NK is not None
+    assert saved.self_test_NK is not None
+    assert torch.equal(loaded.self_test_NK, saved.self_test_NK)
     assert loaded.evaluation is not None
     tables = {"confusion_KK": EVALUATION.confusion_KK, "bins_B3": EVALUATION.bins_B3}
     assert all(torch.equal(getattr(loaded.evaluation, name), table) for name, table in tables.items())
@@ -149,7 +148,7 @@ def test_the_tutorials_state_dict_is_read(tmp_path: Path) -> None:
     torch.save(net.state_dict(), tmp_path / "cifar_net.pth")
     loaded = load(tmp_path / "cifar_net.pth")
     assert loaded.classes == CIFAR10_CLASSES
-    assert (loaded.evaluation, loaded.prototypes_PD, loaded.self_test_NK) == (None, None, None)
+    assert (loaded.evaluation, loaded.self_test_NK) == (None, None)
     assert loaded.calibration == Calibration()
     pixels_NCHW = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     normalized = (pixels_NCHW / 255 - 0.5) / 0.5  # ToTensor and Normalize of the tutorial
@@ -211,8 +210,8 @@ REFUSED: dict[str, tuple[object, str]] = {
     "without content": (tensors(**{"fc1.bias": torch.ones(120, device="meta")}), "fc1.bias is not an ordinary"),
     "no tensor": (tensors(**{"fc1.bias": [0.0]}), "something else than a tensor under the name 'fc1.bias'"),
     "zero deviation": (tensors(std=torch.zeros(3)), "standard deviation of the normalisation is not positive"),
-    "newer format": (content(format=3), "has the format 3; this version reads format 2"),
-    "missing field": ({"format": 2}, "lacks a field of the format"),
+    "newer format": (content(format=4), "has the format 4; this version reads format 3"),
+    "missing field": ({"format": 3}, "lacks a field of the format"),
     "unknown network": (
         content(architecture={"name": "vgg", "arguments": {"num_classes": 10}}),
         "is for a network 'vgg'; known are net, cifar_net",
@@ -231,19 +230,12 @@ REFUSED: dict[str, tuple[object, str]] = {
         calibrated(set_threshold=1.5),
         "threshold of the prediction sets is 1.5; it must be from 0",
     ),
-    "quantiles that fall": (calibrated(strangeness_quantiles=(0.5, 0.25)), "of the strangeness are not rising numbers"),
-    "one quantile": (calibrated(strangeness_quantiles=(0.5,)), "of the strangeness are not rising numbers"),
-    "quantiles of text": (calibrated(strangeness_quantiles=("a", "b")), "of the strangeness are not rising numbers"),
+    "quantiles that fall": (calibrated(energy_quantiles=(0.5, 0.25)), "of the energy are not rising numbers"),
+    "one quantile": (calibrated(energy_quantiles=(0.5,)), "of the energy are not rising numbers"),
+    "quantiles of text": (calibrated(energy_quantiles=("a", "b")), "of the energy are not rising numbers"),
     "unknown calibration": (calibrated(shift=1.0), "lacks a field of the format it claims, or has one too many"),
-    "prototypes of another network": (
-        content(prototypes=torch.eye(5)),
-        "prototypes have 5 features; the network has 84",
-    ),
-    "prototypes that are none": (content(prototypes=[1.0]), "field prototypes is no matrix of finite float32"),
-    "infinite prototypes": (
-        content(prototypes=torch.full((5, 84), torch.inf)),
-        "field prototypes is no matrix of finite",
-    ),
+    "a self-test that is none": (content(self_test=[1.0]), "field self_test is no matrix of finite float32"),
+    "an infinite self-test": (content(self_test=torch.full((8, 10), torch.inf)), "field self_test is no matrix"),
     "a short self-test": (
         content(self_test=torch.zeros(3, 10)),
         r"self_test has the shape \(3, 10\); expected is \(8, 10",
@@ -304,5 +296,5 @@ def test_the_file_holds_only_what_weights_only_reads(tmp_path: Path) -> None:
     save(example(), tmp_path / "weights.pth")
     raw = io.BytesIO((tmp_path / "weights.pth").read_bytes())
     read = torch.load(raw, weights_only=True)
-    names = ["format", "architecture", "state_dict", "classes", "calibration", "prototypes", "self_test", "evaluation"]
+    names = ["format", "architecture", "state_dict", "classes", "calibration", "self_test", "evaluation"]
     assert list(read) == [*names, "trained"]

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from conftest import drawing, encode
 from fastapi.testclient import TestClient
+from starlette.types import Message
 
 from app import boundary, entries
-from app.errors import Overloaded
+from app.errors import Overloaded, RequestError, TooSlow
+from app.exchange import Intake
 from app.main import create_app
 from app.predictor import Predictor
 from app.routes.fast_lane import Application
@@ -233,11 +235,59 @@ def test_what_would_be_refused_whatever_it_holds_is_refused_by_its_head(
 
     monkeypatch.setattr(app.state.service, "check_room", full)
     assert portal.call(app.refuse, "/predict?top_k=1", []) is None  # the way through the framework, which says it too
-    refusal = portal.call(app.refuse, "/predict", [(b"x-request-id", b"seven")])
-    assert refusal is not None
-    status, headers, body = refusal
+    answer = portal.call(app.refuse, "/predict", [(b"x-request-id", b"seven")])
+    assert answer is not None
+    status, headers, body = portal.call(answer)
     assert (status, json.loads(body)["error"]) == (429, "Too much.")
     assert {(b"x-request-id", b"seven"), (b"retry-after", b"3"), (b"content-length", b"%d" % len(body))} <= set(headers)
     counted = client.get("/metrics").text
     assert 'cifar_refusals_total{reason="overloaded"} 1.0' in counted
     assert 'cifar_requests_total{method="POST",route="/predict",status="429"} 1.0' in counted
+
+
+def test_a_body_that_does_not_come_is_given_up_and_one_beside_too_many_others_refused() -> None:
+    intake = Intake(max_bytes=100, max_waiting_bytes=20, seconds=0.2)
+    stalled = asyncio.Event()
+
+    async def send(*parts: bytes, then: asyncio.Event | None = None) -> bytes:
+        messages = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
+
+        async def receive() -> Message:
+            if messages:
+                return messages.pop(0)
+            if then is not None:
+                await then.wait()
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        return await intake.read({}, receive)
+
+    async def main() -> None:
+        assert await send(b"a" * 30) == b"a" * 30  # alone it may
+        slow = asyncio.create_task(send(b"b" * 15, then=stalled))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert await send(b"c" * 5) == b"c" * 5
+        with pytest.raises(Overloaded, match="receives as much as it accepts"):
+            await send(b"c" * 5, b"d")
+        with pytest.raises(TooSlow, match=r"not complete within 0\.2 seconds"):
+            await slow
+        assert await send(b"c" * 5, b"d") == b"cccccd"
+        with pytest.raises(TooSlow):
+            await send(then=stalled)
+
+    asyncio.run(main())
+
+
+def test_each_kind_of_refusal_has_a_name_among_the_metrics() -> None:
+    kinds = RequestError.__subclasses__()
+    assert len({kind.reason for kind in kinds} - {RequestError.reason}) == len(kinds)
+
+
+@pytest.mark.parametrize("encoding", ["Identity", " identity "])
+def test_the_encoding_that_is_none_may_be_named(client: TestClient, png: bytes, encoding: str) -> None:
+    headers = {"content-type": "image/png", "content-encoding": encoding}
+    assert client.post("/predict", content=png, headers=headers).status_code == 200
+
+
+def test_a_slash_too_many_is_another_page(client: TestClient, png: bytes) -> None:
+    assert client.post("/predict/", content=png, follow_redirects=False).status_code == 404

@@ -16,6 +16,13 @@ def test_alive_and_ready(client: TestClient) -> None:
     assert (client.get("/readyz").status_code, client.get("/readyz").json()) == (200, {"status": "ready"})
 
 
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/", "/docs"])
+def test_the_head_alone(client: TestClient, path: str) -> None:
+    whole, head = client.get(path), client.head(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == whole.headers["content-type"]
+
+
 def test_a_draining_service_is_not_ready_but_answers(settings: Settings, png: bytes) -> None:
     app = create_app(settings)
     service: Service = app.state.service

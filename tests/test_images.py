@@ -254,3 +254,44 @@ def test_damaged_files_are_decoded_or_refused_and_nothing_else(format: str) -> N
 def test_memory_is_channels_last() -> None:
     """The predictor stacks pictures in that order; another one would still be right, but slower."""
     assert pixels(encode(drawing())).stride() == (1, 96, 3)
+
+
+def with_chunk(kind: bytes, content: bytes) -> bytes:
+    """A PNG with one chunk more, as its checksum says intact."""
+    plain = encode(drawing())
+    place = plain.index(b"IDAT") - 4
+    chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return plain[:place] + chunk + plain[place:]
+
+
+@pytest.mark.parametrize("keyword", [b"exif", b"xmp", b"XML:com.adobe.xmp", b"Raw profile type exif", b"transparency"])
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [(b"tEXt", b"\0hello"), (b"zTXt", b"\0\0" + zlib.compress(b"hello")), (b"iTXt", b"\0\0\0\0\0hello")],
+)
+def test_a_text_of_any_name_does_not_matter(keyword: bytes, kind: bytes, text: bytes) -> None:
+    assert decode(with_chunk(kind, keyword + text)) == decode(encode(drawing()))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_odd_metadata_do_not_matter() -> None:
+    """Every byte of them changed, one at a time: the picture is turned, or not, but there."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x010F] = "camera"
+    exif.get_ifd(0x8769)[0x9003] = "2026:01:01 00:00:00"
+    good = encode(drawing(), "JPEG", exif=exif, quality=95)
+    start, end = good.index(b"Exif"), good.index(b"Exif") + len(exif.tobytes())
+    upright, turned = (decode(encode(drawing(), "JPEG", quality=95, **options)) for options in ({}, {"exif": exif}))
+    for place in range(start, end):
+        for value in (0, 255):
+            assert decode(good[:place] + bytes([value]) + good[place + 1 :]) in (upright, turned)
+
+
+def test_colour_profiles_are_not_inflated(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("PIL.PngImagePlugin._safe_zlib_decompress", refuse)
+    profile = with_chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(1000)))
+    assert decode(profile) == decode(encode(drawing()))

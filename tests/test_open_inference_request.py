@@ -92,6 +92,7 @@ def test_id_and_timeout() -> None:
     inference = read({"inputs": [pixels()], "id": "42", "parameters": {"timeout": 1500, "priority": 1}})
     assert (inference.id, inference.timeout_seconds) == ("42", 0.0015)
     assert read({"inputs": [pixels()], "parameters": {"timeout": 0}}).timeout_seconds is None
+    assert read({"inputs": [pixels()], "parameters": {"timeout": 10**320}}).timeout_seconds == 2**63 / 1e6
 
 
 def test_what_the_protocol_does_not_name_is_ignored() -> None:

@@ -40,11 +40,11 @@ def test_the_paths_are_these(openapi: dict[str, Any]) -> None:
 def test_the_statuses_are_these(openapi: dict[str, Any]) -> None:
     statuses = {path: set(next(iter(of.values()))["responses"]) for path, of in openapi["paths"].items()}
     assert {path: of for path, of in statuses.items() if of != {"200"}} == {
-        "/predict": {"200", "400", "413", "415", "422", "429", "500", "503", "504"},
-        "/predict/batch": {"200", "400", "413", "415", "422", "429", "500", "503", "504"},
+        "/predict": {"200", "400", "408", "413", "415", "422", "429", "500", "503", "504"},
+        "/predict/batch": {"200", "400", "408", "413", "415", "422", "429", "500", "503", "504"},
         "/v2/health/ready": {"200", "503"},
         "/v2/models/cifar/ready": {"200", "503"},
-        "/v2/models/cifar/infer": {"200", "400", "413", "415", "422", "429", "500", "501", "503", "504"},
+        "/v2/models/cifar/infer": {"200", "400", "408", "413", "415", "422", "429", "500", "501", "503", "504"},
         "/metrics/per-class": {"200", "404", "500"},
         "/readyz": {"200", "503"},
     }

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import drawing, encode, random_checkpoint
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from app import checkpoint, images, model
-from app.calibration import UNFAMILIAR, Calibration, strangeness
+from app import checkpoint, images
+from app.calibration import UNFAMILIAR, Calibration, energy
 from app.checkpoint import CIFAR10_CLASSES
 from app.main import create_app
 from app.predictor import Estimate, Predictor
@@ -126,25 +125,21 @@ def test_the_event_loop_runs_no_network_and_decodes_only_what_is_little(
 
 def calibrated(path: Path) -> checkpoint.Checkpoint:
     """Weights that know what they know, in a file."""
-    prototypes_PD = F.normalize(torch.rand(20, 84, generator=torch.Generator().manual_seed(2)), dim=1)
     known = Calibration(
         temperature=0.5,
         set_threshold=0.1,
-        strangeness_quantiles=tuple((torch.arange(101) / 50).tolist()),
+        energy_quantiles=tuple(torch.linspace(-3, -2, 101).tolist()),
         images="some",
         count=100,
     )
-    given = dataclasses.replace(random_checkpoint(), calibration=known, prototypes_PD=prototypes_PD)
+    given = dataclasses.replace(random_checkpoint(), calibration=known)
     checkpoint.save(given, path)
     return given
 
 
 def test_familiarity_and_prediction_set_are_those_of_the_calibration(tmp_path: Path, png: bytes) -> None:
     given = calibrated(tmp_path / "calibrated.pth")
-    body, head = model.split(given.network())
-    features_1D = body(images.to_tensor([images.decode(png)]))
-    assert given.prototypes_PD is not None
-    strange = strangeness(features_1D, head(features_1D), given.prototypes_PD).item()
+    seen = energy(given.network()(images.to_tensor([images.decode(png)]))).item()
     with TestClient(create_app(Settings(weights=tmp_path / "calibrated.pth", device="cpu", threads=1))) as client:
         answer = client.post("/predict", content=png).json()
         many = client.post("/predict/batch", files=[("files", png), ("files", png[:99])]).json()["predictions"]
@@ -155,7 +150,7 @@ def test_familiarity_and_prediction_set_are_those_of_the_calibration(tmp_path: P
         ).json()["outputs"]
         few = client.post("/predict?top_k=1", content=png).json()
     Prediction.model_validate(answer, strict=True)
-    assert answer["familiarity"] == pytest.approx(given.calibration.familiarity(strange), abs=0.02)
+    assert answer["familiarity"] == pytest.approx(given.calibration.familiarity(seen), abs=0.02)
     assert 0 < answer["familiarity"] < 1
     assert answer["unfamiliar"] is (answer["familiarity"] < UNFAMILIAR)
     ranked = sorted(answer["probabilities"], key=lambda label: -answer["probabilities"][label])

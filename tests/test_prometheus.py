@@ -216,6 +216,11 @@ def test_both_text_formats(client: TestClient) -> None:
     assert all(family.documentation for family in families)
 
 
+def test_an_odd_wish_for_a_format_gets_the_usual_one(client: TestClient) -> None:
+    answer = client.get("/metrics", headers={"accept": "application/openmetrics-text; version=abc"})
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+
+
 def test_the_routes_that_are_not_logged_exist(client: TestClient) -> None:
     for path in QUIET:
         assert client.get(path).status_code == 200

@@ -1,7 +1,7 @@
 """Refusals below the application: in turn, after the whole body, and the connection left as the client wants it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 
 import pytest
@@ -26,13 +26,17 @@ class Application:
         self.gate = asyncio.Event()
         self.gate.set()
 
-    def refuse(self, _path: str, headers: Iterable[tuple[bytes, bytes]]) -> RawReply | None:
+    def refuse(self, _path: str, headers: Iterable[tuple[bytes, bytes]]) -> Callable[[], RawReply] | None:
         body = b"no, " + dict(headers)[b"x-request-id"]
-        return (429, [(b"content-length", b"%d" % len(body)), (b"retry-after", b"1")], body) if self.full else None
+        answer = 429, [(b"content-length", b"%d" % len(body)), (b"retry-after", b"1")], body
+        return (lambda: answer) if self.full else None
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
         self.called += 1
-        body = (await receive())["body"]
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body, more = body + message["body"], message["more_body"]
         await self.gate.wait()
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"1")]})
         await send({"type": "http.response.body", "body": b"%d" % len(body)})
@@ -40,7 +44,7 @@ class Application:
 
 @asynccontextmanager
 async def connected(application: Application) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    config = uvicorn.Config(application, http=Protocol, log_config=None, proxy_headers=False, lifespan="off")
+    config = uvicorn.Config(application, http=Protocol, log_config=None, proxy_headers=False, lifespan="off", ws="none")
     config.load()
     state = ServerState()
     loop = asyncio.get_running_loop()
@@ -108,6 +112,26 @@ async def test_what_comes_behind_a_request_that_runs_is_answered_behind_it() -> 
         await asyncio.sleep(0.05)
         application.gate.set()
         assert [(await answer(reader))[0] for _ in range(2)] == [200, 200]  # the second had to wait for its turn
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("offered", [b"h2c", b"websocket"])
+async def test_an_offer_of_another_protocol_is_not_taken_up(offered: bytes, full: bool) -> None:
+    """Java's own client and `curl --http2` offer HTTP/2 with their first request. It and what follows stay whole."""
+    application = Application()
+    application.full = full
+    offer = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: %b\r\nhttp2-settings: AAMAAABk\r\n" % offered
+    async with connected(application) as (reader, writer):
+        both = POST % (b"7", offer) + POST % (b"7", b"")
+        for cut in (len(both), both.index(b"hello"), 30, both.index(b"lo")):  # in one piece or in two
+            for part in (both[:cut], both[cut:]):
+                writer.write(part)
+                await writer.drain()
+                await asyncio.sleep(0.02)
+            for _ in range(2):
+                status, _, body = await answer(reader)
+                assert (status, body) == ((429, b"no, 7") if full else (200, b"5"))
+    assert application.called == (0 if full else 8)
 
 
 async def test_who_asks_before_sending_is_told_by_the_application() -> None:

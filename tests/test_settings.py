@@ -31,6 +31,7 @@ def test_the_environment_beats_the_default_and_a_flag_beats_the_environment() ->
     [
         (["--port", "x"], {}, "--port is 'x'; accepted is a whole number from 0 to 65,535."),
         ([], {"CIFAR_PORT": "65536"}, "CIFAR_PORT is '65536'; accepted is a whole number from 0 to 65,535."),
+        ([], {"CIFAR_Port": "1"}, "There is no setting CIFAR_Port. Did you mean CIFAR_PORT?"),
         ([], {"CIFAR_PORT": ""}, "CIFAR_PORT is ''; accepted is a whole number from 0 to 65,535."),
         ([], {"CIFAR_DEADLINE_SECONDS": "nan"}, "accepted is a number of seconds from 0.001 to 3600."),
         ([], {"CIFAR_DRAIN_SECONDS": "-1"}, "CIFAR_DRAIN_SECONDS is '-1'; accepted is a number of seconds from 0"),

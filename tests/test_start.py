@@ -93,6 +93,35 @@ def test_it_serves_says_so_and_ends_cleanly(weights: Path, png: bytes) -> None:
         assert (process.returncode, out, err) == (0, "", "")
 
 
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_the_start_ends_it_cleanly(weights: Path, sent: signal.Signals) -> None:
+    """As soon as the server has taken over the signals, which is before the network is built."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPED_AT_THE_START, sent.name],
+        cwd=ROOT,
+        env=environment(CIFAR_WEIGHTS=str(weights), CIFAR_PORT="0", CIFAR_DEVICE="cpu", CIFAR_ENGINE="torch"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    out, err = process.communicate(timeout=SECONDS)
+    assert (process.returncode, out, err) == (0, "", "")
+
+
+STOPPED_AT_THE_START = """
+import os, signal, sys
+from app import __main__ as command
+from app.batching import Batcher
+
+start = Batcher.start
+async def stop_and_start(batcher):
+    os.kill(os.getpid(), signal.Signals[sys.argv[1]])
+    await start(batcher)
+Batcher.start = stop_and_start
+sys.exit(command.main([], os.environ))
+"""
+
+
 def test_after_sigterm_it_is_not_ready_but_serves_and_a_second_signal_ends_it(weights: Path, png: bytes) -> None:
     with serving("--drain-seconds", "600", "--weights", str(weights)) as (process, url, _):
         process.send_signal(signal.SIGTERM)

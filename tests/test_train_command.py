@@ -129,10 +129,6 @@ def test_a_run_on_all_images_takes_over_the_calibration_of_one_with_held_out_ima
     held, taken = load(Path("runs/held/cifar_net.pth")), load(Path("runs/final/cifar_net.pth"))
     assert taken.calibration == held.calibration
     assert taken.calibration.count == 24
-    assert taken.prototypes_PD is not None
-    assert held.prototypes_PD is not None
-    assert taken.prototypes_PD.shape == (100, 84)
-    assert not torch.equal(taken.prototypes_PD[:90], held.prototypes_PD[:90])  # they are of each network's own features
     network_NK = taken.network()(self_test.drawings()) / held.calibration.temperature
     torch.testing.assert_close(taken.self_test_NK, network_NK.softmax(dim=1), atol=1e-5, rtol=0)
 
@@ -287,7 +283,7 @@ def test_a_run_on_a_gpu_leaves_weights_for_any_device(
     assert cli.main(["train", "--recipe", "debug", "--data", ".", "--name", "a", "--validation", "0.1", *device]) == 0
     checkpoint = load(Path("runs/a/cifar_net.pth"))
     assert checkpoint.trained["device"] == torch.cuda.get_device_name()
-    assert checkpoint.prototypes_PD is not None
+    assert checkpoint.calibration.energy_quantiles is not None
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def train_command(options: argparse.Namespace) -> None:
         },
     )
     taken_over = _calibration(options.calibration, recipe, train.classes) if options.calibration else None
-    calibrated = complete(untested, train, held_out, taken_over, device)
+    calibrated = complete(untested, held_out, taken_over, device)
     log.say(_describe(calibrated.calibration))
     # The one reading of the test images, after everything is decided; none at all when images were held out.
     checkpoint = dataclasses.replace(calibrated, evaluation=evaluate(calibrated, held_out or test, device))

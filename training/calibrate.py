@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from app import model, self_test
-from app.calibration import Calibration, strangeness
+from app import self_test
+from app.calibration import UNCALIBRATED, Calibration, energy
 from app.checkpoint import Checkpoint
 from app.data import Split
 from app.report import COVERAGE
@@ -20,16 +20,12 @@ from training.robustness import jpeg
 
 JPEG_QUALITY = 75
 """What most programs save with when nobody chooses."""
-PROTOTYPES_PER_CLASS = 10
-PROTOTYPE_IMAGES = 10_000
-"""Of the training images, to find prototypes among: more take minutes on a CPU and change nothing."""
 QUANTILES = 1001
 """In steps of a thousandth."""
 
 
 def complete(
     untested: Checkpoint,
-    train: Split,
     held_out: Split | None,
     taken_over: Calibration | None,
     device: torch.device | str = "cpu",
@@ -40,40 +36,28 @@ def complete(
         held_out: What to calibrate on.
         taken_over: Without such images, the calibration that the same recipe found when it had some.
     """
-    found = untested
-    if held_out is not None or taken_over is not None:
-        body, _ = model.split(untested.network())
-        some_NCHW, labels_N = train.pixels_NCHW[:PROTOTYPE_IMAGES], train.labels_N[:PROTOTYPE_IMAGES]
-        prototypes_PD = find_prototypes(forward(body, some_NCHW, device=device), labels_N)
-        found = dataclasses.replace(untested, prototypes_PD=prototypes_PD)
-    if held_out is not None:
-        found = dataclasses.replace(found, calibration=calibrate(found, held_out, device))
-    elif taken_over is not None:
-        found = dataclasses.replace(found, calibration=taken_over)
+    known = calibrate(untested, held_out, device) if held_out is not None else taken_over or UNCALIBRATED
+    found = dataclasses.replace(untested, calibration=known)
     drawn_NK = predict(found.network(), self_test.drawings(), temperature=found.calibration.temperature)
     return dataclasses.replace(found, self_test_NK=drawn_NK)
 
 
 def calibrate(checkpoint: Checkpoint, held_out: Split, device: torch.device | str = "cpu") -> Calibration:
-    """Everything that images can tell which a checkpoint was not trained on; it must have its prototypes.
+    """Everything that images can tell which a checkpoint was not trained on.
 
     Each image counts as it is and once more as a JPEG, because people post both and a network errs more in the latter:
     what suits the clean ones alone would promise too much.
     """
-    assert checkpoint.prototypes_PD is not None
-    body, head = model.split(checkpoint.network())
     pixels_NCHW = torch.cat([held_out.pixels_NCHW, jpeg(JPEG_QUALITY, held_out.pixels_NCHW)])
     labels_N = held_out.labels_N.repeat(2)
-    features_ND = forward(body, pixels_NCHW, device=device)
-    logits_NK = head(features_ND)
+    logits_NK = forward(checkpoint.network(), pixels_NCHW, device=device)
     temperature = fit_temperature(logits_NK.softmax(dim=1), labels_N)
     probabilities_NK = (logits_NK / temperature).softmax(dim=1)
     steps = torch.linspace(0, 1, QUANTILES, dtype=torch.float64)
-    strangeness_N = strangeness(features_ND, logits_NK, checkpoint.prototypes_PD).double()
     return Calibration(
         temperature=temperature,
         set_threshold=set_threshold(probabilities_NK, labels_N, views=2),
-        strangeness_quantiles=tuple(strangeness_N.quantile(steps).tolist()),
+        energy_quantiles=tuple(energy(logits_NK).double().quantile(steps).tolist()),
         images=f"{held_out.name}, as they are and as JPEG of quality {JPEG_QUALITY}",
         count=len(held_out),
         digest=held_out.digest,
@@ -117,27 +101,3 @@ def set_threshold(probabilities_NK: Tensor, labels_N: Tensor, coverage: float = 
     true_N = probabilities_NK.gather(1, labels_N[:, None])[:, 0].sort().values
     rank = views * math.floor((len(true_N) // views + 1) * (1 - coverage) + 1e-9)
     return true_N[rank - 1].item() if rank else 0.0
-
-
-def find_prototypes(
-    features_ND: Tensor, labels_N: Tensor, per_class: int = PROTOTYPES_PER_CLASS, seed: int = 0
-) -> Tensor:
-    """Unit vectors (P, D) that lie where the features of each class do, by spherical k-means.
-
-    (Dhillon and Modha, 2001.) A class with fewer images has as many prototypes as images; one without any, none.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    directions_ND = F.normalize(features_ND, dim=1)
-    found = []
-    for label in range(int(labels_N.max()) + 1):
-        own_ND = directions_ND[labels_N == label]
-        if not len(own_ND):
-            continue
-        centres_PD = own_ND[torch.randperm(len(own_ND), generator=generator)[:per_class]]
-        for _ in range(20):
-            nearest_N = (own_ND @ centres_PD.T).argmax(dim=1)
-            sums_PD = torch.zeros_like(centres_PD).index_add_(0, nearest_N, own_ND)
-            empty_P1 = nearest_N.bincount(minlength=len(centres_PD))[:, None] == 0
-            centres_PD = torch.where(empty_P1, centres_PD, F.normalize(sums_PD, dim=1))
-        found.append(centres_PD)
-    return torch.cat(found)

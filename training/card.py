@@ -5,7 +5,7 @@ For each NAME.pth there may be, and what is missing is left out:
     NAME.log.jsonl             the epochs of its run, written by `train --out`
     NAME.validation.log.jsonl  those of the same recipe with images held out, copied by `train --out --calibration`
     NAME.robustness.json       written by `robustness --out`
-    NAME.unfamiliar.json       what `unfamiliar --json` prints
+    NAME.unfamiliar.json       written by `unfamiliar --out`
 
 and for all of them ablation.jsonl, written by `ablate`.
 """
@@ -218,7 +218,8 @@ def _unfamiliar(found: dict[str, Any]) -> list[str]:
         f"How many of {found['pictures_per_source']:,} pictures from each source are called `unfamiliar` (of "
         f"{real['name']}: {real['flagged']:.1%}), and how well scores tell them from those images: the area under the "
         f"ROC curve, 0.5 is chance and 1 is always. `familiarity` goes by {found['used']}; the others are there to "
-        "compare.",
+        f"compare. By the weights `{found['weights']['sha256'][:12]}`, which were trained on "
+        f"{found['weights']['trained_on']}.",
         "",
         *_table(("source", "called unfamiliar", *methods), cells),
     ]

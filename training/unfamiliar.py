@@ -1,6 +1,6 @@
 """How well what a network says of a picture tells whether it is of the kind that the network was trained on.
 
-Shape letters: N pictures, K classes, D features, P prototypes.
+Shape letters: N pictures, K classes, D features.
 """
 
 from typing import Any
@@ -10,16 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from app import model
-from app.calibration import UNFAMILIAR, strangeness
+from app.calibration import UNFAMILIAR, energy
 from app.checkpoint import Checkpoint
 from app.data import Split
-from training.calibrate import PROTOTYPE_IMAGES
 from training.evaluate import forward
 from training.pictures import SOURCES
 
-USED = "strangeness"
-"""What the service goes by, `app.calibration.strangeness`."""
+USED = "energy"
+"""What the service goes by, `app.calibration.energy`."""
 NEIGHBOURS = 5
+KNOWN_IMAGES = 10_000
+"""Of the training images, to look for neighbours among: more take minutes on a CPU and change nothing."""
 
 
 def compare(
@@ -35,18 +36,17 @@ def compare(
     Raises:
         ValueError: the weights do not know what is familiar.
     """
-    if checkpoint.prototypes_PD is None or checkpoint.calibration.strangeness_quantiles is None:
+    if checkpoint.calibration.energy_quantiles is None:
         raise ValueError(
             "These weights do not know what is familiar; name those of a run with --validation 0.1 (or --calibration)."
         )
     body, head = model.split(checkpoint.network())
-    known_ND = forward(body, train.pixels_NCHW[:PROTOTYPE_IMAGES], device=device)
-    labels_N = train.labels_N[:PROTOTYPE_IMAGES]
+    known_ND = forward(body, train.pixels_NCHW[:KNOWN_IMAGES], device=device)
+    labels_N = train.labels_N[:KNOWN_IMAGES]
 
     def scores(pixels_NCHW: Tensor) -> dict[str, Tensor]:
         features_ND = forward(body, pixels_NCHW, device=device)
-        assert checkpoint.prototypes_PD is not None
-        return score(features_ND, head(features_ND), checkpoint.prototypes_PD, known_ND, labels_N)
+        return score(features_ND, head(features_ND), known_ND, labels_N)
 
     def flagged(scores: dict[str, Tensor]) -> float:
         familiar = [checkpoint.calibration.familiarity(-value) for value in scores[USED].tolist()]
@@ -73,9 +73,7 @@ def compare(
     }
 
 
-def score(
-    features_ND: Tensor, logits_NK: Tensor, prototypes_PD: Tensor, known_ND: Tensor, labels_N: Tensor
-) -> dict[str, Tensor]:
+def score(features_ND: Tensor, logits_NK: Tensor, known_ND: Tensor, labels_N: Tensor) -> dict[str, Tensor]:
     """The candidates (N,), all the higher the more familiar.
 
     Args:
@@ -86,13 +84,11 @@ def score(
     return {
         "max probability": logarithms_NK.amax(dim=1),  # Hendrycks and Gimpel, 2017, arXiv:1610.02136
         "max logit": logits_NK.amax(dim=1),  # Hendrycks et al., 2022, arXiv:1911.11132
-        "energy": logits_NK.logsumexp(dim=1),  # Liu et al., 2020, arXiv:2010.03759
+        USED: -energy(logits_NK),  # Liu et al., 2020, arXiv:2010.03759
         "entropy": (logarithms_NK.exp() * logarithms_NK).sum(dim=1),
         "Mahalanobis": -_mahalanobis(features_ND, known_ND, labels_N),  # Lee et al., 2018, arXiv:1807.03888
+        # Sun et al., 2022, arXiv:2204.06507
         f"{NEIGHBOURS} neighbours": (directions_ND @ known_directions_ND.T).topk(NEIGHBOURS, dim=1).values.amin(dim=1),
-        # Sun et al., 2022, arXiv:2204.06507; the distance to the nearest prototypes is the same with few neighbours.
-        "prototypes": (directions_ND @ prototypes_PD.T).amax(dim=1),
-        USED: -strangeness(features_ND, logits_NK, prototypes_PD),
     }
 
 

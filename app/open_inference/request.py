@@ -122,7 +122,7 @@ def _number(parameters: dict[str, Any], name: str, owner: str) -> int:
 
 def _timeout(parameters: dict[str, Any]) -> float | None:
     """The parameter is in microseconds; 0 is none."""
-    return _number(parameters, "timeout", "The request") / 1e6 or None
+    return min(_number(parameters, "timeout", "The request"), 2**63) / 1e6 or None
 
 
 def _objects(request: dict[str, Any], field: str) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from pydantic_core import to_json
 from starlette.responses import Response
 
 from app.errors import BadRequest, BodyTooLarge, UnsupportedMedia
-from app.exchange import headers_of, read_body
+from app.exchange import headers_of
 from app.images import OWN_FAULTS, Resize, check_raw
 from app.model import IMAGE_BYTES
 from app.multipart import read_fields
@@ -34,7 +34,7 @@ BODY = {
     summary="Classify many pictures",
     response_model=BatchPrediction,
     response_description="The probabilities for each picture, or what is wrong with it.",
-    responses=refusals(400, 413, 415, 422, 429, 500, 503, 504),
+    responses=refusals(400, 408, 413, 415, 422, 429, 500, 503, 504),
     openapi_extra={"requestBody": BODY},
 )
 async def predict_batch(
@@ -61,7 +61,7 @@ async def predict_batch(
 
 async def _answers(request: Request, service: Service, resize: Resize | None) -> list[Verdict | BaseException]:
     """The rows of each picture or of several, or an error in the place of one picture."""
-    headers, max_bytes = headers_of(request), service.settings.max_body_bytes
+    headers = headers_of(request)
     kind, content_type = content_kind(headers)
     most = service.settings.max_pictures
     refusal = BodyTooLarge(
@@ -69,7 +69,7 @@ async def _answers(request: Request, service: Service, resize: Resize | None) ->
         detail={"max_pictures": most},
     )
     if kind == "multipart/form-data":
-        fields = read_fields(await read_body(headers, request.receive, max_bytes), content_type, most, refusal)
+        fields = read_fields(await service.intake.read(headers, request.receive), content_type, most, refusal)
         if unknown := [name for name, _ in fields if name not in FIELDS]:
             raise BadRequest(
                 f"The form has a field {unknown[0]!r}; accepted are fields `files` or `file` with a picture."
@@ -78,7 +78,7 @@ async def _answers(request: Request, service: Service, resize: Resize | None) ->
             raise BadRequest("The form has no field; expected is a field `files` for each picture.")
         return await unless_left(request.receive, service.predict_pictures([content for _, content in fields], resize))
     if kind == "application/octet-stream":
-        body = await read_body(headers, request.receive, max_bytes)
+        body = await service.intake.read(headers, request.receive)
         if len(body) > most * IMAGE_BYTES:
             raise refusal
         return [*await unless_left(request.receive, service.predict_pixels(check_raw(body)))]

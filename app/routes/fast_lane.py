@@ -32,8 +32,8 @@ class Application(FastAPI):
         self._ledger = ledger
         self._lanes = lanes
 
-    def refuse(self, path: str, headers: Iterable[tuple[bytes, bytes]]) -> RawReply | None:
-        """What a POST request in the lane is told while nothing more is admitted; None if it may come in.
+    def refuse(self, path: str, headers: Iterable[tuple[bytes, bytes]]) -> Callable[[], RawReply] | None:
+        """What a POST request in the lane is told at its end while nothing more is admitted; None if it may come in.
 
         What it holds makes no difference, so the server asks before it makes a task of it.
         """
@@ -43,10 +43,14 @@ class Application(FastAPI):
             self._service.check_room()
             return None
         except RequestError as error:
-            request_id = request_id_of(dict(headers))
+            started_at, reason, request_id = monotonic(), error.reason, request_id_of(dict(headers))
             reply = refusal(error, request_id)
-            self._ledger.record(path, "POST", error.status, 0.0, request_id, error.reason)
+
+        def answer() -> RawReply:
+            self._ledger.record(path, "POST", reply.status, monotonic() - started_at, request_id, reason)
             return reply.status, reply.head(request_id), reply.body
+
+        return answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         plain = scope["type"] == "http" and scope["method"] == "POST" and not scope["query_string"]

@@ -12,6 +12,7 @@ from app.schemas import Report, refusals
 router = APIRouter(tags=["metrics"])
 
 
+@router.head("/metrics", include_in_schema=False)
 @router.get(
     "/metrics",
     summary="What the service has done",
@@ -20,7 +21,10 @@ router = APIRouter(tags=["metrics"])
 )
 async def metrics(request: Request) -> Response:
     """Since the start. Durations are in seconds."""
-    encode, content_type = choose_encoder(request.headers.get("accept", ""))
+    try:
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+    except (TypeError, ValueError):  # a version that is none
+        encode, content_type = choose_encoder("")
     return Response(encode(request.app.state.registry), media_type=content_type)
 
 

@@ -10,7 +10,7 @@ from starlette.types import Receive
 from app.calibration import UNFAMILIAR
 from app.checkpoint import Checkpoint
 from app.errors import BadRequest, UnsupportedMedia
-from app.exchange import Headers, Reply, headers_of, read_body, text
+from app.exchange import Headers, Intake, Reply, headers_of, text
 from app.images import Resize
 from app.multipart import read_field
 from app.predictor import Estimate
@@ -46,7 +46,7 @@ BODY = {
     summary="Classify a picture",
     response_model=Prediction,
     response_description="The probabilities.",
-    responses=refusals(400, 413, 415, 422, 429, 500, 503, 504),
+    responses=refusals(400, 408, 413, 415, 422, 429, 500, 503, 504),
     openapi_extra={"requestBody": BODY},
 )
 async def predict(
@@ -67,7 +67,7 @@ async def respond(
     headers: Headers, receive: Receive, service: Service, resize: Resize | None = None, top_k: int | None = None
 ) -> Reply:
     """The answer to a request whose parameters are known."""
-    future = service.predict(await _read_picture(headers, receive, service.settings.max_body_bytes), resize)
+    future = service.predict(await _read_picture(headers, receive, service.intake), resize)
     verdict = await unless_left(receive, future)
     answer = scores(verdict.rows[0], verdict.checkpoint, top_k)
     answer["model"] = model_info(verdict.checkpoint)
@@ -80,20 +80,20 @@ def content_kind(headers: Headers) -> tuple[str, str]:
     Raises:
         UnsupportedMedia: The body is compressed.
     """
-    encoding = text(headers, b"content-encoding", "identity")
+    encoding = text(headers, b"content-encoding", "identity").strip().lower()
     if encoding != "identity":
         raise UnsupportedMedia(f"The body has the content encoding {encoding!r}; send it without any.")
     content_type = text(headers, b"content-type", "application/octet-stream")
     return content_type.partition(";")[0].strip().lower(), content_type
 
 
-async def _read_picture(headers: Headers, receive: Receive, max_bytes: int) -> bytes:
+async def _read_picture(headers: Headers, receive: Receive, intake: Intake) -> bytes:
     """The bytes of the picture, wherever the request has them."""
     kind, content_type = content_kind(headers)
     if kind == "multipart/form-data":
-        picture = read_field(await read_body(headers, receive, max_bytes), content_type, "file")
+        picture = read_field(await intake.read(headers, receive), content_type, "file")
     elif kind.startswith("image/") or kind in RAW:
-        picture = await read_body(headers, receive, max_bytes)
+        picture = await intake.read(headers, receive)
     else:
         raise UnsupportedMedia(
             f"The body has the content type {kind!r}. Accepted are multipart/form-data with the picture in the field "

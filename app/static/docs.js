@@ -12,7 +12,7 @@ const prose = (text = "") =>
 
 function table(heads, rows) {
   const head = element("tr", ...heads.map((text) => element("th", text)));
-  const lines = rows.map((cells) => element("tr", ...cells.map((cell) => element("td", ...[cell].flat()))));
+  const lines = rows.map((cells) => element("tr", ...cells.map((cell) => element("td", ...[cell].flat(Infinity)))));
   return element("table", element("thead", head), element("tbody", ...lines));
 }
 
