@@ -31,7 +31,7 @@ class Admission:
         self._seconds_per_picture = 0.0
         self._seconds_per_heavy = 0.0
 
-    def expected_wait_seconds(self, *, light: bool = True) -> float:
+    def expected_wait_seconds(self, *, light: bool) -> float:
         """What an item admitted now would wait: the pictures before it times the measured time for each.
 
         One that is not light also waits for the others like it to be prepared.
@@ -39,7 +39,7 @@ class Admission:
         for_inference = self.waiting * self._seconds_per_picture
         return for_inference if light else max(for_inference, self.heavy * self._seconds_per_heavy)
 
-    def check(self, size_bytes: int, count: int, deadline_seconds: float, *, light: bool = True) -> None:
+    def check(self, size_bytes: int, count: int, deadline_seconds: float, *, light: bool) -> None:
         """Whether so much more may be admitted. If nothing waits, everything may.
 
         Raises:
@@ -58,12 +58,12 @@ class Admission:
                 retry_after_seconds=retry,
             )
 
-    def enter(self, size_bytes: int, count: int, *, light: bool = True) -> None:
+    def enter(self, size_bytes: int, count: int, *, light: bool) -> None:
         self.waiting += count
         self.waiting_bytes += size_bytes
         self.heavy += not light
 
-    def leave(self, size_bytes: int, count: int, *, light: bool = True) -> None:
+    def leave(self, size_bytes: int, count: int, *, light: bool) -> None:
         self.waiting -= count
         self.waiting_bytes -= size_bytes
         self.heavy -= not light

@@ -93,7 +93,7 @@ class Batcher(Generic[Item, Prepared, Result]):
     @property
     def expected_wait_seconds(self) -> float:
         """What a light item admitted now would wait."""
-        return self._admission.expected_wait_seconds()
+        return self._admission.expected_wait_seconds(light=True)
 
     def check_room(self) -> None:
         """Whether the smallest item would be admitted now; what `submit` says of one that is known is the last word.
@@ -101,7 +101,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         Raises:
             Overloaded, NotReady: as `submit`.
         """
-        self._check(0, 1, self._limits.deadline_seconds)
+        self._check(0, 1, self._limits.deadline_seconds, light=True)
 
     def submit(self, item: Item, size_bytes: int, *, light: bool) -> Answer[Result]:
         """Admit an item of one picture. Cancel the future when nobody wants the answer any more.
@@ -135,7 +135,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         bulk = pictures > 1
         return [self._admit(*item, deadline_seconds, light=light, bulk=bulk) for item in items]
 
-    def _check(self, size_bytes: int, count: int, deadline_seconds: float, *, light: bool = True) -> None:
+    def _check(self, size_bytes: int, count: int, deadline_seconds: float, *, light: bool) -> None:
         self._check_open()
         self._admission.check(size_bytes, count, deadline_seconds, light=light)
 

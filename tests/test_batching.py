@@ -50,6 +50,21 @@ async def start(doubler: Doubler, limits: Limits = LIMITS) -> Batcher[str, int, 
     return batcher
 
 
+class Clock:
+    """Stands still unless a test moves it."""
+
+    seconds = 0.0
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """What the batcher reads instead of the time."""
+    clock = Clock()
+    for module in (batching, entries):
+        monkeypatch.setattr(module, "monotonic", lambda: clock.seconds)
+    return clock
+
+
 async def hold(doubler: Doubler, batcher: Batcher[str, int, int]) -> "asyncio.Future[int]":
     """Submit one item and return when it runs and cannot finish, so that what follows has to queue."""
     doubler.gate.clear()
@@ -172,16 +187,11 @@ async def test_more_bytes_than_may_wait_are_refused() -> None:
     await batcher.close()
 
 
-async def test_retry_after_is_depth_times_measured_time_and_hopeless_requests_are_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_retry_after_is_depth_times_measured_time_and_hopeless_requests_are_refused(clock: Clock) -> None:
     doubler = Doubler()
-    clock = 0.0
-    for module in (batching, entries):
-        monkeypatch.setattr(module, "monotonic", lambda: clock)
     batcher = await start(doubler, Limits(max_batch=1, max_waiting=100, max_waiting_bytes=10_000, deadline_seconds=20))
     held = await hold(doubler, batcher)
-    clock = 8.0
+    clock.seconds = 8.0
     doubler.gate.set()
     await held  # one item took 8 seconds
     held = await hold(doubler, batcher)
@@ -196,16 +206,12 @@ async def test_retry_after_is_depth_times_measured_time_and_hopeless_requests_ar
 
 
 async def test_what_takes_long_to_prepare_is_refused_by_that_and_does_not_count_for_what_is_light(
-    monkeypatch: pytest.MonkeyPatch,
+    clock: Clock,
 ) -> None:
     doubler = Doubler()
-    clock = 0.0
-    for module in (batching, entries):
-        monkeypatch.setattr(module, "monotonic", lambda: clock)
 
     def prepare(text: str) -> int:
-        nonlocal clock
-        clock += 8.0 * (text == "7")
+        clock.seconds += 8.0 * (text == "7")
         return doubler.prepare(text)
 
     batcher = Batcher(prepare, doubler.build, LIMITS)
@@ -223,15 +229,12 @@ async def test_what_takes_long_to_prepare_is_refused_by_that_and_does_not_count_
 
 
 @pytest.mark.parametrize("light", [True, False])
-async def test_after_the_deadline_nothing_is_run(light: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_after_the_deadline_nothing_is_run(light: bool, clock: Clock) -> None:
     doubler = Doubler()
-    clock = 0.0
-    for module in (batching, entries):
-        monkeypatch.setattr(module, "monotonic", lambda: clock)
     batcher = await start(doubler)
     held = await hold(doubler, batcher)
     late = batcher.submit("1", 1, light=light)
-    clock = 61.0
+    clock.seconds = 61.0
     doubler.gate.set()
     assert await held == 0
     with pytest.raises(DeadlineExceeded, match="waited longer than 60 seconds for its turn"):

@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import json
 import struct
+import threading
 import zlib
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from app.main import create_app
+from app.open_inference import request as requests
+from app.routes import open_inference
 from app.routes.waiting import unless_left
 from app.settings import Settings
 
@@ -228,3 +231,26 @@ async def test_who_stays_gets_the_answer() -> None:
         return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]
 
     assert await unless_left(receive, answer) == 42
+
+
+@pytest.mark.parametrize(("count", "aside"), [(1, False), (8, True)])
+def test_much_json_is_not_read_by_the_event_loop(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, count: int, aside: bool
+) -> None:
+    threads: dict[str, int] = {}
+    decode, observe = requests.decode, open_inference._probabilities
+
+    def spy_decode(*given: Any, **options: Any) -> Any:
+        threads["decode"] = threading.get_ident()
+        return decode(*given, **options)
+
+    async def spy_event_loop(*given: Any) -> Any:
+        threads["event loop"] = threading.get_ident()
+        return await observe(*given)
+
+    monkeypatch.setattr(requests, "decode", spy_decode)
+    monkeypatch.setattr(open_inference, "_probabilities", spy_event_loop)
+    tensor = {"name": "pixels", "shape": [count, 32, 32, 3], "datatype": "UINT8", "data": [*PIXELS * count]}
+    body = json.dumps({"inputs": [tensor]}).encode()
+    assert len(outputs(infer(client, body, {}))["label"]) == count
+    assert (threads["decode"] != threads["event loop"]) is aside

@@ -221,6 +221,7 @@ def test_weights_that_compute_something_else_here_than_where_they_were_trained(t
 
 def test_settings_that_are_not_accepted() -> None:
     assert refusal(CIFAR_PORTS="1") == "There is no setting CIFAR_PORTS. Did you mean CIFAR_PORT?"
+    assert "cannot listen on a..b, port 0: there is no such name." in refusal("--host", "a..b")
     assert refusal("--port", "many").startswith("--port is 'many'; accepted is a whole number")
 
 

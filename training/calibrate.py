@@ -1,6 +1,6 @@
 """What held-out images teach about the probabilities, and where the training images lie among the features.
 
-Shape letters: N images, K classes, D features, P prototypes.
+Shape letters: N images, K classes.
 """
 
 import dataclasses

@@ -35,6 +35,7 @@ JSON_LENGTH = b"inference-header-content-length"
 WORTH_COMPRESSING_BYTES = 1024
 """Less fits into one packet either way."""
 LITTLE_JSON_BYTES = 64 * 1024
+"""What is read in the event loop: numbers in JSON take up to 0.05 s a megabyte, tensors in binary nothing."""
 
 BODY = {
     "required": True,
@@ -164,7 +165,6 @@ async def respond(headers: Headers, receive: Receive, service: Service, resize: 
         binary=JSON not in headers.get(b"accept", b""),
         max_pictures=service.settings.max_pictures,
     )
-    # Numbers in JSON take up to 0.05 s a megabyte; tensors in binary take nothing.
     is_little = length is not None or len(body) <= LITTLE_JSON_BYTES
     inference = decode() if is_little else await asyncio.to_thread(decode)
     rows, checkpoint = await _probabilities(receive, service, inference, resize)
