@@ -46,14 +46,18 @@ clean: ## remove .venv and caches
 		|| $(BIN)/pip install --quiet --disable-pip-version-check -e '.[training,dev]'
 	@touch $@ .venv/.service .venv/.training
 
-# Three runs, each of which goes on where it stopped; one that has ended is not run again.
+# Four runs, each of which goes on where it stopped; one that has ended is not run again.
 TRAIN := $(BIN)/python -m training train --resume
+TEACHERS := runs/teacher-0/cifar_net.pth runs/teacher-1/cifar_net.pth
 
-runs/teacher/cifar_net.pth: | .venv/.training
-	$(TRAIN) --name teacher --recipe teacher
+runs/teacher-0/cifar_net.pth: | .venv/.training
+	$(TRAIN) --name teacher-0 --recipe teacher --cutmix 0.3
 
-runs/validation/cifar_net.pth: runs/teacher/cifar_net.pth
-	$(TRAIN) --name validation --teacher runs/teacher/cifar_net.pth --validation 0.1
+runs/teacher-1/cifar_net.pth: | .venv/.training
+	$(TRAIN) --name teacher-1 --recipe teacher --seed 1
 
-runs/default/cifar_net.pth: runs/teacher/cifar_net.pth runs/validation/cifar_net.pth
-	$(TRAIN) --name default --teacher runs/teacher/cifar_net.pth --calibration runs/validation/cifar_net.pth
+runs/validation/cifar_net.pth: $(TEACHERS)
+	$(TRAIN) --name validation --teacher $(TEACHERS) --validation 0.1
+
+runs/default/cifar_net.pth: $(TEACHERS) runs/validation/cifar_net.pth
+	$(TRAIN) --name default --teacher $(TEACHERS) --calibration runs/validation/cifar_net.pth

@@ -234,7 +234,8 @@ def main() -> None:
     print(f"| training, the tutorial's loop as written | {tutorial_as_written(small):,.0f} images/s |")
     print(f"| training, recipe `tutorial` | {recipe_speed('tutorial', small):,.0f} images/s |")
     speeds = compare(large)
-    print(f"| training, recipe `default` | {speeds['ours']:,.0f} images/s |")
+    print(f"| training, recipe `default` with its two teachers | {speeds['ours']:,.0f} images/s |")
+    print(f"| ... without teachers | {speeds['ours without teachers']:,.0f} images/s |")
     print(f"| training, airbench94's network and step | {speeds['airbench94']:,.0f} images/s |", flush=True)
     for architecture in model.NETWORKS:
         milliseconds, rate = engine_speeds(architecture)

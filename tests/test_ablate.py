@@ -10,6 +10,7 @@ import torch
 from conftest import random_checkpoint
 from torch import nn
 
+from app import model
 from app.checkpoint import Checkpoint
 from app.data import Split
 from training import ablate as module
@@ -80,7 +81,6 @@ def test_runs_that_cannot_be_compared_are_not_mixed(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(module, "_accuracy", lambda *_: 0.5)
     images, recipe, file = greys(), Recipe(distillation=0.5), tmp_path / "a.jsonl"
     teacher = dataclasses.replace(random_checkpoint(), sha256="a teacher's")
-    monkeypatch.setattr(module, "ask", lambda *_: None)
 
     def run(images: Split = images, recipe: Recipe = recipe, teacher: Checkpoint = teacher) -> None:
         ablate(images, recipe, [0], file, device=CPU, teachers=[teacher])
@@ -101,12 +101,14 @@ def test_a_teacher_is_heard_only_where_the_recipe_distils(tmp_path: Path, monkey
     heard: list[tuple[float, bool]] = []
 
     def listen(_network: nn.Module, _train: Split, recipe: Recipe, **options: object) -> None:
-        heard.append((recipe.distillation, options["answers_NK"] is not None))
+        heard.append((recipe.distillation, options["teachers"] is not None))
 
     monkeypatch.setattr(module, "fit", listen)
-    monkeypatch.setattr(module, "ask", lambda _teachers, split, _device: torch.full((len(split), 2), 0.5))
-    recipe = Recipe(network="net", distillation=0.5)
-    ablate(greys(), recipe, [0], tmp_path / "a.jsonl", device=CPU, teachers=[random_checkpoint()])
+    recipe, images = Recipe(network="net", distillation=0.5), greys()
+    arguments = {"num_classes": len(images.classes)}
+    weights = model.build("net", **arguments).state_dict()
+    teacher = Checkpoint(architecture="net", arguments=arguments, state_dict=weights, classes=images.classes)
+    ablate(images, recipe, [0], tmp_path / "a.jsonl", device=CPU, teachers=[teacher])
     assert heard == [(0.5, True), (0.0, False)]
 
 

@@ -85,6 +85,25 @@ def test_an_engine_says_what_the_float32_network_says(network: model.Normalized,
     torch.testing.assert_close(given_NK.softmax(1), expected_NK.softmax(1), atol=tolerance, rtol=0)
 
 
+def test_float16_as_on_a_gpu_is_closer(network: model.Normalized) -> None:
+    pixels_NCHW = pictures(40, seed=2)
+    body, head = model.split(network)
+    with torch.inference_mode():
+        given_NK = head(engine.TorchEngine(body, CPU, torch.float16, threads=1)(pixels_NCHW))
+    torch.testing.assert_close(given_NK.softmax(1), network(pixels_NCHW).softmax(1), atol=0.005, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("device", "known", "expected"),
+    [("cuda", torch.bfloat16, torch.float16), ("cuda", torch.float32, torch.float32), ("cpu", torch.bfloat16, None)],
+)
+def test_a_gpu_serves_in_float16(
+    device: str, known: torch.dtype, expected: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "choose_dtype", lambda _: known)
+    assert engine.serving_dtype(torch.device(device)) == (expected or known)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_no_two_classes_tie(network: model.Normalized, name: str) -> None:
     """With logits in bfloat16 they do, for about one picture in five hundred."""

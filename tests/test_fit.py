@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import random_checkpoint
 from torch import Tensor, nn
 
 from app import model
+from app.checkpoint import CIFAR10_CLASSES
 from app.data import Split
 from training.config import RECIPES, Recipe
-from training.fit import Progress, fit, initialize, learning_rate_factor, optimizers_for
+from training.distill import Teachers
+from training.fit import AHEAD, Progress, fit, initialize, learning_rate_factor, optimizers_for
 from training.meter import TrainingError
 from training.muon import Muon
 
@@ -114,7 +117,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path: Path, recipe: 
     [
         ({"recipe": dataclasses.replace(DEBUG, batch_size=8, epochs=3)}, "another value of: epochs, batch_size"),
         ({"split": stripes(44)}, "another value of: images"),
-        ({"teachers": "a net"}, "another value of: teachers"),
+        ({"teachers": Teachers([random_checkpoint()], CIFAR10_CLASSES)}, "another value of: teachers"),
     ],
 )
 def test_resuming_what_is_not_the_same_run_is_refused(tmp_path: Path, other: dict[str, Any], sentence: str) -> None:
@@ -211,6 +214,29 @@ def test_muon_has_the_weights_of_all_layers_but_those_of_pixels_and_the_last(nam
     assert [names[id(p)] for p in muon.param_groups[0]["params"]] == [n for n in names.values() if n not in others]
     trained = [name for name in others if network.get_parameter(name).requires_grad]
     assert [names[id(p)] for p in sgd.param_groups[0]["params"]] == trained
+
+
+def test_batches_are_augmented_alike_however_many_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, split = dataclasses.replace(DEBUG, cutmix=0.5), stripes(47)
+    one_by_one, _ = train(recipe, split)
+    monkeypatch.setitem(AHEAD, "cpu", 2 * recipe.batch_size)
+    together, _ = train(recipe, split)
+    assert same(one_by_one, together)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("count", [40, 47], ids=["even batches", "batches of two sizes"])
+def test_recorded_steps_on_a_gpu_learn_what_plain_ones_on_the_cpu_do(count: int) -> None:
+    recipe = dataclasses.replace(
+        DEBUG, network="cifar_net", optimizer="muon", muon_learning_rate=0.05, precision="float32", epochs=6
+    )
+    split, losses = stripes(count), []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        network = model.build(recipe.network, num_classes=2)
+        initialize(network, recipe, split.pixels_NCHW)
+        losses.append([row["loss"] for row in fit(network, split, recipe, device=torch.device(device)).rows])
+    assert losses[1] == pytest.approx(losses[0], rel=0.1, abs=0.02)
 
 
 RESIDENT = """

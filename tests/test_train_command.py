@@ -319,6 +319,22 @@ def test_an_unknown_field_is_refused_by_name(capsys: pytest.CaptureFixture[str])
     assert "--learning-rat" in capsys.readouterr().err
 
 
+def test_evaluate_puts_its_figures_into_a_file_of_the_same_weights(
+    finished_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a run with held-out images can be served with figures of the test images."""
+    monkeypatch.chdir(finished_folder)
+    assert cli.main(["evaluate", "--weights", "runs/held/cifar_net.pth", "--data", ".", "--out", "new/net.pth"]) == 0
+    before, after = load(Path("runs/held/cifar_net.pth")), load(Path("new/net.pth"))
+    assert before.evaluation is not None
+    assert after.evaluation is not None
+    assert before.evaluation.dataset.startswith("validation")
+    assert after.evaluation.dataset == "CIFAR-10 test, 30 images"
+    assert after.calibration == before.calibration
+    assert after.trained == before.trained
+    assert all(torch.equal(after.state_dict[name], tensor) for name, tensor in before.state_dict.items())
+
+
 def test_evaluate_agrees_with_the_file_and_prints_only_json(
     finished_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

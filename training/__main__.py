@@ -40,7 +40,7 @@ from training.calibrate import complete
 from training.card import write_card
 from training.config import RECIPES, Recipe, add_flags, override
 from training.data import download, hold_out, locate
-from training.distill import ask, introduce
+from training.distill import Teachers, introduce
 from training.evaluate import evaluate, format_report, predict, require_same_classes
 from training.fit import fit, initialize, join_workers
 from training.log import RunLog, read_rows, write_rows
@@ -93,17 +93,17 @@ def train_command(options: argparse.Namespace) -> None:
         train,
         recipe,
         device=device,
-        answers_NK=ask(teachers, train, device) if teachers else None,
+        teachers=Teachers(teachers, train.classes) if teachers else None,
         workers=workers,
         validate=(lambda network: _validate(network, held_out, device)) if held_out else None,
         on_epoch=log.epoch if log else None,
         state_file=run / "state.pt",
         resume=options.resume,
-        teachers=introduce(teachers),
         show_progress=True,
     )
     if not log:
         return
+    log.draw(progress.rows)
 
     untested = Checkpoint(
         architecture=recipe.network,
@@ -241,6 +241,8 @@ def evaluate_command(options: argparse.Namespace) -> None:
     checkpoint = load(options.weights)
     split = _split(options, checkpoint)
     evaluation = evaluate(checkpoint, split, choose_device(options.device), batch_size=options.batch_size)
+    if options.out:
+        save(dataclasses.replace(checkpoint, evaluation=evaluation), options.out)
     figures = report(evaluation, checkpoint.classes)
     figures["weights"] = {"file": options.weights.name, "sha256": checkpoint.sha256}
     print(json.dumps(figures, indent=2) if options.json else format_report(figures))
@@ -392,6 +394,9 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS)
     measure.add_argument("--batch-size", type=int, default=500)
     measure.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")
+    measure.add_argument(
+        "--out", type=Path, help="write the weights here with these figures, which the service answers per class"
+    )
     measure.set_defaults(command=evaluate_command)
 
     robust = commands.add_parser(

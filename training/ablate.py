@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from app import model
 from app.checkpoint import Checkpoint
@@ -20,7 +20,7 @@ from app.data import Split
 from training.calibrate import JPEG_QUALITY
 from training.config import Recipe, override
 from training.data import hold_out
-from training.distill import ask, introduce
+from training.distill import Teachers, introduce
 from training.evaluate import predict
 from training.fit import fit, initialize
 from training.log import read_rows, write_rows
@@ -70,7 +70,6 @@ def ablate(
     """
     train, held_out = hold_out(images, VALIDATION)
     compressed = dataclasses.replace(held_out, pixels_NCHW=jpeg(JPEG_QUALITY, held_out.pixels_NCHW))
-    answers_NK = ask(teachers, train, device) if teachers else None
     common = _digest(recipe, images, teachers)
     rows = read_rows(file)
     if any(row["common"] != common for row in rows):
@@ -86,7 +85,7 @@ def ablate(
                 continue
             changed = override(recipe, {**changes, "seed": seed, "validation": VALIDATION})
             row = {"ingredient": ingredient, "setting": setting, "seed": seed, "epochs": recipe.epochs}
-            network = _train(changed, train, answers_NK, device)
+            network = _train(changed, train, teachers, device)
             row |= {
                 "validation_accuracy": _accuracy(network, held_out, device),
                 "jpeg_accuracy": _accuracy(network, compressed, device),
@@ -100,12 +99,12 @@ def ablate(
     return rows
 
 
-def _train(recipe: Recipe, train: Split, answers_NK: Tensor | None, device: torch.device) -> nn.Module:
+def _train(recipe: Recipe, train: Split, teachers: Sequence[Checkpoint], device: torch.device) -> nn.Module:
     torch.manual_seed(recipe.seed)
     network = model.build(recipe.network, num_classes=len(train.classes))
     initialize(network, recipe, train.pixels_NCHW)
-    answers_NK = answers_NK if recipe.distillation else None
-    fit(network, train, recipe, device=device, answers_NK=answers_NK, show_progress=True)
+    taught_by = Teachers(teachers, train.classes) if recipe.distillation else None
+    fit(network, train, recipe, device=device, teachers=taught_by, show_progress=True)
     return network.eval()
 
 

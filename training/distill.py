@@ -1,62 +1,56 @@
-"""What a step learns from: the labels, smoothed, and what teachers say of the images (Hinton et al., 2015,
+"""What a step learns from: the labels, smoothed, and what teachers say of the pictures (Hinton et al., 2015,
 arXiv:1503.02531: both sides are softened by one temperature, so that the network learns to be as sure as its teachers).
 
-Teachers are asked once, before the first step, so that they cost a step nothing and may be many or large. What they say
-is of clean pictures while the network sees cut and compressed ones, which is part of the lesson.
-Shape letters: N images, C = 3, H = W = 32, K classes, L = 1 or 2 lessons: of the labels, and of the teachers.
+Teachers see the very pictures that the network sees, shifted, cut, mixed and compressed (Beyer et al., 2022,
+arXiv:2106.05237): of the images as they are, which they know by heart, they would say little more than the label.
+Shape letters: N images, C = 3, H = W = 32, K classes.
 """
 
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from app import model
 from app.checkpoint import Checkpoint
-from app.data import Split
-from app.device import choose_dtype
 from app.errors import CheckpointError
 from app.report import report
-from training.augment import shift_and_flip
 from training.config import Recipe
-from training.evaluate import forward
 
 TEMPERATURE = 2.0
 """Of both sides: a teacher is all but certain of the pictures that it was trained on."""
-SHIFTS = ((0, 0), (2, 1), (-1, -2))
-"""A teacher sees each image moved by so many rows and columns, each of these mirrored as well."""
 
 
-def ask(teachers: Sequence[Checkpoint], split: Split, device: torch.device) -> Tensor:
-    """The probabilities (N, K) that teachers give to each image: their mean, and of each the geometric one over views.
+class Teachers(nn.Module):
+    """Networks that answer as one."""
 
-    Raises:
-        CheckpointError: A teacher has learned other classes.
-    """
-    answers = [_ask(teacher, split, device) for teacher in teachers]
-    return torch.stack(answers).mean(dim=0)
+    def __init__(self, checkpoints: Sequence[Checkpoint], classes: tuple[str, ...]) -> None:
+        """Fold them.
 
+        Raises:
+            CheckpointError: One has learned others than `classes`.
+        """
+        super().__init__()
+        for checkpoint in checkpoints:
+            if checkpoint.classes != classes:
+                raise CheckpointError(
+                    f"The teacher knows the classes {', '.join(checkpoint.classes)}; the images show "
+                    f"{', '.join(classes)}. Name a --teacher that was trained on these images."
+                )
+        self.introduction = introduce(checkpoints)
+        self.networks = nn.ModuleList(model.fold(checkpoint.network()) for checkpoint in checkpoints)
+        # As sure as they are when served; how sure they were while they trained is a matter of their recipes.
+        self.temperatures = [checkpoint.calibration.temperature * TEMPERATURE for checkpoint in checkpoints]
 
-def _ask(teacher: Checkpoint, split: Split, device: torch.device) -> Tensor:
-    if teacher.classes != split.classes:
-        raise CheckpointError(
-            f"The teacher knows the classes {', '.join(teacher.classes)}; the images show {', '.join(split.classes)}. "
-            "Name a --teacher that was trained on these images."
-        )
-    network, everything_N = teacher.network(), torch.arange(len(split))
-    views = []
-    for shift in SHIFTS:
-        for mirrored in (False, True):
-            seen_NCHW = shift_and_flip(
-                split.pixels_NCHW,
-                everything_N,
-                torch.tensor([shift]).expand(len(split), 2),
-                torch.full((len(split),), mirrored),
-            )
-            logits_NK = forward(network, seen_NCHW, device=device, dtype=choose_dtype(device))
-            # As sure as it is when served; how sure it was while it trained is a matter of its recipe.
-            views.append((logits_NK / teacher.calibration.temperature).log_softmax(dim=1))
-    return (torch.stack(views).mean(dim=0) / TEMPERATURE).softmax(dim=1)
+    @torch.no_grad()
+    def forward(self, pixels_NCHW: Tensor) -> Tensor:
+        """The mean of their softened probabilities (N, K)."""
+        answers = [
+            (network(pixels_NCHW).float() / temperature).softmax(dim=1)
+            for network, temperature in zip(self.networks, self.temperatures, strict=True)
+        ]
+        return torch.stack(answers).mean(dim=0)
 
 
 def introduce(teachers: Sequence[Checkpoint]) -> str:
@@ -74,23 +68,22 @@ def _introduce(teacher: Checkpoint) -> str:
     return f"{words} ({known['accuracy']:.2%} of {known['dataset']['name']})"
 
 
-def lessons(labels_N: Tensor, num_classes: int, recipe: Recipe, answers_NK: Tensor | None = None) -> Tensor:
-    """What the network is to answer, as probabilities (N, L, K).
+def smooth(labels_N: Tensor, num_classes: int, recipe: Recipe) -> Tensor:
+    """The labels as probabilities (N, K)."""
+    share = recipe.label_smoothing
+    return F.one_hot(labels_N, num_classes) * (1 - share) + share / num_classes
+
+
+def loss(logits_NK: Tensor, labels_NK: Tensor, answers_NK: Tensor | None, recipe: Recipe) -> Tensor:
+    """The cross-entropy, summed over the images, to labels and teachers in the shares that the recipe gives them.
 
     Args:
         answers_NK: Of teachers, if and only if the recipe has distillation.
     """
     assert (answers_NK is not None) == (recipe.distillation > 0)
-    smoothing = recipe.label_smoothing
-    smoothed_NK = F.one_hot(labels_N, num_classes) * (1 - smoothing) + smoothing / num_classes
-    return torch.stack([smoothed_NK] if answers_NK is None else [smoothed_NK, answers_NK], dim=1)
-
-
-def loss(logits_NK: Tensor, lessons_NLK: Tensor, recipe: Recipe) -> Tensor:
-    """The cross-entropy, summed over the images, to labels and teachers in the shares that the recipe gives them."""
-    total = (1 - recipe.distillation) * F.cross_entropy(logits_NK, lessons_NLK[:, 0], reduction="sum")
-    if recipe.distillation:
-        softened = F.cross_entropy(logits_NK / TEMPERATURE, lessons_NLK[:, 1], reduction="sum")
+    total = (1 - recipe.distillation) * F.cross_entropy(logits_NK, labels_NK, reduction="sum")
+    if answers_NK is not None:
+        softened = F.cross_entropy(logits_NK / TEMPERATURE, answers_NK, reduction="sum")
         # The square makes up for the smaller gradients of what is softened (section 2 of the paper).
         total = total + recipe.distillation * TEMPERATURE**2 * softened
     return total

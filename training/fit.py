@@ -6,7 +6,7 @@ Shape letters: N images, C = 3, H = W = 32, K classes.
 import ctypes
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,20 @@ from app.checkpoint import save_tensors
 from app.data import Split
 from app.device import choose_dtype
 from app.model import CifarNet, Normalized
-from training.augment import augment, draw, epoch_generator
+from training.augment import Draws, augment, draw, epoch_generator
 from training.config import Recipe
-from training.distill import lessons, loss
+from training.distill import Teachers, loss, smooth
 from training.meter import Meter, TrainingError
 from training.muon import Muon
+from training.recorded import Recorded, Step
 
 CHANNELS = 3
 WHITENING_IMAGES = 5000
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 KEPT_BYTES = 2**31 - 1
+AHEAD = {"cuda": 10_000}
+"""So many images are augmented together on a device, in whole batches: a GPU needs that many to be busy. On a CPU, one
+batch: more of them would not stay in its caches."""
 
 
 @dataclass(frozen=True)
@@ -88,23 +92,33 @@ def initialize(network: Normalized, recipe: Recipe, pixels_NCHW: Tensor) -> None
 def optimizers_for(network: nn.Module, recipe: Recipe) -> list[Optimizer]:
     """Weights decay; biases and batch norms do as fast if they have a learning rate of their own, else not at all.
 
-    With muon, weights of hidden layers have their own optimizer.
+    With muon, weights of hidden layers have their own optimizer. Each group has its highest learning rate as `peak`.
     """
     biases: dict[str, Any] = {}
     if recipe.bias_learning_rate:
         decay = recipe.weight_decay * recipe.learning_rate / recipe.bias_learning_rate
-        biases = {"lr": recipe.bias_learning_rate, "weight_decay": decay}
+        biases = {"peak": recipe.bias_learning_rate, "weight_decay": decay}
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     # Not one that sees pixels, nor the last, whose norm is how sure the network may be.
     hidden = [p for p in parameters if p.ndim > 1 and p.shape[1] > CHANNELS][:-1] if recipe.optimizer == "muon" else []
     taken = {id(parameter) for parameter in hidden}
     rest = [parameter for parameter in parameters if id(parameter) not in taken]
+    peak = {"peak": recipe.learning_rate}
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in rest if p.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in rest if p.ndim <= 1], **biases},
+        peak | {"params": [p for p in rest if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        peak | {"params": [p for p in rest if p.ndim <= 1], **biases},
     ]
-    sgd = SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.nesterov)
-    return [sgd, Muon(hidden, recipe.muon_learning_rate)] if hidden else [sgd]
+    sgd = SGD(groups, lr=0.0, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=True)
+    return [sgd, Muon([{"params": hidden, "peak": recipe.muon_learning_rate}])] if hidden else [sgd]
+
+
+def set_learning_rates(optimizers: list[Optimizer], factor: float, device: torch.device) -> None:
+    """That part of each group's peak. They are tensors that stay, as a recorded step reads them where they are."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if not isinstance(group["lr"], Tensor):
+                group["lr"] = torch.zeros((), device=device)
+            group["lr"].fill_(factor * group["peak"])
 
 
 def learning_rate_factor(step: int, total: int, recipe: Recipe) -> float:
@@ -121,20 +135,19 @@ def fit(
     recipe: Recipe,
     *,
     device: torch.device,
-    answers_NK: Tensor | None = None,
+    teachers: Teachers | None = None,
     workers: Workers = Workers(),
     validate: Callable[[nn.Module], dict[str, float]] | None = None,
     on_epoch: Callable[[list[dict[str, float]]], None] | None = None,
     state_file: Path | None = None,
     resume: bool = False,
-    teachers: str = "none",
     show_progress: bool = False,
 ) -> Progress:
     """Train `network` in place on `train` as `recipe` says.
 
-    `answers_NK` are what `teachers` say of the images, for a recipe with distillation. `validate` and `on_epoch` are
-    called after each epoch, in the first process only, `on_epoch` with the figures of all epochs so far; `state_file`
-    is then written, and read at the start when `resume` is set.
+    `teachers` are for a recipe with distillation. `validate` and `on_epoch` are called after each epoch, in the first
+    process only, `on_epoch` with the figures of all epochs so far; `state_file` is then written, and read at the start
+    when `resume` is set.
 
     Raises:
         TrainingError: the loss is no longer finite, the batch does not divide, or the state file is of another run.
@@ -146,19 +159,38 @@ def fit(
         )
     keep_memory()
     dtype = choose_dtype(device) if recipe.precision == "auto" else torch.float32
-    network.to(device)
-    if dtype == torch.bfloat16:
-        network.to(memory_format=torch.channels_last)
+    exact = dtype == torch.float32
+    for module in (network, teachers) if teachers else (network,):
+        module.to(device)
+        if not exact:
+            module.to(memory_format=torch.channels_last)
+    torch.backends.cudnn.benchmark = True  # steps are alike, so that trying NVIDIA's algorithms once pays
     model: nn.Module = DistributedDataParallel(network) if workers.count > 1 else network
     optimizers = optimizers_for(network, recipe)
-    progress, origin = Progress(), {**vars(recipe), "images": train.digest, "teachers": teachers}
+    introduction = teachers.introduction if teachers else "none"
+    progress, origin = Progress(), {**vars(recipe), "images": train.digest, "teachers": introduction}
     if resume and state_file is not None and state_file.exists():
         progress = _load_state(state_file, origin, network, optimizers)
         if workers.is_first and on_epoch is not None:  # in case it stopped between state and log
             on_epoch(progress.rows)
 
+    def learn(pixels_NCHW: Tensor, labels_NK: Tensor) -> Tensor:
+        """The loss of a batch, summed over its images, after having learned from it."""
+        if not exact:
+            pixels_NCHW = pixels_NCHW.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, dtype, enabled=not exact):
+            logits_NK = model(pixels_NCHW)
+            answers_NK = teachers(pixels_NCHW) if teachers else None
+        loss_sum = loss(logits_NK.float(), labels_NK, answers_NK, recipe)
+        (loss_sum / len(pixels_NCHW)).backward()  # of several processes, the gradients are averaged
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss_sum.detach()
+
+    take_step: Step = Recorded(learn) if device.type == "cuda" and workers.count == 1 else learn
     images_NCHW = train.pixels_NCHW.to(device)
-    lessons_NLK = lessons(train.labels_N, len(train.classes), recipe, answers_NK).to(device)
+    labels_NK = smooth(train.labels_N, len(train.classes), recipe).float().to(device)
     steps = max(1, round(len(train) / recipe.batch_size))
     for epoch in range(progress.epochs_done, recipe.epochs):
         model.train()
@@ -167,28 +199,11 @@ def fit(
         draws = draw(len(train), epoch, recipe, generator).to(device)
         meter = Meter(recipe, epoch, steps, show=show_progress and workers.is_first)
         # Parts of equal size: every image is used in every epoch, and no last batch is too small for a batch norm.
-        for step, batch_N in enumerate(order_N.tensor_split(steps)):
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    peak = group.setdefault("peak", group["lr"])
-                    group["lr"] = peak * learning_rate_factor(epoch * steps + step, recipe.epochs * steps, recipe)
-            mine_N = batch_N[workers.rank :: workers.count]
-            pixels_NCHW = augment(images_NCHW, mine_N, draws, recipe)
-            if dtype == torch.bfloat16:
-                pixels_NCHW = pixels_NCHW.contiguous(memory_format=torch.channels_last)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                logits_NK = model(pixels_NCHW)
-            mine_NLK = lessons_NLK[mine_N]
-            if recipe.cutmix:
-                share_N11 = draws.patch_share(mine_N)[:, None, None]
-                mine_NLK = mine_NLK.lerp(lessons_NLK[draws.partner_N[mine_N]], share_N11)
-            loss_sum = loss(logits_NK.float(), mine_NLK, recipe)
-            # The gradients of the processes are averaged: this makes that the mean over the whole batch.
-            (loss_sum * workers.count / len(batch_N)).backward()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            meter.update(loss_sum.detach(), len(mine_N), optimizers[0].param_groups[0]["lr"])
+        batches = [batch_N[workers.rank :: workers.count] for batch_N in order_N.tensor_split(steps)]
+        for step, (pixels_NCHW, labels) in enumerate(_augmented(images_NCHW, labels_NK, batches, draws, recipe)):
+            factor = learning_rate_factor(epoch * steps + step, recipe.epochs * steps, recipe)
+            set_learning_rates(optimizers, factor, device)
+            meter.update(take_step(pixels_NCHW, labels), len(pixels_NCHW), factor * recipe.learning_rate)
         row = meter.close(network)
         if workers.is_first:
             if validate is not None:
@@ -200,6 +215,21 @@ def fit(
             if on_epoch is not None:
                 on_epoch(progress.rows)
     return progress
+
+
+def _augmented(
+    images_NCHW: Tensor, labels_NK: Tensor, batches: list[Tensor], draws: Draws, recipe: Recipe
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pixels and labels of each batch of indices, both mixed as drawn."""
+    ahead = max(1, AHEAD.get(images_NCHW.device.type, 0) // len(batches[0]))
+    for first in range(0, len(batches), ahead):
+        part = batches[first : first + ahead]
+        index_N, sizes = torch.cat(part), [len(batch_N) for batch_N in part]
+        mixed_NK = labels_NK[index_N]
+        if recipe.cutmix:
+            mixed_NK = mixed_NK.lerp(labels_NK[draws.partner_N[index_N]], draws.patch_share(index_N)[:, None])
+        pixels_NCHW = augment(images_NCHW, index_N, draws, recipe)
+        yield from zip(pixels_NCHW.split(sizes), mixed_NK.split(sizes), strict=True)
 
 
 def _save_state(
@@ -226,4 +256,6 @@ def _load_state(file: Path, origin: dict[str, Any], network: nn.Module, optimize
     network.load_state_dict(state["network"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0  # what was read is on the CPU, and each step sets it
     return Progress(state["epochs_done"], state["rows"])

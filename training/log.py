@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from tqdm import tqdm
@@ -21,6 +22,10 @@ def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
+REDRAW_SECONDS = 10.0
+"""Between two drawings of the curves, which take as long as an epoch does on a GPU."""
+
+
 class RunLog:
     """Writes under `folder`; one line a finished epoch, in the file and on the terminal."""
 
@@ -28,6 +33,7 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.tensorboard = _tensorboard(folder)
+        self._drawn_at = -REDRAW_SECONDS
 
     def say(self, text: str) -> None:
         tqdm.write(text)
@@ -35,7 +41,8 @@ class RunLog:
     def epoch(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Record the figures of all epochs so far, and show those of the last one."""
         write_rows(self.folder / "log.jsonl", rows)
-        plots.save(plots.learning_curves(rows), self.folder / "curves.png")
+        if monotonic() - self._drawn_at >= REDRAW_SECONDS:
+            self.draw(rows)
         row = rows[-1]
         if self.tensorboard is not None:
             for name, value in row.items():
@@ -46,6 +53,11 @@ class RunLog:
             parts.append(f"validation {row['validation_accuracy']:.2%}, loss {row['validation_loss']:.4f}")
         parts.append(f"{row['images_per_second']:,.0f} images/s, {row['train_seconds']:.0f} s")
         self.say("  ".join(parts))
+
+    def draw(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """The learning curves."""
+        plots.save(plots.learning_curves(rows), self.folder / "curves.png")
+        self._drawn_at = monotonic()
 
 
 def _tensorboard(folder: Path) -> Any:

@@ -4,11 +4,10 @@ K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 202
 K. Jordan's CIFAR-10 speed runs. torch.optim.Muon takes matrices only, and its decay does not fix the norm.
 """
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
@@ -24,9 +23,9 @@ def orthogonalize(matrix_MN: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor
     if tall := x.size(0) > x.size(1):
         x = x.T
     x = x / (x.norm() + 1e-7)
-    for _ in range(steps):
+    for _ in range(steps):  # x <- a x + (b g + c g g) x, where g = x x'
         gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.T if tall else x).to(matrix_MN.dtype)
 
 
@@ -40,7 +39,7 @@ class Muon(Optimizer):
 
     newton_schulz_steps = NEWTON_SCHULZ_STEPS
 
-    def __init__(self, parameters: Iterable[Tensor], learning_rate: float, momentum: float = 0.6) -> None:
+    def __init__(self, parameters: ParamsT, learning_rate: float | Tensor = 0.0, momentum: float = 0.6) -> None:
         super().__init__(parameters, {"lr": learning_rate, "momentum": momentum})
 
     @torch.no_grad()
@@ -51,6 +50,5 @@ class Muon(Optimizer):
                 buffer.mul_(group["momentum"]).add_(weight.grad)
                 update = weight.grad.add(buffer, alpha=group["momentum"])
                 weight.mul_(len(weight) ** 0.5 / weight.norm())
-                weight.sub_(
-                    orthogonalize(update.flatten(1), self.newton_schulz_steps).view_as(weight), alpha=group["lr"]
-                )
+                turn = orthogonalize(update.flatten(1), self.newton_schulz_steps).view_as(weight)
+                weight.sub_(turn * group["lr"])
