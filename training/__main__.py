@@ -222,19 +222,27 @@ def _split(options: argparse.Namespace, weights: Checkpoint | None = None) -> Sp
     """The images to measure or show: the test images, or with --validation those a run held out.
 
     Raises:
-        DataError, ValueError: `weights` are for other classes, or have seen some of the images.
+        DataError, ValueError: as `_require_unseen`.
     """
     folder, share = locate(options.data, os.environ), options.validation
     split = hold_out(data.read(folder)[0], share)[1] if share else data.read_test(folder)
     if weights is not None:
-        require_same_classes(weights, split)
-        if (held_out := weights.trained.get("validation", 0.0)) < share:
-            raise ValueError(
-                f"These weights were trained with a share of {held_out} of the images held out, so --validation "
-                f"{share} would measure images that they have seen. Name the weights of a run with "
-                f"--validation {share}."
-            )
+        _require_unseen(weights, split, share)
     return split
+
+
+def _require_unseen(weights: Checkpoint, split: Split, share: float) -> None:
+    """Check that `weights` can be measured on `split`, the test images or `share` of the training images.
+
+    Raises:
+        DataError, ValueError: They are for other classes, or have seen some of the images.
+    """
+    require_same_classes(weights, split)
+    if (held_out := weights.trained.get("validation", 0.0)) < share:
+        raise ValueError(
+            f"These weights were trained with a share of {held_out} of the images held out, so --validation "
+            f"{share} would measure images that they have seen. Name the weights of a run with --validation {share}."
+        )
 
 
 def evaluate_command(options: argparse.Namespace) -> None:
@@ -261,10 +269,10 @@ def robustness_command(options: argparse.Namespace) -> None:
 
 def unfamiliar_command(options: argparse.Namespace) -> None:
     checkpoint = load(options.weights)
-    split = _split(options, checkpoint)
-    train, _ = data.read(locate(options.data, os.environ))
+    train, split = data.read(locate(options.data, os.environ))
     if options.validation:
-        train, _ = hold_out(train, options.validation)
+        train, split = hold_out(train, options.validation)
+    _require_unseen(checkpoint, split, options.validation)
     found = compare(checkpoint, train, split, options.count, choose_device(options.device))
     _put_out({"weights": _identify(options.weights, checkpoint), **found}, format_comparison(found), options)
 

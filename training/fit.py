@@ -174,15 +174,15 @@ def fit(
         if workers.is_first and on_epoch is not None:  # in case it stopped between state and log
             on_epoch(progress.rows)
 
-    def learn(pixels_NCHW: Tensor, labels_NK: Tensor) -> Tensor:
-        """The loss of a batch, summed over its images, after having learned from it."""
+    def learn(pixels_NCHW: Tensor, labels_NK: Tensor, scale: Tensor) -> Tensor:
+        """The loss of a batch, summed over its images, after having learned from `scale` times that."""
         if not exact:
             pixels_NCHW = pixels_NCHW.contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, dtype, enabled=not exact):
             logits_NK = model(pixels_NCHW)
             answers_NK = teachers(pixels_NCHW) if teachers else None
         loss_sum = loss(logits_NK.float(), labels_NK, answers_NK, recipe)
-        (loss_sum / len(pixels_NCHW)).backward()  # of several processes, the gradients are averaged
+        (scale * loss_sum).backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -199,11 +199,14 @@ def fit(
         draws = draw(len(train), epoch, recipe, generator).to(device)
         meter = Meter(recipe, epoch, steps, show=show_progress and workers.is_first)
         # Parts of equal size: every image is used in every epoch, and no last batch is too small for a batch norm.
-        batches = [batch_N[workers.rank :: workers.count] for batch_N in order_N.tensor_split(steps)]
-        for step, (pixels_NCHW, labels) in enumerate(_augmented(images_NCHW, labels_NK, batches, draws, recipe)):
+        batches = order_N.tensor_split(steps)
+        mine = [batch_N[workers.rank :: workers.count] for batch_N in batches]
+        for step, (pixels_NCHW, targets_NK) in enumerate(_augmented(images_NCHW, labels_NK, mine, draws, recipe)):
             factor = learning_rate_factor(epoch * steps + step, recipe.epochs * steps, recipe)
             set_learning_rates(optimizers, factor, device)
-            meter.update(take_step(pixels_NCHW, labels), len(pixels_NCHW), factor * recipe.learning_rate)
+            # The gradients of the processes are averaged: this makes that the mean over the whole batch.
+            scale = torch.full((), workers.count / len(batches[step]), device=device)
+            meter.update(take_step(pixels_NCHW, targets_NK, scale), len(pixels_NCHW), factor * recipe.learning_rate)
         row = meter.close(network)
         if workers.is_first:
             if validate is not None:
