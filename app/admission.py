@@ -7,6 +7,8 @@ from app.errors import Overloaded
 
 SMOOTHING = 0.1
 """Weight of the newest in a mean time."""
+USUAL_BATCH = 32
+"""From which a larger batch hardly saves the forward pass anything, and all in it would wait longer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +20,11 @@ class Limits:
     """Pictures admitted and not yet answered."""
     max_waiting_bytes: int
     deadline_seconds: float
+
+    @property
+    def usual_batch(self) -> int:
+        """Pictures that run together unless many wait."""
+        return min(USUAL_BATCH, self.max_batch)
 
 
 class Admission:

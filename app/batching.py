@@ -62,7 +62,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         self.statistics = Statistics()
         self._queue: SimpleQueue[Entry[Item, Prepared, Result] | Signal] = SimpleQueue()
         self._heavy: SimpleQueue[Entry[Item, Prepared, Result] | Signal] = SimpleQueue()
-        self._turns: Turns[Item, Prepared, Result] = Turns(limits.max_batch)  # what the queue held
+        self._turns: Turns[Item, Prepared, Result] = Turns(limits.usual_batch, limits.max_batch)  # what the queue held
         self._stopping = False
         self._idle_work: deque[Iterator[object]] = deque()
         self._exchanges: deque[tuple[Building[Prepared, Result], asyncio.Future[Run[Prepared, Result]]]] = deque()

@@ -83,7 +83,7 @@ def check(name: str, device: torch.device) -> None:
 
 
 def choose(
-    network: Normalized, device: torch.device, *, name: str, threads: int, max_batch: int
+    network: Normalized, device: torch.device, *, name: str, threads: int, batch: int
 ) -> Generator[None, None, Engine]:
     """The engine `name`; "auto" is the fastest there is.
 
@@ -92,7 +92,7 @@ def choose(
     Args:
         network: Folded and without its last layer (`model.split`), float32; the engine takes it over.
         threads: How many a forward pass uses on a CPU.
-        max_batch: Of which batch size, besides one picture, the engines are compared.
+        batch: Of which batch size, besides one picture, the engines are compared.
     """
     dtype = serving_dtype(device)
     if dtype == torch.bfloat16:
@@ -107,7 +107,7 @@ def choose(
             engines.append((yield from aside(partial(OpenVinoEngine, trace(network), dtype, threads))))
     if name != "openvino":
         engines.append(TorchEngine(network, device, dtype, threads))
-    fastest = min(engines, key=lambda engine: _cost(engine, max_batch)) if len(engines) > 1 else engines[0]
+    fastest = min(engines, key=lambda engine: _cost(engine, batch)) if len(engines) > 1 else engines[0]
     if fastest.name != "torch":
         torch.set_num_threads(1)  # for the rest of torch's work here, which is too little to wake another thread for
     return fastest
@@ -124,10 +124,10 @@ def serving_dtype(device: torch.device) -> torch.dtype:
 
 
 @torch.inference_mode()
-def _cost(engine: Engine, max_batch: int) -> float:
+def _cost(engine: Engine, batch: int) -> float:
     """Seconds for one picture times seconds for a full batch: being twice as fast counts the same for both."""
     cost = 1.0
-    for size in (1, max_batch):
+    for size in (1, batch):
         pixels_NCHW = torch.zeros(size, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
         engine(pixels_NCHW)
         taken = []

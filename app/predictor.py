@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from app import engine, model
+from app.admission import USUAL_BATCH
 from app.calibration import energy
 from app.checkpoint import Checkpoint
 from app.images import to_tensor
@@ -58,15 +59,18 @@ class Predictor:
         folded = yield from aside(lambda: model.fold(checkpoint.network()))
         # The last layer is small; in bfloat16 its logits would be so coarse that two classes often shared the highest.
         body, self._head = model.split(folded)
-        self.engine = yield from engine.choose(body, device, name=engine_name, threads=threads, max_batch=max_batch)
+        self.engine = yield from engine.choose(
+            body, device, name=engine_name, threads=threads, batch=min(USUAL_BATCH, max_batch)
+        )
 
     def warm_up(self) -> Iterator[None]:
         """Run the sizes of a batch once, one a step, because the first run of a size also chooses its kernels.
 
-        Up to 32 all, about a quarter of a second altogether on a CPU; of the larger ones, which take longer, some.
+        Up to the usual one all, about a quarter of a second altogether on a CPU; of the larger ones, which take longer,
+        those that `entries.Turns` doubles it to.
         """
         doubled = (2**power for power in range(self._max_batch.bit_length()))
-        for size in sorted({*range(1, min(self._max_batch, 32) + 1), *doubled, self._max_batch}):
+        for size in sorted({*range(1, min(USUAL_BATCH, self._max_batch) + 1), *doubled, self._max_batch}):
             self.predict(torch.zeros(size, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8))
             yield
 

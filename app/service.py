@@ -79,15 +79,16 @@ class Service:
         )
         self._served = Served(checkpoint)
         self._reloading = asyncio.Lock()
+        self._limits = Limits(
+            max_batch=settings.max_batch,
+            max_waiting=settings.max_waiting,
+            max_waiting_bytes=settings.max_waiting_bytes,
+            deadline_seconds=settings.deadline_seconds,
+        )
         self._batcher: Batcher[Item, Pixels, Verdict] = Batcher(
             prepare=self._prepare,
             build=lambda: finish(self._build(self._served, settings.engine)),
-            limits=Limits(
-                max_batch=settings.max_batch,
-                max_waiting=settings.max_waiting,
-                max_waiting_bytes=settings.max_waiting_bytes,
-                deadline_seconds=settings.deadline_seconds,
-            ),
+            limits=self._limits,
         )
 
     async def start(self) -> None:
@@ -197,7 +198,7 @@ class Service:
         Raises:
             Overloaded, NotReady: as `predict_pictures`.
         """
-        step = self.settings.max_batch * IMAGE_BYTES
+        step = self._limits.usual_batch * IMAGE_BYTES
         groups = [pixels[start : start + step] for start in range(0, len(pixels), step)]
         items: list[tuple[Item, int, int]] = [(group, len(group), len(group) // IMAGE_BYTES) for group in groups]
         return asyncio.gather(*self._batcher.submit_all(items, deadline_seconds, light=True))

@@ -152,7 +152,10 @@ class Settings:
     max_pictures: Annotated[
         int, Setting(whole(1, 1_000_000), "pictures in one request; a request with more is refused")
     ] = 1024
-    max_batch: Annotated[int, Setting(whole(1, 1024), "pictures per forward pass; those that wait run together")] = 32
+    max_batch: Annotated[
+        int,
+        Setting(whole(1, 1024), "pictures per forward pass; those that wait run together, 32 of them unless many do"),
+    ] = 128
     # Twice as many as a request may have, so that those of one picture are still admitted beside the largest.
     max_waiting: Annotated[
         int, Setting(whole(1, 1_000_000), "pictures admitted and not yet answered; more get 429")

@@ -28,6 +28,7 @@ from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader, Dataset
 
 from app import checkpoint, model
+from app.admission import USUAL_BATCH
 from app.data import Split
 from app.device import choose_device, describe
 from app.predictor import Predictor
@@ -195,7 +196,7 @@ def engine_speeds(architecture: str) -> tuple[float, float]:
         classes=checkpoint.CIFAR10_CLASSES,
     )
     predictor = Predictor(random, choose_device(), threads=settings.threads, max_batch=settings.max_batch)
-    return 1e3 / _pictures_a_second(predictor, 1), _pictures_a_second(predictor, settings.max_batch)
+    return 1e3 / _pictures_a_second(predictor, 1), _pictures_a_second(predictor, USUAL_BATCH)
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from app import batching, entries
+from app import admission, batching, entries
 from app.admission import Limits
 from app.batching import Batcher, Building
 from app.errors import DeadlineExceeded, NotReady, Overloaded
@@ -102,6 +102,27 @@ async def test_a_request_of_many_and_those_of_one_take_turns() -> None:
     doubler.gate.set()
     await asyncio.gather(held, *many, *singles)
     assert doubler.batches == [[0], [100, 101, 102, 103], [1, 2, 3, 4], [104, 105, 106, 107], [5, 6], [108, 109]]
+    await batcher.close()
+
+
+async def test_batches_are_doubled_while_four_of_them_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission, "USUAL_BATCH", 2)
+    doubler = Doubler()
+    limits = Limits(max_batch=9, max_waiting=100, max_waiting_bytes=10_000, deadline_seconds=60)
+    batcher = await start(doubler, limits)
+    held = await hold(doubler, batcher)
+    singles = [batcher.submit("1", 1, light=True) for _ in range(20)]
+    doubler.gate.set()
+    await asyncio.gather(held, *singles)
+    assert [len(batch) for batch in doubler.batches] == [1, 8, 4, 4, 2, 2]
+    doubler.batches.clear()
+    held = await hold(doubler, batcher)
+    many = batcher.submit_all([("1", 1, 2)] * 8, light=True)
+    single = batcher.submit("2", 1, light=True)
+    doubler.gate.set()
+    await asyncio.gather(held, *many, single)
+    # The usual ones while both kinds wait, and where less than four of them do.
+    assert [len(batch) for batch in doubler.batches] == [1, 1, 1, 2, 2, 1, 1, 1]
     await batcher.close()
 
 

@@ -62,7 +62,7 @@ def trained(architecture: str) -> model.Normalized:
 def choose(network: model.Normalized, name: str, threads: int = 1, max_batch: int = 4) -> engine.Engine:
     with torch.inference_mode(False):  # tensors made in it could not be changed by the thread aside
         body = model.split(network)[0]
-    return finish(engine.choose(body, CPU, name=name, threads=threads, max_batch=max_batch))
+    return finish(engine.choose(body, CPU, name=name, threads=threads, batch=max_batch))
 
 
 @torch.inference_mode()
