@@ -132,6 +132,11 @@ def test_the_ablation_has_mean_and_standard_deviation_over_seeds(folder: Path) -
     assert "Taught by a net." in text
 
 
+def test_an_ingredient_is_compared_under_its_own_seeds(folder: Path) -> None:
+    write_rows(folder / "ablation.jsonl", [*ABLATION[:3], ABLATION[5]])
+    assert "| flip False | 1 | 80.00 | -4.00 | 40.00 | -2.00 |" in card(folder)
+
+
 def test_the_same_files_make_the_same_card(folder: Path) -> None:
     write_rows(folder / "a.log.jsonl", EPOCHS)
     card(folder)

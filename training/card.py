@@ -226,27 +226,27 @@ def _unfamiliar(found: dict[str, Any]) -> list[str]:
 
 
 def _ablation(runs: list[dict[str, Any]]) -> list[str]:
-    """A table for each length of the schedule: mean and standard deviation over seeds."""
+    """A table for each length of the schedule: mean and standard deviation over seeds, differences under the same."""
     lines = ["## Ablation", ""]
     for epochs in sorted({run["epochs"] for run in runs}):
         settings: dict[str, list[dict[str, Any]]] = {}
         for run in runs:
             if run["epochs"] == epochs:
                 settings.setdefault(run["setting"], []).append(run)
-        whole = next(iter(settings.values()))
+        whole = {run["seed"]: run for run in next(iter(settings.values()))}
         rows = []
         for setting, repeated in settings.items():
             row = [setting, str(len(repeated))]
             for measure in ("validation_accuracy", "jpeg_accuracy"):
-                here, there = ([100 * run[measure] for run in of] for of in (repeated, whole))
-                difference = statistics.mean(here) - statistics.mean(there)
-                row += [_spread(here), f"{difference:+.2f}" if repeated is not whole else ""]
+                differences = [100 * (run[measure] - whole[run["seed"]][measure]) for run in repeated]
+                lost = f"{statistics.mean(differences):+.2f}" if repeated[0] is not whole[repeated[0]["seed"]] else ""
+                row += [_spread([100 * run[measure] for run in repeated]), lost]
             rows.append(row)
         lines += [
             f"The recipe shortened to {epochs} epochs, and the same with one ingredient at a time taken out and "
             "nothing tuned again (`python -m training ablate`): validation accuracy in percent, one view, mean ± "
-            "standard deviation over seeds, and what is lost without the ingredient, in points; the same for these "
-            f"images as JPEG of quality {JPEG_QUALITY}. Taught by {runs[0]['teachers']}.",
+            "standard deviation over seeds, and the difference to the whole recipe under the same seeds, in points; "
+            f"the same for these images as JPEG of quality {JPEG_QUALITY}. Taught by {runs[0]['teachers']}.",
             "",
             *_table(("setting", "seeds", "accuracy", "difference", "as JPEG", "difference"), rows),
         ]
