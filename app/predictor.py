@@ -54,14 +54,12 @@ class Predictor:
     def _build(
         self, checkpoint: Checkpoint, device: torch.device, engine_name: str, threads: int, max_batch: int
     ) -> Generator[None, None, None]:
-        self._max_batch = max_batch
+        self._usual_batch, self._max_batch = min(USUAL_BATCH, max_batch), max_batch
         self._calibration = checkpoint.calibration
         folded = yield from aside(lambda: model.fold(checkpoint.network()))
         # The last layer is small; in bfloat16 its logits would be so coarse that two classes often shared the highest.
         body, self._head = model.split(folded)
-        self.engine = yield from engine.choose(
-            body, device, name=engine_name, threads=threads, batch=min(USUAL_BATCH, max_batch)
-        )
+        self.engine = yield from engine.choose(body, device, name=engine_name, threads=threads, batch=self._usual_batch)
 
     def warm_up(self) -> Iterator[None]:
         """Run the sizes of a batch once, one a step, because the first run of a size also chooses its kernels.
@@ -70,7 +68,7 @@ class Predictor:
         those that `entries.Turns` doubles it to.
         """
         doubled = (2**power for power in range(self._max_batch.bit_length()))
-        for size in sorted({*range(1, min(USUAL_BATCH, self._max_batch) + 1), *doubled, self._max_batch}):
+        for size in sorted({*range(1, self._usual_batch + 1), *doubled, self._max_batch}):
             self.predict(torch.zeros(size, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8))
             yield
 

@@ -92,13 +92,16 @@ def test_labels_and_teachers_count_in_their_shares() -> None:
 
 
 class Brightness(nn.Module):
-    """Is sure that a picture is dark if its middle is; remembers how many pictures it saw."""
+    """Is sure that a picture is dark if its middle is; remembers what it saw."""
 
     introduction = "a light meter"
-    seen = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
 
     def forward(self, pixels_NCHW: Tensor) -> Tensor:
-        self.seen += len(pixels_NCHW)
+        self.seen.append(pixels_NCHW)
         light_N = pixels_NCHW[:, :, 8:24, 8:24].float().mean(dim=(1, 2, 3)) > 105
         return F.one_hot(light_N.long(), 2).float()
 
@@ -114,7 +117,11 @@ def test_a_network_learns_what_the_teacher_says_of_the_pictures_it_sees_and_not_
     torch.manual_seed(0)
     network, teacher = model.build(recipe.network, num_classes=2), Brightness()
     initialize(network, recipe, pixels_NCHW)
+    learned: list[Tensor] = []
+    hook = network.register_forward_pre_hook(lambda _network, inputs: learned.append(inputs[0]))
     fit(network, split, recipe, device=CPU, teachers=teacher)  # type: ignore[arg-type]
-    assert teacher.seen == 4 * count
+    hook.remove()
+    assert sum(map(len, teacher.seen)) == 4 * count
+    assert all(map(torch.equal, teacher.seen, learned))
     with torch.no_grad():
         assert (network.eval()(pixels_NCHW).argmax(dim=1) == truth_N).double().mean() > 0.9
