@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -226,6 +227,15 @@ def test_two_processes_reach_the_loss_of_one(data_folder: Path) -> None:
     assert [row["loss"] for row in two] == pytest.approx(losses, rel=1e-3)
 
 
+@pytest.fixture
+def heeding_interrupts() -> Iterator[None]:
+    """A job in the background of a script ignores SIGINT, and so would all that it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeding_interrupts")
 def test_interrupting_leaves_no_half_written_file(data_folder: Path) -> None:
     flags = ["--recipe", "debug", "--data", ".", "--name", "long", "--epochs", "400"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
