@@ -9,14 +9,15 @@ import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import uvicorn
 
 from app import logs
 from app.errors import RequestError, SettingsError, StartError
-from app.protocol import Protocol
+from app.protocol import Protocol, Turnstile
 from app.settings import Settings, parse_settings
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
         return 1
     config = uvicorn.Config(
         app,
-        http=Protocol,
+        http=cast(Any, partial(Protocol, turnstile=Turnstile())),
         log_config=None,
         proxy_headers=False,  # nothing here depends on who asks, and looking takes time for each request
         access_log=False,  # ours is cheaper, and knows the request's id and route

@@ -22,7 +22,7 @@ from app.checkpoint import Checkpoint
 from app.device import describe
 from app.entries import Answer
 from app.errors import CheckpointError, DataError, NotFound, WeightsRefused
-from app.exchange import Intake
+from app.exchange import LIGHT_BYTES, Intake
 from app.images import Resize
 from app.model import IMAGE_BYTES
 from app.predictor import Estimate, Predictor
@@ -33,8 +33,6 @@ from app.steps import finish
 
 logger = logging.getLogger(__name__)
 
-LIGHT_BYTES = 16 * 1024
-"""Five times a picture's raw pixels. One of the usual 2 KB takes 0.1 ms to decode."""
 EVALUATION_BATCH = 8
 """Images per idle step of the evaluation: what a request that comes at the wrong moment waits for, some 3 ms."""
 

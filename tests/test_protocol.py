@@ -1,16 +1,18 @@
-"""Refusals below the application: in turn, after the whole body, and the connection left as the client wants it."""
+"""Below the application: refusals in turn, after the whole body, and the connection left as the client wants it; a
+wave of requests let in bit by bit."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from app.exchange import RawReply
-from app.protocol import Protocol
+from app.exchange import LIGHT_BYTES, RawReply
+from app.protocol import Protocol, Turnstile
 
 pytestmark = pytest.mark.anyio
 POST = b"POST / HTTP/1.1\r\ncontent-length: 5\r\nx-request-id: %b\r\n%b\r\nhello"
@@ -23,35 +25,60 @@ class Application:
     def __init__(self) -> None:
         self.full = False
         self.called = 0
+        self.paths: list[str] = []
         self.gate = asyncio.Event()
         self.gate.set()
 
     def refuse(self, _path: str, headers: Iterable[tuple[bytes, bytes]]) -> Callable[[], RawReply] | None:
-        body = b"no, " + dict(headers)[b"x-request-id"]
+        body = b"no, " + dict(headers).get(b"x-request-id", b"")
         answer = 429, [(b"content-length", b"%d" % len(body)), (b"retry-after", b"1")], body
         return (lambda: answer) if self.full else None
 
-    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.called += 1
+        self.paths.append(scope["path"])
         body, more = b"", True
         while more:
             message = await receive()
             body, more = body + message["body"], message["more_body"]
         await self.gate.wait()
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"1")]})
-        await send({"type": "http.response.body", "body": b"%d" % len(body)})
+        length = b"%d" % len(body)
+        headers = [(b"content-length", b"%d" % len(length))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": length})
+
+
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 @asynccontextmanager
-async def connected(application: Application) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+async def listening(application: Application) -> AsyncIterator[tuple[Callable[[], Awaitable[Connection]], ServerState]]:
+    """What connects a client, and what the server knows of them."""
     config = uvicorn.Config(application, http=Protocol, log_config=None, proxy_headers=False, lifespan="off", ws="none")
     config.load()
-    state = ServerState()
+    state, turnstile = ServerState(), Turnstile()
     loop = asyncio.get_running_loop()
-    async with await loop.create_server(lambda: Protocol(config, state, {}), "127.0.0.1", 0) as server:
-        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
-        yield reader, writer
-        writer.close()
+    protocol = partial(Protocol, config, state, {}, turnstile=turnstile)
+    async with await loop.create_server(protocol, "127.0.0.1", 0) as server:
+        clients = []
+
+        async def connect() -> Connection:
+            clients.append(await asyncio.open_connection(*server.sockets[0].getsockname()))
+            return clients[-1]
+
+        try:
+            yield connect, state
+        finally:
+            for _, writer in clients:
+                writer.close()
+            while state.connections:
+                await asyncio.sleep(0.001)
+
+
+@asynccontextmanager
+async def connected(application: Application) -> AsyncIterator[Connection]:
+    async with listening(application) as (connect, _):
+        yield await connect()
 
 
 async def answer(reader: asyncio.StreamReader) -> tuple[int, bytes, bytes]:
@@ -142,3 +169,58 @@ async def test_who_asks_before_sending_is_told_by_the_application() -> None:
         assert (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), SECONDS)).startswith(b"HTTP/1.1 100")
         writer.write(b"hello")
         assert (await answer(reader))[0] == 200
+
+
+WAVE = 2 * Turnstile.PER_TURN + 5
+
+
+async def test_a_turn_lets_in_so_many_and_the_next_ones_the_others_in_their_order() -> None:
+    turnstile, room = Turnstile(), Turnstile.PER_TURN
+    come_in: list[int] = []
+    let_in = [turnstile.enter(partial(come_in.append, index)) for index in range(WAVE)]
+    assert let_in == [True] * room + [False] * (WAVE - room)
+    await asyncio.sleep(0)
+    assert come_in == list(range(room, 2 * room))
+    assert not turnstile.enter(partial(come_in.append, WAVE))  # nobody overtakes who waits
+    await asyncio.sleep(0)
+    assert come_in == list(range(room, WAVE + 1))
+    assert turnstile.enter(lambda: None)
+
+
+@pytest.mark.parametrize(
+    "light",
+    [
+        b"GET /other HTTP/1.1\r\n\r\n",
+        b"POST /other HTTP/1.1\r\ncontent-length: %d\r\n\r\n" % LIGHT_BYTES + bytes(LIGHT_BYTES),
+    ],
+    ids=["a question", "what the event loop does not decode"],
+)
+async def test_what_is_little_work_overtakes_a_wave_of_requests(light: bytes) -> None:
+    application = Application()
+    async with listening(application) as (connect, _):
+        clients = [await connect() for _ in range(WAVE)]
+        reader, writer = await connect()
+        for _, waving in clients:
+            waving.write(POST % (b"7", b""))
+        writer.write(light)
+        assert (await answer(reader))[0] == 200
+        assert {(await answer(reader))[2] for reader, _ in clients} == {b"5"}
+    assert application.paths.count("/") == WAVE
+    assert application.paths.index("/other") <= Turnstile.PER_TURN
+
+
+async def test_what_waits_to_come_in_is_answered_before_the_server_stops() -> None:
+    application = Application()
+    async with listening(application) as (connect, state):
+        clients = [await connect() for _ in range(WAVE)]
+        for _, writer in clients:
+            writer.write(POST % (b"7", b""))
+        while not application.called:
+            await asyncio.sleep(0)
+        assert application.called < WAVE
+        for connection in list(state.connections):
+            connection.shutdown()
+        for reader, _ in clients:
+            status, _, body = await answer(reader)
+            assert (status, body) == (200, b"5")
+            assert await asyncio.wait_for(reader.read(), SECONDS) == b""
