@@ -4,7 +4,8 @@ The numbers are turned into metrics when somebody asks for them, so that a reque
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -13,34 +14,34 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from app.logs import AccessLog
-from app.service import Service
-from app.statistics import Histogram, Traffic
+from app.checkpoint import Checkpoint
+from app.statistics import Counts, Histogram
 
 
-class ServiceCollector(Collector):
-    """Reads everything from where it is counted, at the moment of the question."""
+class CountsCollector(Collector):
+    """Turns numbers into metrics."""
 
-    def __init__(self, service: Service, traffic: Traffic, access_log: AccessLog | None) -> None:
-        self._service = service
-        self._traffic = traffic
-        self._access_log = access_log
+    def __init__(self, counts: Counts, weights: Checkpoint) -> None:
+        self._counts = counts
+        self._weights = weights
 
     def collect(self) -> Iterator[Metric]:
         yield from self._http()
         yield from self._batches()
         yield from self._predictions()
         yield from self._state()
+        yield from _together(self._counts.pids)
 
     def _http(self) -> Iterator[Metric]:
+        traffic = self._counts.traffic
         by_route: defaultdict[tuple[str, ...], Histogram] = defaultdict(Histogram)
-        for (route, _, _), seconds in self._traffic.seconds.items():
+        for (route, _, _), seconds in traffic.seconds.items():
             by_route[route,].merge(seconds)
         yield _counter(
             "cifar_requests",
             "HTTP requests by route template, method and status; 499 is a client that left before its answer.",
             ("route", "method", "status"),
-            {(route, method, str(status)): of.count for (route, method, status), of in self._traffic.seconds.items()},
+            {(route, method, str(status)): of.count for (route, method, status), of in traffic.seconds.items()},
         )
         yield _histogram(
             "cifar_request_seconds",
@@ -52,15 +53,16 @@ class ServiceCollector(Collector):
             "cifar_refusals",
             "Requests answered with an error, by its reason.",
             ("reason",),
-            {(reason,): count for reason, count in self._traffic.refusals.items()},
+            {(reason,): count for reason, count in traffic.refusals.items()},
+        )
+        yield CounterMetricFamily(
+            "cifar_access_lines_dropped",
+            "Lines of the access log that were dropped because nobody read them.",
+            self._counts.lines_dropped,
         )
 
-        if self._access_log is not None:
-            help = "Lines of the access log that were dropped because nobody read them."
-            yield CounterMetricFamily("cifar_access_lines_dropped", help, self._access_log.dropped)
-
     def _batches(self) -> Iterator[Metric]:
-        known = self._service.statistics
+        known = self._counts.statistics
         yield _histogram(
             "cifar_decode_seconds", "Decoding a picture; raw pixels take next to nothing.", {(): known.prepare}
         )
@@ -73,33 +75,43 @@ class ServiceCollector(Collector):
         yield _histogram("cifar_batch_size", "Pictures that ran together.", {(): known.batches})
 
     def _predictions(self) -> Iterator[Metric]:
-        known = self._service.predictions
+        known = self._counts.predictions
         yield _counter(
             "cifar_predictions",
             "Pictures by the class that was the most probable one.",
             ("class",),
-            {(name,): known.classes[name] for name in self._service.checkpoint.classes},
+            {(name,): known.classes[name] for name in self._weights.classes},
         )
         yield _histogram("cifar_confidence", "Probability of that class.", {(): known.confidence})
 
     def _state(self) -> Iterator[Metric]:
-        service = self._service
-        yield GaugeMetricFamily("cifar_queue_depth", "Pictures admitted and not yet answered.", service.waiting)
-        yield GaugeMetricFamily("cifar_ready", "1 if new requests should be sent here, as /readyz.", service.ready)
-        checkpoint = service.checkpoint
+        counts, weights = self._counts, self._weights
+        yield GaugeMetricFamily("cifar_processes", "Processes that serve.", len(counts.pids))
+        yield GaugeMetricFamily("cifar_queue_depth", "Pictures admitted and not yet answered.", counts.waiting)
+        yield GaugeMetricFamily("cifar_ready", "1 if new requests should be sent here, as /readyz.", counts.ready)
         yield InfoMetricFamily(
             "cifar_weights",
             "The weights that are served.",
-            {"name": checkpoint.architecture, "sha256": checkpoint.sha256[:12]},
+            {"name": weights.architecture, "sha256": weights.sha256[:12]},
         )
 
 
-def registry(service: Service, traffic: Traffic, access_log: AccessLog | None) -> CollectorRegistry:
-    """One of its own for each application: the library's is one for the whole process."""
-    own = CollectorRegistry()
-    own.register(ServiceCollector(service, traffic, access_log))
-    ProcessCollector(registry=own)  # memory, processor time and open files, where the system tells
-    return own
+def registry(counts: Counts, weights: Checkpoint) -> CollectorRegistry:
+    """What the service has counted, and what its processes take of the machine."""
+    collected = CollectorRegistry()
+    collected.register(CountsCollector(counts, weights))
+    return collected
+
+
+def _together(pids: Sequence[int]) -> Iterator[Metric]:
+    """The library's metrics of a process, where the system tells them, of several at once."""
+    for same in zip(*(ProcessCollector(registry=None, pid=partial(int, pid)).collect() for pid in pids), strict=False):
+        metric = Metric(same[0].name, same[0].documentation, same[0].type)
+        for samples in zip(*(each.samples for each in same), strict=True):
+            values = [sample.value for sample in samples]
+            first = metric.name == "process_start_time_seconds"
+            metric.add_sample(samples[0].name, {}, min(values) if first else sum(values))
+        yield metric
 
 
 def _counter(name: str, help: str, labels: tuple[str, ...], counts: Mapping[tuple[str, ...], int]) -> Metric:

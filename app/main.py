@@ -1,6 +1,7 @@
 """create_app(settings): wiring only."""
 
 import gc
+import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -9,7 +10,7 @@ from fastapi import FastAPI
 from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
-from app import boundary, engine, exposition
+from app import boundary, engine
 from app.boundary import Ledger
 from app.device import choose_device
 from app.errors import SettingsError
@@ -18,7 +19,7 @@ from app.routes import admin, batch, health, metrics, open_inference, pages, pre
 from app.routes.fast_lane import Application
 from app.service import Service, load_aside
 from app.settings import Settings
-from app.statistics import Traffic
+from app.statistics import Counts, Traffic
 
 DESCRIPTION = """Send a picture, get the probability of each class.
 
@@ -50,6 +51,20 @@ def create_app(settings: Settings) -> FastAPI:
         yield
         await service.close()
 
+    def count() -> Counts:
+        return Counts(
+            traffic,
+            service.statistics,
+            service.predictions,
+            lines_dropped=access_log.dropped if access_log is not None else 0,
+            pids=(os.getpid(),),
+            waiting=service.waiting,
+            ready=service.ready,
+        )
+
+    async def total() -> Counts:
+        return count()
+
     traffic = Traffic()
     access_log = AccessLog(sys.stderr) if settings.access_log else None
     ledger = Ledger(traffic, access_log)
@@ -66,7 +81,9 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.service = service
-    app.state.registry = exposition.registry(service, traffic, access_log)
+    app.state.count = count
+    app.state.total = total  # this and the next are others where several processes serve
+    app.state.on_reload = lambda: None
     paths = {"/openapi.json"}
     administration = () if settings.admin_key is None else (admin,)
     for routes in (predict, batch, open_inference, metrics, health, pages, *administration):

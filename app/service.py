@@ -115,7 +115,7 @@ class Service:
                 if served.checkpoint.sha256 == self.checkpoint.sha256:
                     return False
                 self._check_replaces(served.checkpoint)
-                await self._batcher.exchange(self._build(served, self._served.predictor.engine.name))
+                await self._batcher.exchange(self._build(served, self.engine))
             except CheckpointError as error:
                 raise WeightsRefused(f"{error} The weights {self.checkpoint.sha256[:12]} go on serving.") from None
             self._served = served
@@ -127,6 +127,11 @@ class Service:
     def checkpoint(self) -> Checkpoint:
         """What new requests are answered with. An answer itself says what it came from."""
         return self._served.checkpoint
+
+    @property
+    def engine(self) -> str:
+        """The name of the one that computes."""
+        return self._served.predictor.engine.name
 
     @property
     def ready(self) -> bool:

@@ -22,6 +22,8 @@ PROJECT = Path(__file__).resolve().parent.parent
 MIB = 1024 * 1024
 DEVICES = ("cuda", "mps", "cpu")
 ENGINES = ("auto", "torch", "openvino")
+MOST_PROCESSES = 4
+"""Unless more are asked for."""
 
 Parse = Callable[[str], Any]
 
@@ -143,8 +145,15 @@ class Settings:
         Setting(one_of(ENGINES), "torch, openvino (if installed; on a CPU only), or auto: what is faster at the start"),
     ] = "auto"
     threads: Annotated[
-        int, Setting(whole(1, 1024), "threads of a forward pass on a CPU (default: the cores it may use)")
+        int, Setting(whole(1, 1024), "threads on a CPU, shared out among the processes (default: the cores it may use)")
     ] = dataclasses.field(default_factory=available_cpus)
+    processes: Annotated[
+        int,
+        Setting(
+            whole(1, 64),
+            f"that serve, half a gigabyte each (default: one for each of these cores, at most {MOST_PROCESSES})",
+        ),
+    ] = dataclasses.field(default_factory=lambda: min(available_cpus(), MOST_PROCESSES))
     max_body_bytes: Annotated[int, Setting(whole(1, 1024 * MIB), "a larger request body is refused")] = 8 * MIB
     max_pixels: Annotated[
         int, Setting(whole(1024, 1_000_000_000), "a picture with more is refused before it is decoded")
@@ -158,7 +167,7 @@ class Settings:
     ] = 128
     # Twice as many as a request may have, so that those of one picture are still admitted beside the largest.
     max_waiting: Annotated[
-        int, Setting(whole(1, 1_000_000), "pictures admitted and not yet answered; more get 429")
+        int, Setting(whole(1, 1_000_000), "pictures admitted by a process and not yet answered; more get 429")
     ] = 2048
     max_waiting_bytes: Annotated[
         int, Setting(whole(1, 64 * 1024 * MIB), "the same limit for the bytes of their bodies")

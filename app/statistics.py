@@ -97,6 +97,13 @@ class Statistics:
         self.forward_passes += execution.forward_passes
         self.last_at = now
 
+    def merge(self, other: "Statistics") -> None:
+        for name in ("success", "fail", "queue", "prepare", "run", "batches"):
+            getattr(self, name).merge(getattr(other, name))
+        self.pictures += other.pictures
+        self.forward_passes += other.forward_passes
+        self.last_at = max(self.last_at, other.last_at)
+
 
 @dataclass
 class Predictions:
@@ -111,6 +118,10 @@ class Predictions:
         self.confidence.extend(confidences)
         self.classes.update([classes[row.index(most)] for row, most in zip(rows, confidences, strict=True)])
 
+    def merge(self, other: "Predictions") -> None:
+        self.classes.update(other.classes)
+        self.confidence.merge(other.confidence)
+
 
 @dataclass
 class Traffic:
@@ -120,3 +131,34 @@ class Traffic:
     """By route, method and status."""
     refusals: Counter[str] = field(default_factory=Counter)
     """By reason."""
+
+    def merge(self, other: "Traffic") -> None:
+        for key, seconds in other.seconds.items():
+            self.seconds[key].merge(seconds)
+        self.refusals.update(other.refusals)
+
+
+@dataclass
+class Counts:
+    """All that a process reports, or several together."""
+
+    traffic: Traffic = field(default_factory=Traffic)
+    statistics: Statistics = field(default_factory=Statistics)
+    predictions: Predictions = field(default_factory=Predictions)
+    lines_dropped: int = 0
+    """Of the access log."""
+    pids: tuple[int, ...] = ()
+    """Of the processes that serve."""
+    waiting: int = 0
+    """Pictures admitted and not yet answered."""
+    ready: bool = True
+    """Whether new requests should be sent here."""
+
+    def merge(self, other: "Counts") -> None:
+        self.traffic.merge(other.traffic)
+        self.statistics.merge(other.statistics)
+        self.predictions.merge(other.predictions)
+        self.lines_dropped += other.lines_dropped
+        self.pids += other.pids
+        self.waiting += other.waiting
+        self.ready &= other.ready

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torchvision.transforms as transforms
@@ -32,7 +33,7 @@ from app.admission import USUAL_BATCH
 from app.data import Split
 from app.device import choose_device, describe
 from app.predictor import Predictor
-from app.settings import Settings
+from app.settings import Settings, parse_settings
 from training.config import RECIPES
 from training.fit import fit, initialize
 
@@ -122,9 +123,30 @@ def recipe_speed(name: str, images: Split) -> float:
     return progress.rows[-1]["images_per_second"]
 
 
+class Running(NamedTuple):
+    """`python -m app` on a free port."""
+
+    port: int
+    pid: int
+    ready_seconds: float
+    """Until the first process served."""
+    full_seconds: float
+    """Until all of them did."""
+
+    def megabytes(self) -> float:
+        """Memory of all processes, what they share counted once."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        return sum(proportional_megabytes(pid) for pid in [str(self.pid), *children])
+
+
+def proportional_megabytes(pid: str) -> float:
+    match = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+    assert match
+    return int(match[1]) / 1024
+
+
 @contextmanager
-def service() -> Iterator[tuple[int, int, float]]:
-    """`python -m app` on a free port: (port, process id, seconds until it was ready)."""
+def service() -> Iterator[Running]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -135,26 +157,25 @@ def service() -> Iterator[tuple[int, int, float]]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    try:
+
+    def seconds_until(path: str, expected: str) -> float:
         while True:
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=1).close()
-                break
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=1) as response:
+                    if expected in response.read().decode():
+                        return time.perf_counter() - start
             except OSError:
                 if process.poll() is not None:
                     sys.exit("The service did not start; `make serve` says why.")
-                time.sleep(0.02)
-        yield port, process.pid, time.perf_counter() - start
+            time.sleep(0.02)
+
+    try:
+        ready_seconds = seconds_until("/readyz", "ready")
+        processes = parse_settings([], os.environ).processes
+        yield Running(port, process.pid, ready_seconds, seconds_until("/metrics", f"\ncifar_processes {processes}.0\n"))
     finally:
         process.terminate()
         process.wait(timeout=30)
-
-
-def resident_megabytes(pid: int) -> float:
-    status = Path(f"/proc/{pid}/status").read_text()
-    match = re.search(r"VmRSS:\s+(\d+) kB", status)
-    assert match
-    return int(match[1]) / 1024
 
 
 def write_bodies(folder: Path, kind: str) -> tuple[Path, str]:
@@ -242,16 +263,17 @@ def main() -> None:
         milliseconds, rate = engine_speeds(architecture)
         print(f"| the engine alone, {architecture}, one picture | {milliseconds:.2f} ms |")
         print(f"| the engine alone, {architecture}, batches of 32 | {rate:,.0f} pictures/s |", flush=True)
-    with service() as (port, pid, ready_seconds), tempfile.TemporaryDirectory() as name:
+    with service() as running, tempfile.TemporaryDirectory() as name:
         script = Path(name) / "post.lua"
         script.write_text(LUA)
-        print(f"| start-up, command to ready | {ready_seconds:.1f} s |")
-        print(f"| memory when ready | {resident_megabytes(pid):,.0f} MB |")
+        print(f"| start-up, command to ready | {running.ready_seconds:.1f} s |")
+        print(f"| ... to all processes ready | {running.full_seconds:.1f} s |")
+        print(f"| memory when ready | {running.megabytes():,.0f} MB |")
         for kind in ("raw", "multipart"):
             listing, content_type = write_bodies(Path(name), kind)
-            load(port, 16, script, listing, content_type, 2)
+            load(running.port, 16, script, listing, content_type, 2)
             for connections in CONNECTIONS:
-                result = load(port, connections, script, listing, content_type, SECONDS)
+                result = load(running.port, connections, script, listing, content_type, SECONDS)
                 failed = f", {result['errors']:.0f} errors" if result["errors"] else ""
                 print(
                     f"| `/predict`, {kind} PNG, {connections} connections | {result['rate']:,.0f} requests/s, "
@@ -260,9 +282,9 @@ def main() -> None:
                 )
         listing = write_pixels(Path(name))
         octets = "application/octet-stream"
-        rate = load(port, BATCH_CONNECTIONS, script, listing, octets, SECONDS, "/predict/batch")["rate"]
+        rate = load(running.port, BATCH_CONNECTIONS, script, listing, octets, SECONDS, "/predict/batch")["rate"]
         print(f"| `/predict/batch`, raw pixels, {BATCH} a request | {BATCH * rate:,.0f} pictures/s |")
-        print(f"| memory after the load | {resident_megabytes(pid):,.0f} MB |")
+        print(f"| memory after the load | {running.megabytes():,.0f} MB |")
 
 
 if __name__ == "__main__":

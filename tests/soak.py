@@ -15,7 +15,7 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
-from bench import LUA, load, resident_megabytes, service, write_bodies
+from bench import LUA, load, service, write_bodies
 
 CROWD = 6000
 """Connections; more than the service admits, so that it has to refuse some."""
@@ -85,8 +85,8 @@ class Probe(threading.Thread):
 
 def main(seconds: int) -> None:
     print("| measured | value |\n| --- | --- |")
-    with service() as (port, pid, _), tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with service() as running, tempfile.TemporaryDirectory() as name:
+        port, folder = running.port, Path(name)
         (script := folder / "post.lua").write_text(LUA)
         listing, content_type = write_bodies(folder, "raw")
         picture = Path(listing.read_text().split()[0]).read_bytes()
@@ -94,7 +94,7 @@ def main(seconds: int) -> None:
         peak = load(port, 64, script, listing, content_type, 10)["rate"]
         alone = statistics.median(lone_milliseconds(port, "/predict", picture) for _ in range(100))
         print(f"| peak, 64 connections | {peak:,.0f} requests/s |\n| alone, p50 | {alone:.1f} ms |")
-        print(f"| memory | {resident_megabytes(pid):,.0f} MB |", flush=True)
+        print(f"| memory | {running.megabytes():,.0f} MB |", flush=True)
         interval = str(round(CROWD / (TIMES * peak) * 1e3))
         script.write_text(LUA + DELAY.replace("CROWD", str(CROWD)).replace("INTERVAL", interval))
         probe = Probe(port)
@@ -124,7 +124,7 @@ def main(seconds: int) -> None:
         alone = statistics.median(lone_milliseconds(port, "/predict", picture) for _ in range(100))
         again = load(port, 64, script_plain(folder), listing, content_type, 10)["rate"]
         print(f"| afterwards: alone, p50 | {alone:.1f} ms |\n| afterwards: peak | {again:,.0f} requests/s |")
-        print(f"| afterwards: memory | {resident_megabytes(pid):,.0f} MB |")
+        print(f"| afterwards: memory | {running.megabytes():,.0f} MB |")
 
 
 def script_plain(folder: Path) -> Path:

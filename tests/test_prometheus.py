@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from app.admission import Limits
 from app.batching import Batcher
+from app.exposition import registry
 from app.logs import QUIET
 from app.main import create_app
 from app.model import IMAGE_BYTES
@@ -191,7 +192,7 @@ async def test_a_client_that_left_counts_as_499(
     monkeypatch.setattr(service, "predict", never)
     await leave(app, {"type": "http.request", "body": png[:10], "more_body": True})
     await leave(app, {"type": "http.request", "body": png, "more_body": False})
-    metrics = Metrics(generate_latest(app.state.registry).decode())
+    metrics = Metrics(generate_latest(registry(app.state.count(), service.checkpoint)).decode())
     assert labels_of_requests(metrics) == {("POST", "/predict", "499"): 2}
     assert metrics.of("cifar_request_seconds_count", "route") == {("/predict",): 2}
     assert metrics.of("cifar_refusals_total", "reason") == {}

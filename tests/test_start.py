@@ -27,7 +27,7 @@ SECONDS = 60
 
 
 def command(*arguments: str) -> list[str]:
-    fixed = ["--port", "0", "--threads", "1", "--device", "cpu", "--engine", "torch"]
+    fixed = ["--port", "0", "--threads", "1", "--processes", "1", "--device", "cpu", "--engine", "torch"]
     return [sys.executable, "-m", "app", *fixed, *arguments]
 
 
@@ -99,7 +99,13 @@ def test_a_signal_during_the_start_ends_it_cleanly(weights: Path, sent: signal.S
     process = subprocess.Popen(
         [sys.executable, "-c", STOPPED_AT_THE_START, sent.name],
         cwd=ROOT,
-        env=environment(CIFAR_WEIGHTS=str(weights), CIFAR_PORT="0", CIFAR_DEVICE="cpu", CIFAR_ENGINE="torch"),
+        env=environment(
+            CIFAR_WEIGHTS=str(weights),
+            CIFAR_PORT="0",
+            CIFAR_DEVICE="cpu",
+            CIFAR_ENGINE="torch",
+            CIFAR_PROCESSES="1",
+        ),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -5,6 +5,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from app.service import Service
+from app.statistics import Counts
 
 
 async def _service(request: Request) -> Service:  # async: a plain function would cost a hop to another thread
@@ -13,3 +14,12 @@ async def _service(request: Request) -> Service:  # async: a plain function woul
 
 
 ServiceDep = Annotated[Service, Depends(_service)]
+
+
+async def _total(request: Request) -> Counts:
+    counts: Counts = await request.app.state.total()
+    return counts
+
+
+TotalDep = Annotated[Counts, Depends(_total)]
+"""What all processes that serve have counted."""

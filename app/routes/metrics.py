@@ -6,7 +6,8 @@ from fastapi import APIRouter, Request
 from prometheus_client.exposition import choose_encoder
 from starlette.responses import PlainTextResponse, Response
 
-from app.routes import ServiceDep
+from app import exposition
+from app.routes import ServiceDep, TotalDep
 from app.schemas import Report, refusals
 
 router = APIRouter(tags=["metrics"])
@@ -19,13 +20,14 @@ router = APIRouter(tags=["metrics"])
     response_class=PlainTextResponse,
     response_description="In the text format of Prometheus, or as OpenMetrics where that is asked for.",
 )
-async def metrics(request: Request) -> Response:
-    """Since the start. Durations are in seconds."""
+async def metrics(service: ServiceDep, total: TotalDep, request: Request) -> Response:
+    """Since the start, over all processes that serve. Durations are in seconds."""
     try:
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
     except (TypeError, ValueError):  # a version that is none
         encode, content_type = choose_encoder("")
-    return Response(encode(request.app.state.registry), media_type=content_type)
+    collected = exposition.registry(total, service.checkpoint)
+    return Response(encode(collected), media_type=content_type)
 
 
 @router.get(

@@ -20,7 +20,7 @@ from app.open_inference import request as requests
 from app.open_inference import response as responses
 from app.open_inference import spec
 from app.open_inference.request import Inference
-from app.routes import ServiceDep
+from app.routes import ServiceDep, TotalDep
 from app.routes.predict import RESIZE
 from app.routes.waiting import unless_left
 from app.schemas import refusals
@@ -86,9 +86,9 @@ async def models() -> dict[str, list[str]]:
 @router.get(f"{VERSION}/stats", include_in_schema=False)
 @router.get(f"{MODEL}/stats", include_in_schema=False)
 @router.get("/models/stats", summary="What was done so far, and where the time went", response_description="Totals.")
-async def statistics(service: ServiceDep) -> dict[str, Any]:
+async def statistics(total: TotalDep) -> dict[str, Any]:
     """Since the start, over all routes. `execution_count` counts forward passes, `inference_count` pictures."""
-    return spec.statistics(service.statistics)
+    return spec.statistics(total.statistics)
 
 
 @router.get(VERSION, include_in_schema=False)

@@ -1,0 +1,282 @@
+"""Several processes that serve one address, and the one that looks after them.
+
+    supervisor, without torch           processes that serve, each with the network
+    binds the address -----------------> listen on the same socket; the system gives a connection to one that waits
+    starts the first, then the others <- Ready
+    another one for one that died
+    SIGTERM, SIGINT, SIGHUP -----------> each of them
+                                      <- Reloaded    one was told to exchange the weights: SIGHUP to the others
+    asks each of them (Tell, Told)    <- Ask         one wants to report what all have counted
+    sums up, with those that died -----> Total
+
+Messages travel over a pipe for each process. A process whose supervisor is gone stops as if by SIGTERM.
+"""
+
+import asyncio
+import itertools
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any, NamedTuple
+
+from app import logs
+from app.settings import Settings
+from app.statistics import Counts
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+COULD_NOT_START = 1
+"""The exit code of a process that has said why."""
+RETRY_SECONDS = 1.0
+TELL_SECONDS = 1.0
+"""After so long what a process told before is taken for what it would tell."""
+
+Key = tuple[int, int]
+"""Of a question: the process that asks, and a number."""
+
+
+class Ready(NamedTuple):
+    """This process serves."""
+
+    engine: str
+    """The one that it found to be the fastest, with the machine to itself."""
+
+
+class Reloaded(NamedTuple):
+    """This process has exchanged its weights."""
+
+
+class Ask(NamedTuple):
+    key: Key
+
+
+class Tell(NamedTuple):
+    key: Key
+
+
+class Told(NamedTuple):
+    key: Key
+    counts: Counts
+
+
+class Total(NamedTuple):
+    key: Key
+    counts: Counts
+
+
+class Link:
+    """The serving process's end of the pipe. Belongs to the event loop.
+
+    Args:
+        end: Of the pipe.
+    """
+
+    def __init__(self, end: Connection) -> None:
+        self._end = end
+        self._numbers = itertools.count()
+        self._asked: dict[Key, asyncio.Future[Counts]] = {}
+
+    def open(self, engine: str, count: Callable[[], Counts], stop: Callable[[], None]) -> None:
+        """Say that this process serves.
+
+        Args:
+            engine: That it has chosen.
+            count: Called when the supervisor wants to know.
+            stop: Called when it is gone.
+        """
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._end.fileno(), self._receive, count, stop)
+        self._end.send(Ready(engine))
+
+    async def total(self) -> Counts:
+        """What all processes have counted."""
+        key = (os.getpid(), next(self._numbers))
+        self._asked[key] = asyncio.get_running_loop().create_future()
+        self._end.send(Ask(key))
+        try:
+            return await self._asked[key]
+        finally:
+            del self._asked[key]
+
+    def reloaded(self) -> None:
+        """Have the other processes exchange their weights, too."""
+        self._end.send(Reloaded())
+
+    def _receive(self, count: Callable[[], Counts], stop: Callable[[], None]) -> None:
+        try:
+            message = self._end.recv()
+        except (EOFError, OSError):
+            asyncio.get_running_loop().remove_reader(self._end.fileno())
+            stop()
+            return
+        match message:
+            case Tell(key):
+                self._end.send(Told(key, count()))
+            case Total(key, counts) if key in self._asked and not self._asked[key].done():
+                self._asked[key].set_result(counts)
+
+
+@dataclass(eq=False)
+class Worker:
+    """A process that serves, as the supervisor knows it."""
+
+    process: SpawnProcess
+    end: Connection
+    ready: bool = False
+    outdated: bool = False
+    """The weights may have changed since it read them, and it does not listen to signals yet."""
+    counts: Counts = field(default_factory=Counts)
+    """When it last told."""
+
+    def send(self, message: Tell | Total) -> None:
+        with suppress(OSError):  # it has just died, which the loop will notice
+            self.end.send(message)
+
+    def signal(self, sent: int) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(self.process.ident or 0, sent)
+
+
+class Supervisor:
+    """Keeps so many processes serving as the settings say."""
+
+    def __init__(self, settings: Settings, listener: socket.socket) -> None:
+        self._settings = replace(settings, threads=max(1, settings.threads // settings.processes))
+        self._listener = listener
+        self._context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+        self._workers: list[Worker] = []
+        self._rounds: dict[Key, tuple[Worker, set[Worker]]] = {}
+        """Questions: who asks, and who has not told yet."""
+        self._gone = Counts()
+        self._announced = False
+        self._stopping = False
+        self._exit_code = 0
+
+    def run(self) -> int:
+        """Return the exit code when the last process has ended."""
+        signals, signalled = self._context.Pipe(duplex=False)
+        for each in SIGNALS:
+            signal.signal(each, lambda sent, _frame: signalled.send(sent))
+        self._start()
+        while self._workers:
+            handlers: dict[Any, Callable[[], None]] = {signals: lambda: self._pass_on(signals.recv())}
+            for worker in self._workers:
+                handlers[worker.process.sentinel] = partial(self._bury, worker)
+                if not worker.end.closed:
+                    handlers[worker.end] = partial(self._receive, worker)
+            happened = wait(list(handlers), TELL_SECONDS if self._rounds else None)
+            for each in happened:
+                handlers[each]()
+            if not happened:  # a process is stuck
+                for key in list(self._rounds):
+                    self._answer(key)
+        return self._exit_code
+
+    def _start(self) -> None:
+        own, its = self._context.Pipe()
+        arguments = (self._settings, self._listener, its, not self._announced)
+        process = self._context.Process(target=_work, args=arguments)
+        process.start()
+        its.close()
+        self._workers.append(Worker(process, own))
+
+    def _pass_on(self, sent: int) -> None:
+        if sent not in (signal.SIGTERM, signal.SIGINT):
+            self._hang_up()
+            return
+        self._stopping = True
+        self._listener.close()  # when they close it, too, nobody listens any more
+        for worker in self._workers:
+            worker.signal(sent if worker.ready else signal.SIGTERM)  # Ctrl-C while it starts would be a traceback
+
+    def _hang_up(self) -> None:
+        for worker in self._workers:
+            if worker.ready:
+                worker.signal(signal.SIGHUP)
+            else:
+                worker.outdated = True
+
+    def _receive(self, worker: Worker) -> None:
+        try:
+            message = worker.end.recv()
+        except (EOFError, OSError):
+            worker.end.close()  # it is ending
+            return
+        match message:
+            case Ready(engine):
+                self._settings = replace(self._settings, engine=engine)
+                self._greet(worker)
+            case Reloaded():
+                self._hang_up()  # the one that says so finds nothing new
+            case Ask(key):
+                asked = [each for each in self._workers if each.ready]
+                self._rounds[key] = (worker, set(asked))
+                for each in asked:
+                    each.send(Tell(key))
+            case Told(key, counts):
+                worker.counts = counts
+                self._count_off(key, worker)
+
+    def _greet(self, worker: Worker) -> None:
+        worker.ready = self._announced = True
+        if worker.outdated:
+            worker.signal(signal.SIGHUP)
+        # The first one has shown that the settings are good; if they are not, only one says so.
+        while len(self._workers) < self._settings.processes and not self._stopping:
+            self._start()
+
+    def _count_off(self, key: Key, worker: Worker) -> None:
+        if key in self._rounds:
+            _, awaited = self._rounds[key]
+            awaited.discard(worker)
+            if not awaited:
+                self._answer(key)
+
+    def _answer(self, key: Key) -> None:
+        asker, _ = self._rounds.pop(key)
+        total = Counts()
+        for counts in (self._gone, *(each.counts for each in self._workers)):
+            total.merge(counts)
+        asker.send(Total(key, total))
+
+    def _bury(self, worker: Worker) -> None:
+        self._workers.remove(worker)
+        worker.process.join()
+        worker.end.close()
+        self._gone.merge(replace(worker.counts, pids=(), waiting=0, ready=True))
+        for key in list(self._rounds):
+            self._count_off(key, worker)
+        if self._stopping:
+            return
+        if not self._announced:
+            self._exit_code = COULD_NOT_START
+            return
+        logger.error(
+            "Process %d ended (exit code %d). Another one takes its place.", worker.process.pid, worker.process.exitcode
+        )
+        if not worker.ready:
+            time.sleep(RETRY_SECONDS)  # it would not go better at once
+        self._start()
+
+
+def _work(settings: Settings, listener: socket.socket, end: Connection, announce: bool) -> None:
+    """In the new process."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()  # Ctrl-C goes to the supervisor alone, which hands it on
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    logs.configure(sys.stderr)
+    from app.server import serve  # with torch, which the supervisor does without
+
+    raise SystemExit(serve(settings, listener, Link(end), announce=announce))

@@ -1,0 +1,130 @@
+"""One process that serves: an application behind uvicorn, until a signal says stop."""
+
+import asyncio
+import logging
+import math
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from types import FrameType
+from typing import Any, cast
+
+import uvicorn
+
+from app.errors import RequestError, StartError
+from app.main import create_app
+from app.processes import COULD_NOT_START, Link
+from app.protocol import Protocol, Turnstile
+from app.service import Service
+from app.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+class Server(uvicorn.Server):
+    """uvicorn alone closes its socket at the first signal, which fails what a load balancer still sends.
+
+    Here SIGTERM first makes /readyz answer 503 while everything else goes on, and closes after `drain_seconds`. Ctrl-C
+    or a second signal closes at once. Either way what was admitted is answered, and the exit code is 0.
+
+    SIGHUP has the weights file read anew.
+
+    Args:
+        on_started: Called when the socket is open.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service, on_started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._service = service
+        self._on_started = on_started
+        self._close_at = math.inf
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        try:
+            await self._service.start()
+        except StartError as error:  # from the application's lifespan it would come out as a traceback
+            print(error, file=sys.stderr)
+            self.should_exit = True
+        if not self.should_exit:  # nor has a signal come meanwhile
+            await super().startup(sockets)
+        if not self.started:
+            return
+        if hasattr(signal, "SIGHUP"):
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hang_up)
+        self._on_started()
+
+    def handle_exit(self, sig: int, _frame: FrameType | None) -> None:
+        if sig == signal.SIGTERM and self.started and not self._service.draining:
+            self._close_at = time.monotonic() + self._service.settings.drain_seconds
+        elif self.should_exit:
+            self.force_exit = True
+        else:
+            self.should_exit = True
+        self._service.draining = True
+        # Clients that keep a connection for their next request learn to take another one before this is closed.
+        for headers in (self.config.encoded_headers, self.server_state.default_headers):  # the next ones, and now
+            headers.append((b"connection", b"close"))
+
+    def _hang_up(self) -> None:
+        self._reloading = asyncio.create_task(self._reload())  # kept, or it might be collected before its end
+
+    async def _reload(self) -> None:
+        try:
+            await self._service.reload()
+        except RequestError as error:
+            logger.error("The weights were not exchanged. %s", error)
+        except Exception:  # a defect here would vanish with the task that nobody awaits
+            logger.exception("The weights were not exchanged.")
+
+    async def on_tick(self, counter: int) -> bool:
+        self.should_exit |= time.monotonic() >= self._close_at
+        return await super().on_tick(counter)
+
+
+def serve(settings: Settings, listener: socket.socket, link: Link | None = None, *, announce: bool = True) -> int:
+    """Serve on `listener` until a signal says stop, and return the exit code.
+
+    Args:
+        link: To the supervisor, if this is one of several processes.
+        announce: Whether to print what is served, and where, when it is.
+    """
+    # The inference thread gives the interpreter away at every step of torch, and would get it back from a busy event
+    # loop only after Python's 5 ms. Measured with tests/soak.py: 445 -> 636 answers/s with torch, 967 -> 1,049 with
+    # OpenVINO, which has one step.
+    sys.setswitchinterval(0.0005)
+    try:
+        app = create_app(settings)
+    except StartError as error:
+        print(error, file=sys.stderr)
+        return COULD_NOT_START
+    service: Service = app.state.service
+    config = uvicorn.Config(
+        app,
+        http=cast(Any, partial(Protocol, turnstile=Turnstile())),
+        log_config=None,
+        proxy_headers=False,  # nothing here depends on who asks, and looking takes time for each request
+        access_log=False,  # ours is cheaper, and knows the request's id and route
+        ws="none",
+        timeout_keep_alive=75,  # load balancers keep theirs for 60 and would now and then ask on a closed connection
+        timeout_graceful_shutdown=math.ceil(settings.deadline_seconds) + 1,
+    )
+
+    def on_started() -> None:
+        if link is not None:
+            app.state.total, app.state.on_reload = link.total, link.reloaded
+            link.open(service.engine, app.state.count, lambda: server.handle_exit(signal.SIGTERM, None))
+        if announce:
+            processes = f" in {settings.processes} processes" if settings.processes > 1 else ""
+            print(f"Serving {service.describe()}{processes} on {url(listener)}", flush=True)
+
+    server = Server(config, service, on_started)
+    server.run(sockets=[listener])
+    return 0 if server.started or service.draining else COULD_NOT_START
+
+
+def url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"

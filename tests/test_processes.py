@@ -1,0 +1,264 @@
+"""Several processes behind one address, as clients and operators meet them: real ones, killed, stopped and reloaded."""
+
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from conftest import random_checkpoint, random_evaluation
+from test_live import Outcome, post
+from test_start import ROOT, SECONDS, command, environment, get, refusal, serving
+
+from app import checkpoint
+from app.model import IMAGE_BYTES
+from app.statistics import Counts, Execution, Timing
+
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/task").exists(), reason="the system does not tell who has started whom"
+)
+KEY = "a-key-of-sixteen"
+
+
+def pids_of(supervisor: "subprocess.Popen[str]") -> list[int]:
+    """Of the processes that serve, or will."""
+    (children,) = Path(f"/proc/{supervisor.pid}/task").glob("*/children")
+    pids = []
+    for pid in children.read_text().split():
+        with suppress(OSError):  # it has just gone
+            if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                pids.append(int(pid))
+    return pids
+
+
+class Running(NamedTuple):
+    supervisor: "subprocess.Popen[str]"
+    url: str
+    weights: Path
+
+    def pids(self) -> list[int]:
+        return pids_of(self.supervisor)
+
+    def metric(self, name: str) -> float:
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=SECONDS) as response:
+            found = re.findall(rf"^{re.escape(name)} (\S+)$", response.read().decode(), re.M)
+        return float(found[0])
+
+    def wait_for_both(self) -> None:
+        eventually(lambda: self.metric("cifar_processes") == 2)
+
+    @contextmanager
+    def alone(self, pid: int) -> Iterator[None]:
+        """While only that process can accept a connection."""
+        others = [other for other in self.pids() if other != pid]
+        for other in others:
+            os.kill(other, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for other in others:
+                os.kill(other, signal.SIGCONT)
+
+    def sha256_of_each(self, png: bytes) -> set[str]:
+        answers = []
+        for pid in self.pids():
+            with self.alone(pid):
+                answers.append(get(f"{self.url}/predict", png))
+        return {str(body["model"]["sha256"]) for _, body in answers}  # type: ignore[index]
+
+
+def eventually(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@contextmanager
+def running(weights: Path, *arguments: str) -> Iterator[Running]:
+    options = ("--processes", "2", "--drain-seconds", "0", "--weights", str(weights), *arguments)
+    with serving(*options, CIFAR_ADMIN_KEY=KEY) as (supervisor, url, line):
+        assert " in 2 processes on " in line
+        started = Running(supervisor, url, weights)
+        try:
+            started.wait_for_both()
+            yield started
+        finally:
+            for pid in started.pids() if supervisor.poll() is None else []:
+                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    path = tmp_path_factory.mktemp("served") / "served.pth"
+    checkpoint.save(random_checkpoint(evaluation=random_evaluation()), path)
+    with running(path) as started:
+        yield started
+
+
+def test_each_process_answers_and_any_of_them_tells_what_all_have_done(service: Running, png: bytes) -> None:
+    service.wait_for_both()
+    before = done(service)
+    for times, pid in enumerate(service.pids(), 1):
+        with service.alone(pid):
+            assert [get(f"{service.url}/predict", png)[0] for _ in range(3)] == [200] * 3
+        assert done(service) == before + 3 * times
+    for pid in service.pids():
+        with service.alone(pid):  # the other one cannot tell now; what it told last is known
+            assert done(service) == before + 6
+            statistics = get(f"{service.url}/v2/models/stats")[1]["model_stats"]
+            assert statistics[0]["inference_count"] == done(service)  # type: ignore[index]
+
+
+def test_what_the_processes_take_is_added_up(service: Running) -> None:
+    service.wait_for_both()
+    pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in service.pids()]
+    assert service.metric("process_resident_memory_bytes") == pytest.approx(
+        sum(pages) * os.sysconf("SC_PAGE_SIZE"), rel=0.1
+    )
+    assert abs(service.metric("process_start_time_seconds") - time.time()) < 3600
+
+
+def done(service: Running) -> float:
+    return service.metric("cifar_inference_seconds_count")
+
+
+def test_a_killed_process_is_replaced_while_the_others_answer(service: Running, png: bytes) -> None:
+    service.wait_for_both()
+    assert get(f"{service.url}/predict", png)[0] == 200
+    before, (killed, left) = done(service), service.pids()
+    os.kill(killed, signal.SIGKILL)
+    asked = 0
+    while len(service.pids()) < 2 or service.metric("cifar_processes") < 2:
+        assert get(f"{service.url}/predict", png)[0] == 200
+        asked += 1
+    assert asked > 0
+    assert killed not in service.pids()
+    assert left in service.pids()
+    assert done(service) == before + asked  # what it had done is not forgotten
+    assert service.supervisor.stderr is not None
+    assert (
+        f"Process {killed} ended (exit code -9). Another one takes its place." in service.supervisor.stderr.readline()
+    )
+
+
+def test_a_process_that_cannot_start_again_is_tried_until_it_can(service: Running, png: bytes) -> None:
+    service.wait_for_both()
+    good, (killed, _) = service.weights.read_bytes(), service.pids()
+    service.weights.write_bytes(b"not a network")
+    os.kill(killed, signal.SIGKILL)
+    assert service.supervisor.stderr is not None
+    while "is no PyTorch file" not in (line := service.supervisor.stderr.readline()):
+        assert line
+    assert get(f"{service.url}/predict", png)[0] == 200
+    service.weights.write_bytes(good)
+    eventually(lambda: service.metric("cifar_processes") == 2)
+
+
+def test_new_weights_are_served_by_all_processes_and_bad_ones_by_none(service: Running, png: bytes) -> None:
+    service.wait_for_both()
+    old = checkpoint.load(service.weights).sha256[:12]
+    service.weights.write_bytes(b"not a network")
+    assert reload(service) == 409
+    assert service.sha256_of_each(png) == {old}
+    given = random_checkpoint(evaluation=random_evaluation())
+    given.state_dict["fc3.bias"].fill_(1.0)
+    new = checkpoint.save(given, service.weights)[:12]
+    assert reload(service) == 200
+    eventually(lambda: service.sha256_of_each(png) == {new})
+    given.state_dict["fc3.bias"].fill_(2.0)
+    newer = checkpoint.save(given, service.weights)[:12]
+    service.supervisor.send_signal(signal.SIGHUP)
+    eventually(lambda: service.sha256_of_each(png) == {newer})
+
+
+def reload(service: Running) -> int:
+    request = urllib.request.Request(
+        f"{service.url}/admin/reload", method="POST", headers={"authorization": f"Bearer {KEY}"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=SECONDS) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_all_that_was_admitted_is_answered_before_the_processes_end(weights: Path, sent: signal.Signals) -> None:
+    with (
+        running(weights, "--deadline-seconds", "60", "--max-waiting", "9999") as service,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        pids = service.pids()
+        body = bytes(1024 * IMAGE_BYTES)
+        asked = [pool.submit(post, service.url, "/predict/batch", body) for _ in range(8)]
+        eventually(lambda: done(service) > 0)
+        service.supervisor.send_signal(sent)
+        outcomes: list[Outcome] = [each.result() for each in asked]
+        assert {outcome.status for outcome in outcomes} <= {200, 0}  # 0: it came when nobody listened any more
+        assert sum(outcome.status == 200 for outcome in outcomes) > 0
+        assert service.supervisor.wait(SECONDS) == 0
+        assert [pid for pid in pids if Path(f"/proc/{pid}").exists()] == []
+
+
+def test_processes_end_when_their_supervisor_was_killed(weights: Path) -> None:
+    with running(weights) as service:
+        pids = service.pids()
+        service.supervisor.kill()
+        eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_first_process_starts_ends_it_cleanly(weights: Path, sent: signal.Signals) -> None:
+    supervisor = subprocess.Popen(
+        command("--processes", "2", "--weights", str(weights)),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    eventually(lambda: len(pids_of(supervisor)) == 1)
+    supervisor.send_signal(sent)
+    out, err = supervisor.communicate(timeout=SECONDS)
+    assert (supervisor.returncode, out, err) == (0, "", "")
+
+
+def test_what_is_wrong_is_said_once(tmp_path: Path) -> None:
+    shutil.copy(__file__, tmp_path / "net.pth")
+    assert "is no PyTorch file" in refusal("--processes", "2", "--weights", str(tmp_path / "net.pth"))
+
+
+def test_counts_add_up_and_travel() -> None:
+    def counted(seconds: float, pictures: int) -> Counts:
+        counts = Counts(pids=(pictures,), waiting=pictures, ready=pictures < 3, lines_dropped=1)
+        counts.traffic.seconds["/predict", "POST", 200].add(seconds)
+        counts.traffic.refusals["overloaded"] += pictures
+        timing = Timing(seconds, seconds, seconds)
+        execution = Execution(timings=[timing], pictures=pictures, forward_passes=1, seconds=seconds)
+        counts.statistics.record(execution, now=seconds)
+        counts.predictions.record([[0.1, 0.9]] * pictures, ("cat", "dog"))
+        return counts
+
+    total = Counts()
+    for counts in (counted(1.0, 2), counted(3.0, 5)):
+        total.merge(pickle.loads(pickle.dumps(counts)))
+    assert (total.pids, total.waiting, total.ready, total.lines_dropped) == ((2, 5), 7, False, 2)
+    assert total.traffic.seconds["/predict", "POST", 200].sum == 4.0
+    assert total.traffic.refusals == {"overloaded": 7}
+    assert (total.statistics.pictures, total.statistics.forward_passes, total.statistics.last_at) == (7, 2, 3.0)
+    assert (total.statistics.queue.count, total.statistics.queue.sum) == (2, 4.0)
+    assert total.statistics.batches.sum == 7
+    assert total.predictions.classes == {"dog": 7}
+    assert total.predictions.confidence.count == 7
