@@ -1,7 +1,7 @@
 """Several processes that serve one address, and the one that looks after them.
 
     supervisor, without torch           processes that serve, each with the network
-    binds the address -----------------> listen on the same socket; the system gives a connection to one that waits
+    binds a socket for each -----------> listens on it; Linux deals new connections out by chance (SO_REUSEPORT)
     starts the first, then the others <- Ready
     another one for one that died
     SIGTERM, SIGINT, SIGHUP -----------> each of them
@@ -9,7 +9,8 @@
     asks each of them (Tell, Told)    <- Ask         one wants to report what all have counted
     sums up, with those that died -----> Total
 
-Messages travel over a pipe for each process. A process whose supervisor is gone stops as if by SIGTERM.
+Messages travel over a pipe for each process. A process whose supervisor is gone stops as if by SIGTERM. (One socket for
+all of them would be simpler, but who wakes first takes all connections of a client that opens several at once.)
 """
 
 import asyncio
@@ -149,11 +150,17 @@ class Worker:
 
 
 class Supervisor:
-    """Keeps so many processes serving as the settings say."""
+    """Keeps so many processes serving as the settings say.
+
+    Args:
+        listener: Bound to the address that they will share; taken over.
+    """
 
     def __init__(self, settings: Settings, listener: socket.socket) -> None:
         self._settings = replace(settings, threads=max(1, settings.threads // settings.processes))
-        self._listener = listener
+        self._family, self._address = listener.family, listener.getsockname()
+        listener.close()
+        self._reserved = self._bind()  # keeps others off the address while nobody listens; gets no connection itself
         self._context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
         self._workers: list[Worker] = []
         self._rounds: dict[Key, tuple[Worker, set[Worker]]] = {}
@@ -185,18 +192,25 @@ class Supervisor:
 
     def _start(self) -> None:
         own, its = self._context.Pipe()
-        arguments = (self._settings, self._listener, its, not self._announced)
-        process = self._context.Process(target=_work, args=arguments)
-        process.start()
-        its.close()
+        with self._bind() as listener, its:
+            arguments = (self._settings, listener, its, not self._announced)
+            process = self._context.Process(target=_work, args=arguments)
+            process.start()
         self._workers.append(Worker(process, own))
+
+    def _bind(self) -> socket.socket:
+        listener = socket.socket(self._family, socket.SOCK_STREAM)
+        for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+            listener.setsockopt(socket.SOL_SOCKET, option, 1)
+        listener.bind(self._address)
+        return listener
 
     def _pass_on(self, sent: int) -> None:
         if sent not in (signal.SIGTERM, signal.SIGINT):
             self._hang_up()
             return
         self._stopping = True
-        self._listener.close()  # when they close it, too, nobody listens any more
+        self._reserved.close()
         for worker in self._workers:
             worker.signal(sent if worker.ready else signal.SIGTERM)  # Ctrl-C while it starts would be a traceback
 

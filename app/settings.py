@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ DEVICES = ("cuda", "mps", "cpu")
 ENGINES = ("auto", "torch", "openvino")
 MOST_PROCESSES = 4
 """Unless more are asked for."""
+SHARES_ADDRESS = sys.platform == "linux"
+"""Whether the system deals connections out among several processes that listen on one address."""
 
 Parse = Callable[[str], Any]
 
@@ -39,6 +42,13 @@ def whole(least: int, most: int) -> Parse:
         return value
 
     return parse
+
+
+def process_count(text: str) -> int:
+    if not SHARES_ADDRESS and text.strip() != "1":
+        raise ValueError("1 on this system; several processes need Linux")
+    count: int = whole(1, 64)(text)
+    return count
 
 
 def seconds(least: float, most: float) -> Parse:
@@ -150,10 +160,10 @@ class Settings:
     processes: Annotated[
         int,
         Setting(
-            whole(1, 64),
+            process_count,
             f"that serve, half a gigabyte each (default: one for each of these cores, at most {MOST_PROCESSES})",
         ),
-    ] = dataclasses.field(default_factory=lambda: min(available_cpus(), MOST_PROCESSES))
+    ] = dataclasses.field(default_factory=lambda: min(available_cpus(), MOST_PROCESSES) if SHARES_ADDRESS else 1)
     max_body_bytes: Annotated[int, Setting(whole(1, 1024 * MIB), "a larger request body is refused")] = 8 * MIB
     max_pixels: Annotated[
         int, Setting(whole(1024, 1_000_000_000), "a picture with more is refused before it is decoded")

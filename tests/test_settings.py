@@ -79,3 +79,18 @@ def test_cores_by_affinity_and_control_group(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
     assert available_cpus(tmp_path) == cpus
+
+
+@pytest.mark.parametrize(("cores", "processes"), [(1, 1), (3, 3), (64, 4)])
+def test_a_process_for_each_core_up_to_four_where_they_can_share_an_address(
+    cores: int, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.settings.available_cpus", lambda: cores)
+    monkeypatch.setattr("app.settings.SHARES_ADDRESS", True)
+    assert Settings().processes == processes
+    assert parse_settings([], {"CIFAR_PROCESSES": "16"}).processes == 16
+    monkeypatch.setattr("app.settings.SHARES_ADDRESS", False)
+    assert Settings().processes == 1
+    assert parse_settings([], {"CIFAR_PROCESSES": "1"}).processes == 1
+    with pytest.raises(SettingsError, match="accepted is 1 on this system; several processes need Linux"):
+        parse_settings([], {"CIFAR_PROCESSES": "2"})
