@@ -23,8 +23,6 @@ PROJECT = Path(__file__).resolve().parent.parent
 MIB = 1024 * 1024
 DEVICES = ("cuda", "mps", "cpu")
 ENGINES = ("auto", "torch", "openvino")
-MOST_PROCESSES = 4
-"""Unless more are asked for."""
 SHARES_ADDRESS = sys.platform == "linux"
 """Whether the system deals connections out among several processes that listen on one address."""
 
@@ -126,6 +124,11 @@ def available_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     return max(1, min(cpus, math.ceil(int(quota) / int(period))))
 
 
+def usual_processes() -> int:
+    """One keeps two cores busy, and gives both to a lone client with many pictures; memory sets the limit."""
+    return max(1, min(available_cpus() // 2, 4)) if SHARES_ADDRESS else 1
+
+
 @dataclass(frozen=True)
 class Setting:
     """What is known of a field besides its type and default."""
@@ -159,11 +162,8 @@ class Settings:
     ] = dataclasses.field(default_factory=available_cpus)
     processes: Annotated[
         int,
-        Setting(
-            process_count,
-            f"that serve, half a gigabyte each (default: one for each of these cores, at most {MOST_PROCESSES})",
-        ),
-    ] = dataclasses.field(default_factory=lambda: min(available_cpus(), MOST_PROCESSES) if SHARES_ADDRESS else 1)
+        Setting(process_count, "that serve, half a gigabyte each (default: one for every two of these cores, up to 4)"),
+    ] = dataclasses.field(default_factory=usual_processes)
     max_body_bytes: Annotated[int, Setting(whole(1, 1024 * MIB), "a larger request body is refused")] = 8 * MIB
     max_pixels: Annotated[
         int, Setting(whole(1024, 1_000_000_000), "a picture with more is refused before it is decoded")

@@ -81,8 +81,8 @@ def test_cores_by_affinity_and_control_group(
     assert available_cpus(tmp_path) == cpus
 
 
-@pytest.mark.parametrize(("cores", "processes"), [(1, 1), (3, 3), (64, 4)])
-def test_a_process_for_each_core_up_to_four_where_they_can_share_an_address(
+@pytest.mark.parametrize(("cores", "processes"), [(1, 1), (2, 1), (5, 2), (64, 4)])
+def test_a_process_for_every_two_cores_up_to_four_where_they_can_share_an_address(
     cores: int, processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("app.settings.available_cpus", lambda: cores)
