@@ -15,10 +15,12 @@ UNFAMILIAR = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Fitted on images that the network was not trained on. The default is none: temperature 1, nothing else known."""
+    """Fitted on images that the network was not trained on. The default changes nothing and knows nothing."""
 
     temperature: float = 1.0
-    """What the logits are divided by before the softmax (Guo et al., 2017, arXiv:1706.04599)."""
+    """See `adjust`."""
+    curvature: float = 0.0
+    """See `adjust`."""
     set_threshold: float | None = None
     """A class of at least this probability is in the prediction set."""
     energy_quantiles: tuple[float, ...] | None = None
@@ -29,6 +31,20 @@ class Calibration:
     """How many."""
     digest: str = ""
     """sha256 over their pixels and labels."""
+
+    def adjust(self, logits_NK: Tensor) -> Tensor:
+        """Logits (N, K) whose softmax is as sure as it should be, the highest of them 0.
+
+        How far a logit is below the highest, d, becomes d / temperature + curvature d^2. Without curvature that is
+        temperature scaling (Guo et al., 2017, arXiv:1706.04599); with it, what is nearly certain may gain while what is
+        doubtful loses. The order of the classes stays (Rahimi et al., 2020, arXiv:2003.06820).
+        """
+        below_NK = logits_NK.amax(dim=1, keepdim=True) - logits_NK
+        return -(below_NK / self.temperature + self.curvature * below_NK.square())
+
+    def probabilities(self, logits_NK: Tensor) -> Tensor:
+        """What the network's logits (N, K) stand for, in their number format."""
+        return self.adjust(logits_NK).softmax(dim=1)
 
     def familiarity(self, energy: float) -> float:
         """The share of held-out images with a higher energy, in [0, 1]. Only with `energy_quantiles`."""

@@ -261,6 +261,10 @@ def _check_calibration(calibration: Calibration) -> None:
         raise CheckpointError(
             f"The weights file has the temperature {calibration.temperature}; it must be positive and finite."
         )
+    if not 0 <= calibration.curvature < math.inf:
+        raise CheckpointError(
+            f"The weights file has the curvature {calibration.curvature}; it must be finite and not negative."
+        )
     if calibration.set_threshold is not None and not 0 <= calibration.set_threshold <= 1:
         raise CheckpointError(
             f"In the weights file the threshold of the prediction sets is {calibration.set_threshold}; it must be from "

@@ -73,15 +73,22 @@ class Predictor:
             yield
 
     @torch.inference_mode()
+    def logits(self, pixels_NCHW: Tensor) -> Tensor:
+        """What the network says (N, K), float64 on the CPU, of uint8 pixels (N, C, H, W)."""
+        features_ND = torch.cat([self.engine(part) for part in pixels_NCHW.split(self._max_batch)])
+        logits_NK: Tensor = self._head(features_ND)
+        return logits_NK.double()
+
+    @torch.inference_mode()
     def predict(self, pixels_NCHW: Tensor) -> Tensor:
-        """Probabilities (N, K), float64 on the CPU so that each row sums to 1, of uint8 pixels (N, C, H, W)."""
-        return self._probabilities(self._logits(pixels_NCHW))
+        """Probabilities (N, K), calibrated, float64 so that each row sums to 1."""
+        return self._calibration.probabilities(self.logits(pixels_NCHW))
 
     @torch.inference_mode()
     def estimate(self, pixels_NCHW: Tensor) -> list[Estimate]:
         """The same for each picture, and how familiar it is."""
-        logits_NK = self._logits(pixels_NCHW)
-        rows_NK = self._probabilities(logits_NK).tolist()
+        logits_NK = self.logits(pixels_NCHW)
+        rows_NK = self._calibration.probabilities(logits_NK).tolist()
         if self._calibration.energy_quantiles is None:
             return [Estimate(row_K, None) for row_K in rows_NK]
         return list(map(Estimate, rows_NK, map(self._calibration.familiarity, energy(logits_NK).tolist())))
@@ -90,11 +97,3 @@ class Predictor:
         """The estimates for each item: the pixels of one picture or of several, a byte each (N, H, W, C)."""
         estimates = iter(self.estimate(to_tensor(items)))
         return [list(islice(estimates, len(pixels) // IMAGE_BYTES)) for pixels in items]
-
-    def _logits(self, pixels_NCHW: Tensor) -> Tensor:
-        features_ND = torch.cat([self.engine(part) for part in pixels_NCHW.split(self._max_batch)])
-        logits_NK: Tensor = self._head(features_ND)
-        return logits_NK
-
-    def _probabilities(self, logits_NK: Tensor) -> Tensor:
-        return (logits_NK.double() / self._calibration.temperature).softmax(dim=1)

@@ -37,7 +37,7 @@ class Evaluation:
     bins_B3: Tensor = field(default_factory=lambda: torch.zeros(0, 3, dtype=torch.float64))
     """Count, mean confidence and accuracy of each of its bins: the reliability diagram. None in files of old."""
     uncalibrated_nll: float
-    """The same three at temperature 1."""
+    """The same three before calibration."""
     uncalibrated_brier: float
     uncalibrated_ece: float
     coverage: float | None = None
@@ -82,22 +82,19 @@ def evaluate_probabilities(
     dataset: str,
     digest: str,
     evaluated_at: str,
-    temperature: float = 1.0,
+    uncalibrated_NK: Tensor | None = None,
     set_threshold: float | None = None,
 ) -> Evaluation:
     """Every figure of `Evaluation` from the probabilities (N, K) and the true classes (N,).
 
     Args:
-        temperature: What the logits were divided by.
+        uncalibrated_NK: The probabilities before their calibration, if there was one.
         set_threshold: The least probability of a class in a prediction set, if there are such sets.
     """
     probabilities_NK = probabilities_NK.double()
-    # Dividing the logits by a temperature raises the probabilities to a power, up to a factor; this is the way back.
-    # What has underflowed stays below the smallest normal float32.
-    logarithms_NK = probabilities_NK.clamp_min(torch.finfo(torch.float32).tiny).log()
-    uncalibrated_NK = (logarithms_NK * temperature).softmax(dim=1)
     nll, brier, ece = _scores(probabilities_NK, labels_N)
-    uncalibrated_nll, uncalibrated_brier, uncalibrated_ece = _scores(uncalibrated_NK, labels_N)
+    plain_NK = probabilities_NK if uncalibrated_NK is None else uncalibrated_NK.double()
+    uncalibrated_nll, uncalibrated_brier, uncalibrated_ece = _scores(plain_NK, labels_N)
     coverage, set_size = _prediction_sets(probabilities_NK, labels_N, set_threshold)
     bins = calibration_bins(probabilities_NK, labels_N)
     return Evaluation(

@@ -105,7 +105,7 @@ class DatasetInfo(BaseModel):
 
 
 class Uncalibrated(BaseModel):
-    """The same three figures without the temperature that the logits are divided by."""
+    """The same three figures of the probabilities before their calibration."""
 
     nll: float = Field(description="Mean negative log likelihood of the true class, in nats.")
     brier: float = Field(description="Mean squared distance of the probabilities from the truth, 0 to 2.")
@@ -119,7 +119,7 @@ class Calibration(BaseModel):
     brier: float = Field(description="Mean squared distance of the probabilities from the truth, 0 to 2.")
     ece: float = Field(description="Expected calibration error, 0 to 1.")
     ece_estimator: str = Field(description="How it is estimated.")
-    uncalibrated: Uncalibrated = Field(description="The three without the temperature.")
+    uncalibrated: Uncalibrated = Field(description="The three before calibration.")
 
 
 class PredictionSets(BaseModel):

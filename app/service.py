@@ -271,17 +271,18 @@ class Service:
         for pixels_NCHW in split.pixels_NCHW.split(EVALUATION_BATCH):
             if served is not self._served:  # exchanged; the new ones have an evaluation of their own
                 return
-            parts.append(served.predictor.predict(pixels_NCHW))
+            parts.append(served.predictor.logits(pixels_NCHW))
             yield
         evaluated_at = datetime.now(UTC).isoformat(timespec="seconds")
+        logits_NK, calibration = torch.cat(parts), served.checkpoint.calibration
         served.measured = evaluate_probabilities(
-            torch.cat(parts),
+            calibration.probabilities(logits_NK),
             split.labels_N,
             dataset=split.name,
             digest=digest,
             evaluated_at=evaluated_at,
-            temperature=served.checkpoint.calibration.temperature,
-            set_threshold=served.checkpoint.calibration.set_threshold,
+            uncalibrated_NK=logits_NK.softmax(dim=1),
+            set_threshold=calibration.set_threshold,
         )
         logger.info("Evaluated on %s: %d images.", split.name, len(split))
 

@@ -10,23 +10,23 @@ from app.calibration import Calibration, energy
 from app.checkpoint import CIFAR10_CLASSES
 from app.data import Split
 from app.report import calibration_error
-from training.calibrate import calibrate, fit_temperature, set_threshold
+from training.calibrate import calibrate, fit_probabilities, set_threshold
 from training.robustness import jpeg
 
 
-@pytest.mark.parametrize("true_temperature", [0.5, 1.0, 2.5])
-def test_the_temperature_behind_the_labels_is_found(true_temperature: float) -> None:
+@pytest.mark.parametrize(("temperature", "curvature"), [(0.5, 0.0), (1.0, 0.0), (2.5, 0.0), (2.5, 0.08)])
+def test_the_calibration_behind_the_labels_is_found(temperature: float, curvature: float) -> None:
     generator = torch.Generator().manual_seed(0)
     logits_NK = torch.randn(20_000, 10, generator=generator) * 3
-    truth_NK = (logits_NK / true_temperature).softmax(dim=1)
+    truth_NK = Calibration(temperature=temperature, curvature=curvature).probabilities(logits_NK)
     labels_N = truth_NK.multinomial(1, generator=generator)[:, 0]
-    said_NK = logits_NK.softmax(dim=1)
-    found = fit_temperature(said_NK, labels_N)
-    assert found == pytest.approx(true_temperature, rel=0.05)
-    after = calibration_error((logits_NK / found).softmax(dim=1), labels_N)
+    found = fit_probabilities(logits_NK, labels_N)
+    assert found.temperature == pytest.approx(temperature, rel=0.05)
+    assert found.curvature == pytest.approx(curvature, abs=0.01)
+    after = calibration_error(found.probabilities(logits_NK), labels_N)
     assert after < 0.01
-    if true_temperature != 1.0:
-        assert calibration_error(said_NK, labels_N) > 3 * after
+    if temperature != 1.0:
+        assert calibration_error(logits_NK.softmax(dim=1), labels_N) > 3 * after
 
 
 def test_the_threshold_is_the_finite_sample_quantile() -> None:
@@ -86,8 +86,19 @@ def test_half_of_the_held_out_images_are_more_familiar_than_the_median() -> None
     assert found.images == "held out, as they are and as JPEG of quality 75"
     assert (found.count, found.digest) == (60, held_out.digest)
     logits_NK = given.network()(torch.cat([held_out.pixels_NCHW, jpeg(75, held_out.pixels_NCHW)]))
-    expected = fit_temperature(logits_NK.softmax(dim=1), held_out.labels_N.repeat(2))
-    assert found.temperature == pytest.approx(expected, rel=1e-4)
+    expected = fit_probabilities(logits_NK, held_out.labels_N.repeat(2))
+    assert found.temperature == pytest.approx(expected.temperature, rel=1e-3)
+    assert found.curvature == pytest.approx(expected.curvature, abs=1e-3)
     assert found.energy_quantiles is not None
     ranks = sorted(found.familiarity(value) for value in found.energy_quantiles[::100])
     assert ranks == pytest.approx([index / 10 for index in range(11)], abs=1e-6)
+
+
+@pytest.mark.parametrize("known", [Calibration(temperature=0.5), Calibration(temperature=2.0, curvature=0.3)])
+def test_calibration_by_hand_and_in_the_same_order(known: Calibration) -> None:
+    logits_NK = torch.tensor([[1.0, 3.0, 0.0], [-2.0, -2.0, 5.0]], dtype=torch.float64)
+    below_NK = torch.tensor([[2.0, 0.0, 3.0], [7.0, 7.0, 0.0]], dtype=torch.float64)
+    expected_NK = -(below_NK / known.temperature + known.curvature * below_NK**2)
+    assert torch.equal(known.adjust(logits_NK), expected_NK)
+    torch.testing.assert_close(known.probabilities(logits_NK), expected_NK.softmax(dim=1))
+    assert torch.equal(known.probabilities(logits_NK).argsort(stable=True), logits_NK.argsort(stable=True))

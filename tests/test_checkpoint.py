@@ -34,6 +34,7 @@ EVALUATION = Evaluation(
 )
 CALIBRATION = Calibration(
     temperature=1.25,
+    curvature=0.5,
     set_threshold=0.375,
     energy_quantiles=(0.0, 0.125, 0.5),
     images="validation (12 held-out training images)",
@@ -224,6 +225,8 @@ REFUSED: dict[str, tuple[object, str]] = {
     "same names": (content(classes=["cat"] * 10), "class names are not distinct texts"),
     "names that are none": (content(classes=[*range(10)]), "class names are not distinct texts"),
     "negative temperature": (calibrated(temperature=-1.0), r"temperature -1.0; it must be positive"),
+    "negative curvature": (calibrated(curvature=-1.0), r"curvature -1.0; it must be finite and not negative"),
+    "no curvature": (calibrated(curvature=float("nan")), r"curvature nan; it must be finite"),
     "no temperature": (calibrated(temperature=float("nan")), r"temperature nan; it must be positive"),
     "text for a temperature": (calibrated(temperature="hot"), "temperature of the calibration is a str"),
     "a threshold above 1": (

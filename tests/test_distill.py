@@ -9,6 +9,7 @@ from conftest import random_checkpoint
 from torch import Tensor, nn
 
 from app import model
+from app.calibration import Calibration
 from app.checkpoint import CIFAR10_CLASSES
 from app.data import Split
 from app.errors import CheckpointError
@@ -41,12 +42,10 @@ def test_a_teacher_of_other_classes_is_refused() -> None:
 
 def test_a_teacher_is_as_sure_as_when_it_is_served(photos_NCHW: Tensor) -> None:
     """Logits of twice the size, and a calibration that takes that back, are the same answers."""
-    plain = random_checkpoint()
+    plain = dataclasses.replace(random_checkpoint(), calibration=Calibration(curvature=0.4))
     head = [name for name in plain.state_dict if name.startswith("fc3")]
     louder = {name: value * 2 if name in head else value for name, value in plain.state_dict.items()}
-    calibrated = dataclasses.replace(
-        plain, state_dict=louder, calibration=dataclasses.replace(plain.calibration, temperature=2.0)
-    )
+    calibrated = dataclasses.replace(plain, state_dict=louder, calibration=Calibration(temperature=2.0, curvature=0.1))
     assert len(head) == 2
     answers = [Teachers([teacher], CIFAR10_CLASSES)(photos_NCHW) for teacher in (calibrated, plain)]
     torch.testing.assert_close(*answers)

@@ -91,11 +91,12 @@ def test_bfloat16_is_close_to_float32() -> None:
     torch.testing.assert_close(fast_NK, exact_NK, atol=0.02, rtol=0)
 
 
-def test_the_temperature_of_the_checkpoint_is_applied() -> None:
+def test_the_calibration_of_the_checkpoint_is_applied() -> None:
     logits_NK = checkpoint().network()(split().pixels_NCHW)
-    expected_NK = (logits_NK / 0.25).softmax(dim=1)
-    true_N = expected_NK[torch.arange(IMAGES), split().labels_N]
-    assert evaluate(checkpoint(temperature=0.25), split()).nll == pytest.approx(-true_N.log().mean().item(), rel=1e-5)
+    figures = evaluate(checkpoint(temperature=0.25), split())
+    for nll, said_NK in ((figures.nll, logits_NK / 0.25), (figures.uncalibrated_nll, logits_NK)):
+        true_N = said_NK.softmax(dim=1)[torch.arange(IMAGES), split().labels_N]
+        assert nll == pytest.approx(-true_N.log().mean().item(), rel=1e-5)
 
 
 def test_the_evaluation_says_on_what_it_was_made() -> None:
@@ -144,7 +145,7 @@ def test_the_table_shows_the_figures_of_the_report() -> None:
     assert "1.2346 nats" in text
     assert "0.5124 (0 to 2)" in text
     assert "0.0871 (15 equal-mass bins of the highest probability)" in text
-    assert "at temperature 1   2.5000, " in text
+    assert "before calibration  2.5000, " in text
     assert "95.10 % hold the true class (meant are 95%), 1.250 classes on average" in text
 
 

@@ -73,11 +73,13 @@ def test_items_of_one_and_of_several_pictures_keep_their_order() -> None:
     assert [each.probabilities_K for each in first + second + third] == predictor.predict(pixels_NCHW).tolist()
 
 
-def test_the_temperature_divides_the_logits() -> None:
-    cold = random_checkpoint()
-    hot = dataclasses.replace(cold, calibration=Calibration(temperature=3.0))
-    cold_NK, hot_NK = (Predictor(each, CPU, threads=1, max_batch=4).predict(some_pixels(4)) for each in (cold, hot))
-    assert torch.allclose((cold_NK.log() / 3).softmax(dim=1), hot_NK)
+def test_what_the_network_says_is_calibrated() -> None:
+    known = Calibration(temperature=3.0, curvature=0.5)
+    predictor = Predictor(dataclasses.replace(random_checkpoint(), calibration=known), CPU, threads=1, max_batch=4)
+    expected_NK = known.probabilities(predictor.logits(some_pixels(4)))
+    assert torch.equal(predictor.predict(some_pixels(4)), expected_NK)
+    assert [row.probabilities_K for row in predictor.estimate(some_pixels(4))] == expected_NK.tolist()
+    assert not torch.allclose(expected_NK, predictor.logits(some_pixels(4)).softmax(dim=1))
 
 
 def test_nothing_can_be_trained_by_accident() -> None:

@@ -137,12 +137,14 @@ def test_report_has_the_whole_in_plain_types() -> None:
     assert body["prediction_sets"] is None
 
 
-def test_the_figures_without_the_temperature_are_those_of_the_plain_logits() -> None:
+def test_the_figures_before_calibration_are_those_of_the_plain_logits() -> None:
     generator = torch.Generator().manual_seed(0)
     logits_NK, labels_N = torch.randn(200, 5, generator=generator).double(), torch.arange(200) % 5
     names: Any = {"dataset": "d", "digest": "x", "evaluated_at": "now"}
     plain = evaluate_probabilities(logits_NK.softmax(dim=1), labels_N, **names)
-    sharp = evaluate_probabilities((logits_NK / 0.5).softmax(dim=1), labels_N, **names, temperature=0.5)
+    sharp = evaluate_probabilities(
+        (logits_NK / 0.5).softmax(dim=1), labels_N, **names, uncalibrated_NK=logits_NK.softmax(dim=1)
+    )
     assert (plain.uncalibrated_nll, plain.uncalibrated_ece) == pytest.approx((plain.nll, plain.ece))
     without = (sharp.uncalibrated_nll, sharp.uncalibrated_brier, sharp.uncalibrated_ece)
     assert without == pytest.approx((plain.nll, plain.brier, plain.ece))

@@ -106,7 +106,7 @@ def test_held_out_images_replace_the_test_images(data_folder: Path) -> None:
     measured = checkpoint.evaluation.confusion_KK.diagonal().sum().item() / 12
     assert rows[-1]["validation_accuracy"] == pytest.approx(measured, abs=1 / 12 + 1e-9)
     calibration = checkpoint.calibration
-    assert f"the temperature is {calibration.temperature:.4f}" in done.stdout
+    assert f": temperature {calibration.temperature:.4f}, curvature {calibration.curvature:.4f}; " in done.stdout
     assert calibration.temperature != 1.0
     assert calibration.images == f"{checkpoint.evaluation.dataset}, as they are and as JPEG of quality 75"
     assert calibration.count == 12
@@ -130,8 +130,8 @@ def test_a_run_on_all_images_takes_over_the_calibration_of_one_with_held_out_ima
     held, taken = load(Path("runs/held/cifar_net.pth")), load(Path("runs/final/cifar_net.pth"))
     assert taken.calibration == held.calibration
     assert taken.calibration.count == 24
-    network_NK = taken.network()(self_test.drawings()) / held.calibration.temperature
-    torch.testing.assert_close(taken.self_test_NK, network_NK.softmax(dim=1), atol=1e-5, rtol=0)
+    drawn_NK = held.calibration.probabilities(taken.network()(self_test.drawings()))
+    torch.testing.assert_close(taken.self_test_NK, drawn_NK, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

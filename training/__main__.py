@@ -196,8 +196,8 @@ def _describe(calibration: Calibration) -> str:
     if calibration.set_threshold is None:
         return "Without held-out images (--validation) or their --calibration the probabilities are as they come."
     return (
-        f"Calibrated on {calibration.images}: the temperature is {calibration.temperature:.4f}, and a class of at "
-        f"least {calibration.set_threshold:.4f} is in the prediction set."
+        f"Calibrated on {calibration.images}: temperature {calibration.temperature:.4f}, curvature "
+        f"{calibration.curvature:.4f}; a class of at least {calibration.set_threshold:.4f} is in the prediction set."
     )
 
 

@@ -38,7 +38,7 @@ def complete(
     """
     known = calibrate(untested, held_out, device) if held_out is not None else taken_over or UNCALIBRATED
     found = dataclasses.replace(untested, calibration=known)
-    drawn_NK = predict(found.network(), self_test.drawings(), temperature=found.calibration.temperature)
+    drawn_NK = predict(found.network(), self_test.drawings(), calibration=found.calibration)
     return dataclasses.replace(found, self_test_NK=drawn_NK)
 
 
@@ -51,11 +51,11 @@ def calibrate(checkpoint: Checkpoint, held_out: Split, device: torch.device | st
     pixels_NCHW = torch.cat([held_out.pixels_NCHW, jpeg(JPEG_QUALITY, held_out.pixels_NCHW)])
     labels_N = held_out.labels_N.repeat(2)
     logits_NK = forward(checkpoint.network(), pixels_NCHW, device=device)
-    temperature = fit_temperature(logits_NK.softmax(dim=1), labels_N)
-    probabilities_NK = (logits_NK / temperature).softmax(dim=1)
+    fitted = fit_probabilities(logits_NK, labels_N)
+    probabilities_NK = fitted.probabilities(logits_NK)
     steps = torch.linspace(0, 1, QUANTILES, dtype=torch.float64)
-    return Calibration(
-        temperature=temperature,
+    return dataclasses.replace(
+        fitted,
         set_threshold=set_threshold(probabilities_NK, labels_N, views=2),
         energy_quantiles=tuple(energy(logits_NK).double().quantile(steps).tolist()),
         images=f"{held_out.name}, as they are and as JPEG of quality {JPEG_QUALITY}",
@@ -64,27 +64,26 @@ def calibrate(checkpoint: Checkpoint, held_out: Split, device: torch.device | st
     )
 
 
-def fit_temperature(probabilities_NK: Tensor, labels_N: Tensor) -> float:
-    """The temperature that minimises the negative log likelihood (Guo et al., 2017, arXiv:1706.04599).
+def fit_probabilities(logits_NK: Tensor, labels_N: Tensor) -> Calibration:
+    """The temperature and the curvature that minimise the negative log likelihood.
 
-    Args:
-        probabilities_NK: At temperature 1. Their logarithms are the logits up to a constant per image, which cancels.
-
-    Returns:
-        A number above 0; above 1 where the network was too sure of itself.
+    Neither can be negative, so that the order of the classes stays.
     """
-    logits_NK = probabilities_NK.double().clamp_min(torch.finfo(torch.float32).tiny).log()
-    log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([log_temperature], max_iter=100, line_search_fn="strong_wolfe")
+    logits_NK = logits_NK.double()
+    parameters = torch.tensor([0.0, 0.1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([parameters], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> float:
         optimizer.zero_grad()
-        loss = F.cross_entropy(logits_NK / log_temperature.exp(), labels_N)
+        below_NK = logits_NK.amax(dim=1, keepdim=True) - logits_NK
+        adjusted_NK = -(below_NK * parameters[0].exp() + below_NK.square() * parameters[1].square())
+        loss = F.cross_entropy(adjusted_NK, labels_N)
         loss.backward()
         return loss.item()
 
     optimizer.step(closure)
-    return log_temperature.exp().item()
+    slope, root = parameters.tolist()
+    return Calibration(temperature=math.exp(-slope), curvature=root**2)
 
 
 def set_threshold(probabilities_NK: Tensor, labels_N: Tensor, coverage: float = COVERAGE, views: int = 1) -> float:

@@ -172,10 +172,11 @@ def _calibration(figures: dict[str, Any], calibration: Calibration) -> list[str]
     lines = [
         "### Calibration",
         "",
-        f"Temperature {calibration.temperature:.4f}{whence}. On {figures['dataset']['name']}; the calibration error is "
-        f"of {served['ece_estimator']}.",
+        f"Temperature {calibration.temperature:.4f}, curvature {calibration.curvature:.4f}{whence}: how far a logit is "
+        "below the highest, d, becomes d / temperature + curvature d². "
+        f"On {figures['dataset']['name']}; the calibration error is of {served['ece_estimator']}.",
         "",
-        *_table(("", "as served", "at temperature 1"), rows),
+        *_table(("", "as served", "before calibration"), rows),
     ]
     if sets := figures["prediction_sets"]:
         lines += [

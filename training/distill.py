@@ -41,14 +41,14 @@ class Teachers(nn.Module):
         self.introduction = introduce(checkpoints)
         self.networks = nn.ModuleList(model.fold(checkpoint.network()) for checkpoint in checkpoints)
         # As sure as they are when served; how sure they were while they trained is a matter of their recipes.
-        self.temperatures = [checkpoint.calibration.temperature * TEMPERATURE for checkpoint in checkpoints]
+        self.calibrations = [checkpoint.calibration for checkpoint in checkpoints]
 
     @torch.no_grad()
     def forward(self, pixels_NCHW: Tensor) -> Tensor:
         """The mean of their softened probabilities (N, K)."""
         answers = [
-            (network(pixels_NCHW).float() / temperature).softmax(dim=1)
-            for network, temperature in zip(self.networks, self.temperatures, strict=True)
+            (calibration.adjust(network(pixels_NCHW).float()) / TEMPERATURE).softmax(dim=1)
+            for network, calibration in zip(self.networks, self.calibrations, strict=True)
         ]
         return torch.stack(answers).mean(dim=0)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from app.calibration import UNCALIBRATED, Calibration
 from app.checkpoint import Checkpoint
 from app.data import Split
 from app.errors import DataError
@@ -55,10 +56,10 @@ def predict(
     batch_size: int = BATCH_SIZE,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    temperature: float = 1.0,
+    calibration: Calibration = UNCALIBRATED,
 ) -> Tensor:
     """Probabilities (N, K), float32 on the CPU, of uint8 pixels (N, C, H, W). The arguments are those of `forward`."""
-    return (forward(network, pixels_NCHW, batch_size, device, dtype) / temperature).softmax(dim=1)
+    return calibration.probabilities(forward(network, pixels_NCHW, batch_size, device, dtype))
 
 
 def require_same_classes(checkpoint: Checkpoint, split: Split) -> None:
@@ -85,16 +86,14 @@ def evaluate(
         ValueError: `batch_size` is less than 1.
     """
     require_same_classes(checkpoint, split)
-    probabilities_NK = predict(
-        checkpoint.network(), split.pixels_NCHW, batch_size, device, temperature=checkpoint.calibration.temperature
-    )
+    logits_NK = forward(checkpoint.network(), split.pixels_NCHW, batch_size, device).double()
     return evaluate_probabilities(
-        probabilities_NK,
+        checkpoint.calibration.probabilities(logits_NK),
         split.labels_N,
         dataset=split.name,
         digest=split.digest,
         evaluated_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        temperature=checkpoint.calibration.temperature,
+        uncalibrated_NK=logits_NK.softmax(dim=1),
         set_threshold=checkpoint.calibration.set_threshold,
     )
 
@@ -126,7 +125,7 @@ def format_report(report: dict[str, Any]) -> str:
         f"negative log likelihood     {calibration['nll']:.4f} nats",
         f"Brier score                 {calibration['brier']:.4f} (0 to 2)",
         f"expected calibration error  {calibration['ece']:.4f} ({calibration['ece_estimator']})",
-        f"the three at temperature 1   {plain['nll']:.4f}, {plain['brier']:.4f}, {plain['ece']:.4f}",
+        f"the three before calibration  {plain['nll']:.4f}, {plain['brier']:.4f}, {plain['ece']:.4f}",
     ]
     if (sets := report["prediction_sets"]) is not None:
         lines.append(
