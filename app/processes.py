@@ -273,12 +273,13 @@ class Supervisor:
             self._count_off(key, worker)
         if self._stopping:
             return
+        pid, exit_code = worker.process.pid, worker.process.exitcode
         if not self._announced:
+            if exit_code != COULD_NOT_START:
+                logger.error("Process %d ended (exit code %s) before it could serve.", pid, exit_code)
             self._exit_code = COULD_NOT_START
             return
-        logger.error(
-            "Process %d ended (exit code %d). Another one takes its place.", worker.process.pid, worker.process.exitcode
-        )
+        logger.error("Process %d ended (exit code %s). Another one takes its place.", pid, exit_code)
         if not worker.ready:
             time.sleep(RETRY_SECONDS)  # it would not go better at once
         self._start()

@@ -229,8 +229,8 @@ def test_processes_end_when_their_supervisor_was_killed(weights: Path) -> None:
         eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_while_the_first_process_starts_ends_it_cleanly(weights: Path, sent: signal.Signals) -> None:
+def starting(weights: Path) -> "subprocess.Popen[str]":
+    """A supervisor whose first process does not serve yet."""
     supervisor = subprocess.Popen(
         command("--processes", "2", "--weights", str(weights)),
         cwd=ROOT,
@@ -240,9 +240,23 @@ def test_a_signal_while_the_first_process_starts_ends_it_cleanly(weights: Path, 
         text=True,
     )
     eventually(lambda: len(pids_of(supervisor)) == 1)
+    return supervisor
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_first_process_starts_ends_it_cleanly(weights: Path, sent: signal.Signals) -> None:
+    supervisor = starting(weights)
     supervisor.send_signal(sent)
     out, err = supervisor.communicate(timeout=SECONDS)
     assert (supervisor.returncode, out, err) == (0, "", "")
+
+
+def test_a_first_process_that_is_killed_is_the_end(weights: Path) -> None:
+    supervisor = starting(weights)
+    os.kill(pids_of(supervisor)[0], signal.SIGKILL)
+    out, err = supervisor.communicate(timeout=SECONDS)
+    assert (supervisor.returncode, out) == (1, "")
+    assert "ended (exit code -9) before it could serve." in err
 
 
 def test_what_is_wrong_is_said_once(tmp_path: Path) -> None:
