@@ -134,13 +134,13 @@ class Running(NamedTuple):
     """Until all of them did."""
 
     def megabytes(self) -> float:
-        """Memory of all processes, what they share counted once."""
+        """Memory of all processes; what several share is counted for each."""
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-        return sum(proportional_megabytes(pid) for pid in [str(self.pid), *children])
+        return sum(resident_megabytes(pid) for pid in [str(self.pid), *children])
 
 
-def proportional_megabytes(pid: str) -> float:
-    match = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+def resident_megabytes(pid: str) -> float:
+    match = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     assert match
     return int(match[1]) / 1024
 
