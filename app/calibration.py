@@ -18,9 +18,9 @@ class Calibration:
     """Fitted on images that the network was not trained on. The default changes nothing and knows nothing."""
 
     temperature: float = 1.0
-    """See `adjust`."""
+    """See `adjust` below."""
     curvature: float = 0.0
-    """See `adjust`."""
+    """See `adjust` below."""
     set_threshold: float | None = None
     """A class of at least this probability is in the prediction set."""
     energy_quantiles: tuple[float, ...] | None = None
@@ -33,14 +33,8 @@ class Calibration:
     """sha256 over their pixels and labels."""
 
     def adjust(self, logits_NK: Tensor) -> Tensor:
-        """Logits (N, K) whose softmax is as sure as it should be, the highest of them 0.
-
-        How far a logit is below the highest, d, becomes d / temperature + curvature d^2. Without curvature that is
-        temperature scaling (Guo et al., 2017, arXiv:1706.04599); with it, what is nearly certain may gain while what is
-        doubtful loses. The order of the classes stays (Rahimi et al., 2020, arXiv:2003.06820).
-        """
-        below_NK = logits_NK.amax(dim=1, keepdim=True) - logits_NK
-        return -(below_NK / self.temperature + self.curvature * below_NK.square())
+        """Logits (N, K) whose softmax is as sure as it should be, the highest of them 0."""
+        return adjust(logits_NK, self.temperature, self.curvature)
 
     def probabilities(self, logits_NK: Tensor) -> Tensor:
         """What the network's logits (N, K) stand for, in their number format."""
@@ -72,6 +66,17 @@ class Calibration:
 
 
 UNCALIBRATED = Calibration()
+
+
+def adjust(logits_NK: Tensor, temperature: float | Tensor, curvature: float | Tensor) -> Tensor:
+    """Logits (N, K) that say the same with another certainty, the highest of them 0.
+
+    How far a logit is below the highest, d, becomes d / temperature + curvature d^2. Without curvature that is
+    temperature scaling (Guo et al., 2017, arXiv:1706.04599); with it, what is nearly certain may gain while what is
+    doubtful loses. Where neither is negative, the order of the classes stays (Rahimi et al., 2020, arXiv:2003.06820).
+    """
+    below_NK = logits_NK.amax(dim=1, keepdim=True) - logits_NK
+    return -(below_NK / temperature + curvature * below_NK.square())
 
 
 def energy(logits_NK: Tensor) -> Tensor:

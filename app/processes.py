@@ -16,6 +16,7 @@ all of them would be simpler, but who wakes first takes all connections of a cli
 import asyncio
 import itertools
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -163,8 +164,8 @@ class Supervisor:
         self._reserved = self._bind()  # keeps others off the address while nobody listens; gets no connection itself
         self._context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
         self._workers: list[Worker] = []
-        self._rounds: dict[Key, tuple[Worker, set[Worker]]] = {}
-        """Questions: who asks, and who has not told yet."""
+        self._rounds: dict[Key, tuple[Worker, set[Worker], float]] = {}
+        """Questions, the oldest first: who asks, who has not told yet, and until when that is waited for."""
         self._gone = Counts()
         self._announced = False
         self._stopping = False
@@ -182,11 +183,11 @@ class Supervisor:
                 handlers[worker.process.sentinel] = partial(self._bury, worker)
                 if not worker.end.closed:
                     handlers[worker.end] = partial(self._receive, worker)
-            happened = wait(list(handlers), TELL_SECONDS if self._rounds else None)
-            for each in happened:
+            until = next((until for _, _, until in self._rounds.values()), math.inf)
+            for each in wait(list(handlers), None if until == math.inf else max(0.0, until - time.monotonic())):
                 handlers[each]()
-            if not happened:  # a process is stuck
-                for key in list(self._rounds):
+            for key, (_, _, until) in list(self._rounds.items()):
+                if time.monotonic() >= until:  # a process is stuck
                     self._answer(key)
         return self._exit_code
 
@@ -235,7 +236,7 @@ class Supervisor:
                 self._hang_up()  # the one that says so finds nothing new
             case Ask(key):
                 asked = [each for each in self._workers if each.ready]
-                self._rounds[key] = (worker, set(asked))
+                self._rounds[key] = (worker, set(asked), time.monotonic() + TELL_SECONDS)
                 for each in asked:
                     each.send(Tell(key))
             case Told(key, counts):
@@ -252,13 +253,13 @@ class Supervisor:
 
     def _count_off(self, key: Key, worker: Worker) -> None:
         if key in self._rounds:
-            _, awaited = self._rounds[key]
+            _, awaited, _ = self._rounds[key]
             awaited.discard(worker)
             if not awaited:
                 self._answer(key)
 
     def _answer(self, key: Key) -> None:
-        asker, _ = self._rounds.pop(key)
+        asker, _, _ = self._rounds.pop(key)
         total = Counts()
         for counts in (self._gone, *(each.counts for each in self._workers)):
             total.merge(counts)

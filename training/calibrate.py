@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from app import self_test
-from app.calibration import UNCALIBRATED, Calibration, energy
+from app.calibration import UNCALIBRATED, Calibration, adjust, energy
 from app.checkpoint import Checkpoint
 from app.data import Split
 from app.report import COVERAGE
@@ -75,15 +75,13 @@ def fit_probabilities(logits_NK: Tensor, labels_N: Tensor) -> Calibration:
 
     def closure() -> float:
         optimizer.zero_grad()
-        below_NK = logits_NK.amax(dim=1, keepdim=True) - logits_NK
-        adjusted_NK = -(below_NK * parameters[0].exp() + below_NK.square() * parameters[1].square())
-        loss = F.cross_entropy(adjusted_NK, labels_N)
+        loss = F.cross_entropy(adjust(logits_NK, parameters[0].exp(), parameters[1].square()), labels_N)
         loss.backward()
         return loss.item()
 
     optimizer.step(closure)
-    slope, root = parameters.tolist()
-    return Calibration(temperature=math.exp(-slope), curvature=root**2)
+    logarithm, root = parameters.tolist()
+    return Calibration(temperature=math.exp(logarithm), curvature=root**2)
 
 
 def set_threshold(probabilities_NK: Tensor, labels_N: Tensor, coverage: float = COVERAGE, views: int = 1) -> float:
