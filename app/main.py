@@ -82,8 +82,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.service = service
     app.state.count = count
-    app.state.total = total  # this and the next are others where several processes serve
-    app.state.on_reload = lambda: None
+    app.state.total = total  # another one where several processes serve
     paths = {"/openapi.json"}
     administration = () if settings.admin_key is None else (admin,)
     for routes in (predict, batch, open_inference, metrics, health, pages, *administration):

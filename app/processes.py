@@ -5,7 +5,7 @@
     starts the first, then the others <- Ready
     another one for one that died
     SIGTERM, SIGINT, SIGHUP -----------> each of them
-                                      <- Reloaded    one was told to exchange the weights: SIGHUP to the others
+    SIGHUP to the others                <- Reloaded    one serves other weights than they do
     asks each of them (Tell, Told)    <- Ask         one wants to report what all have counted
     sums up, with those that died -----> Total
 
@@ -53,10 +53,15 @@ class Ready(NamedTuple):
 
     engine: str
     """The one that it found to be the fastest, with the machine to itself."""
+    weights: str
+    """The digest of what it serves."""
 
 
 class Reloaded(NamedTuple):
     """This process has exchanged its weights."""
+
+    weights: str
+    """The digest of what it serves now."""
 
 
 class Ask(NamedTuple):
@@ -89,17 +94,16 @@ class Link:
         self._numbers = itertools.count()
         self._asked: dict[Key, asyncio.Future[Counts]] = {}
 
-    def open(self, engine: str, count: Callable[[], Counts], stop: Callable[[], None]) -> None:
+    def open(self, ready: Ready, count: Callable[[], Counts], stop: Callable[[], None]) -> None:
         """Say that this process serves.
 
         Args:
-            engine: That it has chosen.
             count: Called when the supervisor wants to know.
             stop: Called when it is gone.
         """
         loop = asyncio.get_running_loop()
         loop.add_reader(self._end.fileno(), self._receive, count, stop)
-        self._end.send(Ready(engine))
+        self._end.send(ready)
 
     async def total(self) -> Counts:
         """What all processes have counted."""
@@ -111,9 +115,9 @@ class Link:
         finally:
             del self._asked[key]
 
-    def reloaded(self) -> None:
+    def reloaded(self, weights: str) -> None:
         """Have the other processes exchange their weights, too."""
-        self._end.send(Reloaded())
+        self._end.send(Reloaded(weights))
 
     def _receive(self, count: Callable[[], Counts], stop: Callable[[], None]) -> None:
         try:
@@ -167,6 +171,8 @@ class Supervisor:
         self._rounds: dict[Key, tuple[Worker, set[Worker], float]] = {}
         """Questions, the oldest first: who asks, who has not told yet, and until when that is waited for."""
         self._gone = Counts()
+        self._weights: str | None = None
+        """The digest of what the process serves that said so last."""
         self._announced = False
         self._stopping = False
         self._exit_code = 0
@@ -229,11 +235,12 @@ class Supervisor:
             worker.end.close()  # it is ending
             return
         match message:
-            case Ready(engine):
+            case Ready(engine, weights):
                 self._settings = replace(self._settings, engine=engine)
                 self._greet(worker)
-            case Reloaded():
-                self._hang_up()  # the one that says so finds nothing new
+                self._compare(weights)
+            case Reloaded(weights):
+                self._compare(weights)
             case Ask(key):
                 asked = [each for each in self._workers if each.ready]
                 self._rounds[key] = (worker, set(asked), time.monotonic() + TELL_SECONDS)
@@ -250,6 +257,12 @@ class Supervisor:
         # The first one has shown that the settings are good; if they are not, only one says so.
         while len(self._workers) < self._settings.processes and not self._stopping:
             self._start()
+
+    def _compare(self, weights: str) -> None:
+        """Have all read the file again if one of them has found another one there. Who has it already does nothing."""
+        if self._weights not in (None, weights):
+            self._hang_up()
+        self._weights = weights
 
     def _count_off(self, key: Key, worker: Worker) -> None:
         if key in self._rounds:

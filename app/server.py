@@ -16,7 +16,7 @@ import uvicorn
 
 from app.errors import RequestError, StartError
 from app.main import create_app
-from app.processes import COULD_NOT_START, Link
+from app.processes import COULD_NOT_START, Link, Ready
 from app.protocol import Protocol, Turnstile
 from app.service import Service
 from app.settings import Settings
@@ -114,8 +114,9 @@ def serve(settings: Settings, listener: socket.socket, link: Link | None = None,
 
     def on_started() -> None:
         if link is not None:
-            app.state.total, app.state.on_reload = link.total, link.reloaded
-            link.open(service.engine, app.state.count, lambda: server.handle_exit(signal.SIGTERM, None))
+            app.state.total, service.on_exchange = link.total, link.reloaded
+            ready = Ready(service.engine, service.checkpoint.sha256)
+            link.open(ready, app.state.count, lambda: server.handle_exit(signal.SIGTERM, None))
         if announce:
             processes = f" in {settings.processes} processes" if settings.processes > 1 else ""
             print(f"Serving {service.describe()}{processes} on {url(listener)}", flush=True)

@@ -5,7 +5,7 @@ import ctypes
 import logging
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -70,6 +70,8 @@ class Service:
         self.started = False
         self.draining = False
         self.predictions = Predictions()
+        self.on_exchange: Callable[[str], None] = lambda _sha256: None
+        """Called with the digest of new weights when they serve."""
         self.intake = Intake(
             max_bytes=settings.max_body_bytes,
             max_waiting_bytes=settings.max_waiting_bytes,
@@ -119,6 +121,7 @@ class Service:
             except CheckpointError as error:
                 raise WeightsRefused(f"{error} The weights {self.checkpoint.sha256[:12]} go on serving.") from None
             self._served = served
+            self.on_exchange(served.checkpoint.sha256)
             self._start_evaluation()
             logger.info("The weights were exchanged. Serving %s.", self.describe())
             return True

@@ -196,6 +196,24 @@ def test_new_weights_are_served_by_all_processes_and_bad_ones_by_none(service: R
     eventually(lambda: service.sha256s(png) == {newer})
 
 
+def test_processes_agree_on_the_weights_however_one_of_them_came_to_others(service: Running, png: bytes) -> None:
+    """One alone is told to read the file; then one dies after the file has changed and nobody was told."""
+
+    def all_serve(sha256: str) -> bool:
+        with suppress(OSError):  # a connection to the process that dies
+            return service.sha256s(png) == {sha256}
+        return False
+
+    service.wait_for_both()
+    given = random_checkpoint(evaluation=random_evaluation())
+    for bias, sent in ((3.0, signal.SIGHUP), (4.0, signal.SIGKILL)):
+        given.state_dict["fc3.bias"].fill_(bias)
+        new = checkpoint.save(given, service.weights)[:12]
+        os.kill(service.pids()[0], sent)
+        eventually(partial(all_serve, new))
+        service.wait_for_both()
+
+
 def reload(service: Running) -> int:
     request = urllib.request.Request(
         f"{service.url}/admin/reload", method="POST", headers={"authorization": f"Bearer {KEY}"}

@@ -3,7 +3,7 @@
 import hmac
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from app.errors import Unauthorized
@@ -35,11 +35,9 @@ router = APIRouter(prefix="/admin", tags=["administration"], dependencies=[Depen
     response_description="It is served.",
     responses=refusals(401, 409, 500, 503),
 )
-async def reload(service: ServiceDep, request: Request) -> Reloaded:
+async def reload(service: ServiceDep) -> Reloaded:
     """As the signal SIGHUP. The file is read, checked and warmed while requests are answered with the old weights;
     an answer says which weights it came from. A file that cannot be used, or is for other classes, changes nothing.
     Other processes that serve here follow when this one has exchanged its weights."""
     changed = await service.reload()
-    if changed:
-        request.app.state.on_reload()
     return Reloaded(model=ModelInfo(**model_info(service.checkpoint)), changed=changed)
