@@ -3,7 +3,6 @@
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
-from itertools import islice
 from time import monotonic
 from typing import Generic, TypeVar
 
@@ -92,9 +91,10 @@ class Turns(Generic[Item, Prepared, Result]):
     Requests of one picture and of many take turns, batch by batch, while both wait: a thousand pictures in one request
     delay a single one by one batch of theirs, and get half of the time.
 
-    Where only one kind waits, and four batches of it, they become twice as large, and so on up to the largest: the more
-    there is to do, the dearer is the interpreter between two batches, which the event loop wants all the time (under
-    three times the load that could be carried, 96 instead of 81 % of that was answered).
+    Where four batches of single ones wait, and nothing else, they become twice as large, and so on up to the largest:
+    the more there is to do, the dearer is the interpreter between two batches, which the event loop wants all the time
+    (under three times the load that could be carried, 96 instead of 81 % of that was answered). Many pictures in one
+    request leave the event loop alone, and would only hold a single one up for longer (37 ms instead of 12).
     """
 
     def __init__(self, usual_batch: int, max_batch: int) -> None:
@@ -117,9 +117,8 @@ class Turns(Generic[Item, Prepared, Result]):
             self._turn, other = other, self._turn
         batch: list[Entry[Item, Prepared, Result]] = []
         room = self._usual_batch
-        if not other:
-            waiting = sum(entry.count for entry in islice(self._turn, 2 * self._max_batch))
-            while 4 * room <= waiting and 2 * room <= self._max_batch:
+        if self._turn is self._singles and not other:
+            while 4 * room <= len(self._singles) and 2 * room <= self._max_batch:
                 room *= 2
         while self._turn and (not batch or (self._turn[0].count <= room and self._turn[0].run is batch[0].run)):
             batch.append(self._turn.popleft())
