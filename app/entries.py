@@ -114,10 +114,10 @@ class Turns(Generic[Item, Prepared, Result]):
         """As many as fit into a batch, of one kind and for one `run`; an item of more pictures than that, alone."""
         other = self._bulk if self._turn is self._singles else self._singles
         if other:
-            self._turn, other = other, self._turn
+            self._turn = other
         batch: list[Entry[Item, Prepared, Result]] = []
         room = self._usual_batch
-        if self._turn is self._singles and not other:
+        if not self._bulk:
             while 4 * room <= len(self._singles) and 2 * room <= self._max_batch:
                 room *= 2
         while self._turn and (not batch or (self._turn[0].count <= room and self._turn[0].run is batch[0].run)):
