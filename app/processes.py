@@ -4,6 +4,7 @@
     binds a socket for each -----------> listens on it; Linux deals new connections out by chance (SO_REUSEPORT)
     starts the first, then the others <- Ready
     another one for one that died
+    are you there? (Tell)             -> Told        one that is silent for too long is killed
     SIGTERM, SIGINT, SIGHUP -----------> each of them
     SIGHUP to the others                <- Reloaded    one serves other weights than they do
     asks each of them (Tell, Told)    <- Ask         one wants to report what all have counted
@@ -16,7 +17,6 @@ all of them would be simpler, but who wakes first takes all connections of a cli
 import asyncio
 import itertools
 import logging
-import math
 import multiprocessing
 import os
 import signal
@@ -43,9 +43,15 @@ COULD_NOT_START = 1
 RETRY_SECONDS = 1.0
 TELL_SECONDS = 1.0
 """After so long what a process told before is taken for what it would tell."""
+CHECK_SECONDS = 5.0
+"""Between two questions to each process whether it is there."""
+PATIENCE = 6
+"""So many of them unanswered, and it is stuck. Counted, not timed: a container may have been paused as a whole."""
 
 Key = tuple[int, int]
 """Of a question: the process that asks, and a number."""
+CHECK: Key = (0, 0)
+"""The supervisor's own question, whose answer nobody else is told."""
 
 
 class Ready(NamedTuple):
@@ -144,6 +150,8 @@ class Worker:
     """The weights may have changed since it read them, and it does not listen to signals yet."""
     counts: Counts = field(default_factory=Counts)
     """When it last told."""
+    unanswered: int = 0
+    """Checks since it last said anything."""
 
     def send(self, message: Tell | Total) -> None:
         with suppress(OSError):  # it has just died, which the loop will notice
@@ -173,6 +181,7 @@ class Supervisor:
         self._gone = Counts()
         self._weights: str | None = None
         """The digest of what the process serves that said so last."""
+        self._check_at = time.monotonic() + CHECK_SECONDS
         self._announced = False
         self._stopping = False
         self._exit_code = 0
@@ -189,13 +198,26 @@ class Supervisor:
                 handlers[worker.process.sentinel] = partial(self._bury, worker)
                 if not worker.end.closed:
                     handlers[worker.end] = partial(self._receive, worker)
-            until = next((until for _, _, until in self._rounds.values()), math.inf)
-            for each in wait(list(handlers), None if until == math.inf else max(0.0, until - time.monotonic())):
+            until = min([self._check_at, *(until for _, _, until in self._rounds.values())])
+            for each in wait(list(handlers), max(0.0, until - time.monotonic())):
                 handlers[each]()
+            now = time.monotonic()
             for key, (_, _, until) in list(self._rounds.items()):
-                if time.monotonic() >= until:  # a process is stuck
+                if now >= until:  # a process is stuck
                     self._answer(key)
+            if now >= self._check_at:
+                self._check_at = now + CHECK_SECONDS
+                self._check()
         return self._exit_code
+
+    def _check(self) -> None:
+        for worker in self._workers:
+            if worker.unanswered == PATIENCE:
+                logger.error("Process %s is stuck and is killed.", worker.process.pid)
+                worker.signal(signal.SIGKILL)
+            elif worker.ready:
+                worker.unanswered += 1
+                worker.send(Tell(CHECK))
 
     def _start(self) -> None:
         own, its = self._context.Pipe()
@@ -234,6 +256,7 @@ class Supervisor:
         except (EOFError, OSError):
             worker.end.close()  # it is ending
             return
+        worker.unanswered = 0
         match message:
             case Ready(engine, weights):
                 self._settings = replace(self._settings, engine=engine)

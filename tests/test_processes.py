@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -33,6 +33,12 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="several process
 KEY = "a-key-of-sixteen"
 CONNECTIONS = 24
 """Dealt out by chance: that one of two processes gets none happens once in eight million times."""
+LESS_PATIENT = """
+import os, sys
+from app import __main__, processes
+processes.CHECK_SECONDS = 0.5
+sys.exit(__main__.main(sys.argv[1:], os.environ))
+"""
 
 
 def pids_of(supervisor: "subprocess.Popen[str]") -> list[int]:
@@ -81,9 +87,9 @@ def eventually(true: Callable[[], bool]) -> None:
 
 
 @contextmanager
-def running(weights: Path, *arguments: str) -> Iterator[Running]:
+def running(weights: Path, *arguments: str, program: Sequence[str] = ("-m", "app")) -> Iterator[Running]:
     options = ("--processes", "2", "--drain-seconds", "0", "--weights", str(weights), *arguments)
-    with serving(*options, CIFAR_ADMIN_KEY=KEY) as (supervisor, url, line):
+    with serving(*options, program=program, CIFAR_ADMIN_KEY=KEY) as (supervisor, url, line):
         assert " in 2 processes on " in line
         started = Running(supervisor, url, weights)
         try:
@@ -132,6 +138,20 @@ def test_what_a_stuck_process_has_done_is_not_waited_for(service: Running) -> No
     assert f"cifar_inference_seconds_count {before}".encode() in answer
     for client in clients:
         client.close()
+
+
+def test_a_stuck_process_is_killed_and_replaced(weights: Path, png: bytes) -> None:
+    with running(weights, program=["-c", LESS_PATIENT]) as service:
+        stuck, left = service.pids()
+        os.kill(stuck, signal.SIGSTOP)
+        eventually(lambda: not Path(f"/proc/{stuck}").exists())
+        service.wait_for_both()
+        assert left in service.pids()
+        assert get(f"{service.url}/predict", png)[0] == 200
+        service.supervisor.send_signal(signal.SIGTERM)
+        _, err = service.supervisor.communicate(timeout=SECONDS)
+        assert f"Process {stuck} is stuck and is killed." in err
+        assert err.count("Another one takes its place.") == 1
 
 
 def test_what_the_processes_take_is_added_up(service: Running) -> None:

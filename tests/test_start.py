@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,9 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 60
 
 
-def command(*arguments: str) -> list[str]:
+def command(*arguments: str, program: Sequence[str] = ("-m", "app")) -> list[str]:
     fixed = ["--port", "0", "--threads", "1", "--processes", "1", "--device", "cpu", "--engine", "torch"]
-    return [sys.executable, "-m", "app", *fixed, *arguments]
+    return [sys.executable, *program, *fixed, *arguments]
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -38,10 +38,12 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 @contextmanager
-def serving(*arguments: str, **variables: str) -> Iterator[tuple["subprocess.Popen[str]", str, str]]:
+def serving(
+    *arguments: str, program: Sequence[str] = ("-m", "app"), **variables: str
+) -> Iterator[tuple["subprocess.Popen[str]", str, str]]:
     """A running service, its address, and the line it printed."""
     process = subprocess.Popen(
-        command(*arguments),
+        command(*arguments, program=program),
         cwd=ROOT,
         env=environment(**variables),
         stdout=subprocess.PIPE,
