@@ -426,3 +426,15 @@ def test_pictures_are_written(
     names = ["grid.png", "plots/confusion.png", "plots/per_class.png", "plots/reliability.png"]
     for name in names:
         assert Path(name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback() -> None:
+    ran = subprocess.Popen(
+        [sys.executable, "-m", "training", "summary"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert ran.stdout is not None
+    assert ran.stderr is not None
+    with ran, ran.stderr:
+        ran.stdout.close()
+        assert ran.stderr.read() == b""
+    assert ran.returncode == 1

@@ -464,6 +464,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         options.command(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # of `| head`; what is still to be written would be a traceback at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (AppError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
