@@ -4,18 +4,19 @@
     binds a socket for each -----------> listens on it; Linux deals new connections out by chance (SO_REUSEPORT)
     starts the first, then the others <- Ready
     another one for one that died
-    are you there? (Tell)             -> Told        one that is silent for too long is killed
+    asks each now and then (Tell)     -> Told        one that does not answer is killed
     SIGTERM, SIGINT, SIGHUP -----------> each of them
     SIGHUP to the others                <- Reloaded    one serves other weights than they do
     asks each of them (Tell, Told)    <- Ask         one wants to report what all have counted
     sums up, with those that died -----> Total
 
-Messages travel over a pipe for each process. A process whose supervisor is gone stops as if by SIGTERM. (One socket for
-all of them would be simpler, but who wakes first takes all connections of a client that opens several at once.)
+Messages travel over a pipe for each process. A question is not asked again before its answer, so that no pipe fills up
+and neither side ever waits for the other to read. A process whose supervisor is gone stops as if by SIGTERM. (One
+socket for all of them would be simpler, but who wakes first takes all connections of a client that opens several at
+once.)
 """
 
 import asyncio
-import itertools
 import logging
 import multiprocessing
 import os
@@ -46,12 +47,7 @@ TELL_SECONDS = 1.0
 CHECK_SECONDS = 5.0
 """Between two questions to each process whether it is there."""
 PATIENCE = 6
-"""So many of them unanswered, and it is stuck. Counted, not timed: a container may have been paused as a whole."""
-
-Key = tuple[int, int]
-"""Of a question: the process that asks, and a number."""
-CHECK: Key = (0, 0)
-"""The supervisor's own question, whose answer nobody else is told."""
+"""So many without an answer, and it is stuck. Counted, not timed: a container may have been paused as a whole."""
 
 
 class Ready(NamedTuple):
@@ -71,20 +67,18 @@ class Reloaded(NamedTuple):
 
 
 class Ask(NamedTuple):
-    key: Key
+    """This process wants to know what all have counted."""
 
 
 class Tell(NamedTuple):
-    key: Key
+    """What has this process counted?"""
 
 
 class Told(NamedTuple):
-    key: Key
     counts: Counts
 
 
 class Total(NamedTuple):
-    key: Key
     counts: Counts
 
 
@@ -97,8 +91,7 @@ class Link:
 
     def __init__(self, end: Connection) -> None:
         self._end = end
-        self._numbers = itertools.count()
-        self._asked: dict[Key, asyncio.Future[Counts]] = {}
+        self._asked: asyncio.Future[Counts] | None = None
 
     def open(self, ready: Ready, count: Callable[[], Counts], stop: Callable[[], None]) -> None:
         """Say that this process serves.
@@ -109,17 +102,15 @@ class Link:
         """
         loop = asyncio.get_running_loop()
         loop.add_reader(self._end.fileno(), self._receive, count, stop)
+        os.set_blocking(self._end.fileno(), True)  # uvloop has changed that, and a long message comes in two pieces
         self._end.send(ready)
 
     async def total(self) -> Counts:
-        """What all processes have counted."""
-        key = (os.getpid(), next(self._numbers))
-        self._asked[key] = asyncio.get_running_loop().create_future()
-        self._end.send(Ask(key))
-        try:
-            return await self._asked[key]
-        finally:
-            del self._asked[key]
+        """What all processes have counted. Who asks before another one has his answer shares it."""
+        if self._asked is None:
+            self._asked = asyncio.get_running_loop().create_future()
+            self._end.send(Ask())
+        return await asyncio.shield(self._asked)
 
     def reloaded(self, weights: str) -> None:
         """Have the other processes exchange their weights, too."""
@@ -133,10 +124,11 @@ class Link:
             stop()
             return
         match message:
-            case Tell(key):
-                self._end.send(Told(key, count()))
-            case Total(key, counts) if key in self._asked and not self._asked[key].done():
-                self._asked[key].set_result(counts)
+            case Tell():
+                self._end.send(Told(count()))
+            case Total(counts) if self._asked is not None:
+                self._asked.set_result(counts)
+                self._asked = None
 
 
 @dataclass(eq=False)
@@ -150,8 +142,15 @@ class Worker:
     """The weights may have changed since it read them, and it does not listen to signals yet."""
     counts: Counts = field(default_factory=Counts)
     """When it last told."""
+    asked: bool = False
+    """Whether it is still to tell."""
     unanswered: int = 0
-    """Checks since it last said anything."""
+    """Checks that have found it so."""
+
+    def ask(self) -> None:
+        if not self.asked:
+            self.asked = True
+            self.send(Tell())
 
     def send(self, message: Tell | Total) -> None:
         with suppress(OSError):  # it has just died, which the loop will notice
@@ -176,8 +175,8 @@ class Supervisor:
         self._reserved = self._bind()  # keeps others off the address while nobody listens; gets no connection itself
         self._context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
         self._workers: list[Worker] = []
-        self._rounds: dict[Key, tuple[Worker, set[Worker], float]] = {}
-        """Questions, the oldest first: who asks, who has not told yet, and until when that is waited for."""
+        self._rounds: dict[Worker, tuple[set[Worker], float]] = {}
+        """By who asks: who has not told yet, and until when that is waited for."""
         self._gone = Counts()
         self._weights: str | None = None
         """The digest of what the process serves that said so last."""
@@ -198,26 +197,25 @@ class Supervisor:
                 handlers[worker.process.sentinel] = partial(self._bury, worker)
                 if not worker.end.closed:
                     handlers[worker.end] = partial(self._receive, worker)
-            until = min([self._check_at, *(until for _, _, until in self._rounds.values())])
+            until = min([self._check_at, *(until for _, until in self._rounds.values())])
             for each in wait(list(handlers), max(0.0, until - time.monotonic())):
                 handlers[each]()
             now = time.monotonic()
-            for key, (_, _, until) in list(self._rounds.items()):
+            for asker, (_, until) in list(self._rounds.items()):
                 if now >= until:  # a process is stuck
-                    self._answer(key)
+                    self._answer(asker)
             if now >= self._check_at:
                 self._check_at = now + CHECK_SECONDS
                 self._check()
         return self._exit_code
 
     def _check(self) -> None:
-        for worker in self._workers:
+        for worker in [each for each in self._workers if each.ready]:
+            worker.unanswered += worker.asked
+            worker.ask()
             if worker.unanswered == PATIENCE:
                 logger.error("Process %s is stuck and is killed.", worker.process.pid)
                 worker.signal(signal.SIGKILL)
-            elif worker.ready:
-                worker.unanswered += 1
-                worker.send(Tell(CHECK))
 
     def _start(self) -> None:
         own, its = self._context.Pipe()
@@ -256,7 +254,6 @@ class Supervisor:
         except (EOFError, OSError):
             worker.end.close()  # it is ending
             return
-        worker.unanswered = 0
         match message:
             case Ready(engine, weights):
                 self._settings = replace(self._settings, engine=engine)
@@ -264,14 +261,14 @@ class Supervisor:
                 self._compare(weights)
             case Reloaded(weights):
                 self._compare(weights)
-            case Ask(key):
-                asked = [each for each in self._workers if each.ready]
-                self._rounds[key] = (worker, set(asked), time.monotonic() + TELL_SECONDS)
+            case Ask():
+                asked = {each for each in self._workers if each.ready}
+                self._rounds[worker] = asked, time.monotonic() + TELL_SECONDS
                 for each in asked:
-                    each.send(Tell(key))
-            case Told(key, counts):
-                worker.counts = counts
-                self._count_off(key, worker)
+                    each.ask()
+            case Told(counts):
+                worker.counts, worker.asked, worker.unanswered = counts, False, 0
+                self._count_off(worker)
 
     def _greet(self, worker: Worker) -> None:
         worker.ready = self._announced = True
@@ -287,27 +284,26 @@ class Supervisor:
             self._hang_up()
         self._weights = weights
 
-    def _count_off(self, key: Key, worker: Worker) -> None:
-        if key in self._rounds:
-            _, awaited, _ = self._rounds[key]
+    def _count_off(self, worker: Worker) -> None:
+        for asker, (awaited, _) in list(self._rounds.items()):
             awaited.discard(worker)
             if not awaited:
-                self._answer(key)
+                self._answer(asker)
 
-    def _answer(self, key: Key) -> None:
-        asker, _, _ = self._rounds.pop(key)
+    def _answer(self, asker: Worker) -> None:
+        del self._rounds[asker]
         total = Counts()
         for counts in (self._gone, *(each.counts for each in self._workers)):
             total.merge(counts)
-        asker.send(Total(key, total))
+        asker.send(Total(total))
 
     def _bury(self, worker: Worker) -> None:
         self._workers.remove(worker)
         worker.process.join()
         worker.end.close()
         self._gone.merge(replace(worker.counts, pids=(), waiting=0, ready=True))
-        for key in list(self._rounds):
-            self._count_off(key, worker)
+        self._rounds.pop(worker, None)
+        self._count_off(worker)
         if self._stopping:
             return
         pid, exit_code = worker.process.pid, worker.process.exitcode

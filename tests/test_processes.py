@@ -1,5 +1,7 @@
 """Several processes behind one address, as clients and operators meet them: real ones, killed, stopped and reloaded."""
 
+import asyncio
+import multiprocessing
 import os
 import pickle
 import re
@@ -7,6 +9,7 @@ import select
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -14,8 +17,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -27,6 +31,7 @@ from test_start import ROOT, SECONDS, command, environment, get, refusal, servin
 
 from app import checkpoint
 from app.model import IMAGE_BYTES
+from app.processes import Ask, Link, Ready, Total
 from app.statistics import Counts, Execution, Timing
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="several processes can share an address on Linux only")
@@ -116,6 +121,17 @@ def test_any_process_tells_what_all_have_done(service: Running, png: bytes) -> N
         assert done(service) == before + number
     statistics = get(f"{service.url}/v2/models/stats")[1]["model_stats"]
     assert statistics[0]["inference_count"] == before + CONNECTIONS  # type: ignore[index]
+
+
+def test_any_number_may_ask_at_once(service: Running) -> None:
+    """Both ends of a pipe once waited for each other, which was the end of the service."""
+    service.wait_for_both()
+    with ExitStack() as stack:
+        clients = [stack.enter_context(socket.create_connection(service.address, timeout=SECONDS)) for _ in range(600)]
+        for client in clients:
+            client.sendall(b"GET /metrics HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n")
+        for client in clients:
+            assert b"cifar_processes 2.0" in b"".join(iter(partial(client.recv, 65536), b""))
 
 
 def test_what_a_stuck_process_has_done_is_not_waited_for(service: Running) -> None:
@@ -304,6 +320,30 @@ def test_a_first_process_that_is_killed_is_the_end(weights: Path) -> None:
 def test_what_is_wrong_is_said_once(tmp_path: Path) -> None:
     shutil.copy(__file__, tmp_path / "net.pth")
     assert "is no PyTorch file" in refusal("--processes", "2", "--weights", str(tmp_path / "net.pth"))
+
+
+def test_a_message_that_comes_in_pieces_is_read_whole() -> None:
+    uvloop = pytest.importorskip("uvloop")  # which makes the pipe one that does not wait
+    own, its = multiprocessing.Pipe()
+    gone: list[bool] = []
+
+    def tell() -> None:
+        assert own.recv() == Ready("torch", "0123")
+        assert own.recv() == Ask()
+        message = bytes(ForkingPickler.dumps(Total(Counts(lines_dropped=7))))
+        os.write(own.fileno(), struct.pack("!i", len(message)))
+        time.sleep(0.1)
+        os.write(own.fileno(), message)
+
+    async def ask() -> Counts:
+        link = Link(its)
+        link.open(Ready("torch", "0123"), Counts, lambda: gone.append(True))
+        return await asyncio.wait_for(link.total(), SECONDS)
+
+    with own, its, ThreadPoolExecutor(1) as pool:
+        pool.submit(tell)
+        assert uvloop.run(ask()).lines_dropped == 7
+    assert not gone
 
 
 def test_counts_add_up_and_travel() -> None:
