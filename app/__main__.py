@@ -1,5 +1,6 @@
 """python -m app: settings -> server. Exits with 1 and a sentence if it cannot start, with 0 after a clean stop."""
 
+import errno
 import os
 import signal
 import socket
@@ -25,9 +26,11 @@ def bind(settings: Settings) -> socket.socket:
         listener.bind(address)
     except (OSError, UnicodeError) as error:  # the latter of a name that cannot be one
         reason = getattr(error, "strerror", None) or "there is no such name"
+        advice = "Name an address of this machine with --host or CIFAR_HOST."
+        if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES):
+            advice = "Choose another port with --port or CIFAR_PORT; --port 0 takes a free one."
         raise SettingsError(
-            f"The service cannot listen on {settings.host}, port {settings.port}: {reason}. "
-            "Choose another port with --port or CIFAR_PORT; --port 0 takes a free one."
+            f"The service cannot listen on {settings.host}, port {settings.port}: {reason}. {advice}"
         ) from None
     return listener
 

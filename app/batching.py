@@ -90,11 +90,6 @@ class Batcher(Generic[Item, Prepared, Result]):
         """Pictures admitted and not yet answered."""
         return self._admission.waiting
 
-    @property
-    def expected_wait_seconds(self) -> float:
-        """What a light item admitted now would wait."""
-        return self._admission.expected_wait_seconds(light=True)
-
     def check_room(self) -> None:
         """Whether the smallest item would be admitted now; what `submit` says of one that is known is the last word.
 

@@ -82,13 +82,23 @@ def read(folder: Path) -> tuple[Split, Split]:
     Raises:
         DataError: There is no data set, or a part of it cannot be used.
     """
-    train, test = _recognise(folder)(folder, ("training", "test"))
+    train, test = _read(folder, ("training", "test"))
     return train, test
 
 
 def read_test(folder: Path) -> Split:
     """The test part only; like `read` otherwise."""
-    return _recognise(folder)(folder, ("test",))[0]
+    return _read(folder, ("test",))[0]
+
+
+def _read(folder: Path, parts: Sequence[str]) -> list[Split]:
+    try:
+        return _recognise(folder)(folder, parts)
+    except OSError as error:
+        raise DataError(
+            f"The folder {folder} cannot be read: {error.strerror}. Give the user who runs this the right to read it "
+            "and all that is in it."
+        ) from None
 
 
 def _recognise(folder: Path) -> Callable[[Path, Sequence[str]], list[Split]]:

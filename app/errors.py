@@ -26,7 +26,7 @@
         `-- DeadlineExceeded   504
 
 The message of each is a sentence for a stranger: what was given, what is accepted, what to do. It holds no path of
-the server, no library text and no address.
+the server but for those who start it or have its key, no library text and no address.
 """
 
 

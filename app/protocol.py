@@ -17,6 +17,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from app.exchange import LIGHT_BYTES, RawReply
 
+MAX_HEAD_BYTES = 64 * 1024
+"""After so much of a head, or of what follows a body in chunks, no more is read: nothing else would end it."""
 OFFER = frozenset({b"connection", b"upgrade", b"http2-settings"})
 """The headers of a request in which its client offers to go on in another protocol."""
 
@@ -112,6 +114,8 @@ class Protocol(HttpToolsProtocol):
     _refusal: Callable[[], RawReply] | None = None
     _refuse: Callable[[str, Iterable[tuple[bytes, bytes]]], Callable[[], RawReply] | None]
     _head_without_offer: bytes | None = None
+    _undigested_bytes = 0
+    """What has come since a head was whole or some of a body was there."""
 
     def __init__(self, *args: Any, turnstile: Turnstile, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -125,7 +129,7 @@ class Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         # What begins like this is a whole request more often than not; a longer one is not decoded by the event loop.
         if not data.startswith(b"POST") or len(data) > LIGHT_BYTES or self._turnstile.enter(self._come_in):
-            super().data_received(data)
+            self._take(data)
         else:
             self._unset_keepalive_if_required()
             self.transport.pause_reading()
@@ -135,7 +139,14 @@ class Protocol(HttpToolsProtocol):
         data, self._held = self._held, b""
         if data and not self.transport.is_closing():
             self.transport.resume_reading()
-            super().data_received(data)
+            self._take(data)
+
+    def _take(self, data: bytes) -> None:
+        if self._undigested_bytes > MAX_HEAD_BYTES:
+            self.send_400_response("The head of the request is too long; send fewer or shorter headers.")
+            return
+        self._undigested_bytes += len(data)
+        super().data_received(data)
 
     def shutdown(self) -> None:
         self._come_in()
@@ -147,6 +158,7 @@ class Protocol(HttpToolsProtocol):
         return head
 
     def on_headers_complete(self) -> None:
+        self._undigested_bytes = 0
         method: bytes = self.parser.get_method()
         if self.parser.should_upgrade() and method != b"CONNECT":
             lines = [b"%b %b HTTP/%b" % (method, self.url, self.parser.get_http_version().encode())]
@@ -160,6 +172,7 @@ class Protocol(HttpToolsProtocol):
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
+        self._undigested_bytes = 0
         if self._refusal is None:
             super().on_body(body)
 

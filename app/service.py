@@ -154,10 +154,6 @@ class Service:
         )
 
     @property
-    def expected_wait_seconds(self) -> float:
-        return self._batcher.expected_wait_seconds
-
-    @property
     def waiting(self) -> int:
         """Pictures admitted and not yet answered."""
         return self._batcher.waiting

@@ -86,7 +86,10 @@ def secret(value: str) -> str:
 def location(value: str) -> Path:
     if not value.strip():
         raise ValueError("a path")
-    return Path(value).expanduser()
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:  # ~nobody-of-that-name
+        raise ValueError("a path; there is no user with that home") from None
 
 
 def device_name(value: str) -> str:
@@ -166,7 +169,8 @@ class Settings:
     ] = dataclasses.field(default_factory=usual_processes)
     max_body_bytes: Annotated[int, Setting(whole(1, 1024 * MIB), "a larger request body is refused")] = 8 * MIB
     max_pixels: Annotated[
-        int, Setting(whole(1024, 1_000_000_000), "a picture with more is refused before it is decoded")
+        int,
+        Setting(whole(1024, 1_000_000_000), "a picture with more is refused; decoding takes up to 12 bytes for each"),
     ] = 50_000_000
     max_pictures: Annotated[
         int, Setting(whole(1, 1_000_000), "pictures in one request; a request with more is refused")
@@ -215,15 +219,16 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
     flags = _parser().parse_args(arguments)
     values |= {name: (_flag(name), value) for name, value in vars(flags).items() if value is not None}
     return Settings(
-        **{name: _parse(name, source, value) for name, (source, value) in values.items() if value is not None}
+        **{name: _parse(KNOWN[name], source, value) for name, (source, value) in values.items() if value is not None}
     )
 
 
-def _parse(name: str, source: str, value: str) -> Any:
+def _parse(setting: Setting, source: str, value: str) -> Any:
     try:
-        return KNOWN[name].parse(value)
+        return setting.parse(value)
     except ValueError as error:
-        raise SettingsError(f"{source} is {value!r}; accepted is {error}.") from None
+        given = "cannot be that" if setting.parse is secret else f"is {value!r}"
+        raise SettingsError(f"{source} {given}; accepted is {error}.") from None
 
 
 def _flag(name: str) -> str:

@@ -1,6 +1,7 @@
 """Every layout of data is written here, read back, and broken in every way that has a sentence."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import pickle
@@ -275,6 +276,16 @@ def test_pictures_of_other_sizes_are_cut_to_their_centre(tmp_path: Path) -> None
     assert red < 3  # the antialiasing lets a trace of the edge in; all of the picture would be a third red
     assert green == 0
     assert blue > 250
+
+
+def test_a_folder_that_may_not_be_read_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(_path: Path) -> None:  # as nobody in a container meets it; whoever runs the tests may be root
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "iterdir", forbidden)
+    for read in (data.read, data.read_test):
+        with pytest.raises(DataError, match=r"cannot be read: Permission denied\. Give the user"):
+            read(tmp_path)
 
 
 def test_unreadable_pictures_are_counted_and_named(tmp_path: Path) -> None:

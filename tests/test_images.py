@@ -199,6 +199,12 @@ def test_the_limit_is_on_pixels_and_inclusive() -> None:
         pixels(data, "crop", max_pixels=999)
 
 
+def without_palette(png: bytes) -> bytes:
+    start = png.index(b"PLTE") - 4
+    (length,) = struct.unpack_from("!i", png, start)
+    return png[:start] + png[start + 12 + length :]
+
+
 def test_texts_that_inflate_without_end_are_refused() -> None:
     texts = PngImagePlugin.PngInfo()
     for name in ("a", "b"):
@@ -216,8 +222,9 @@ def test_texts_that_inflate_without_end_are_refused() -> None:
         encode(drawing(), "TIFF"),
         encode(drawing())[:-200],
         encode(drawing(), "JPEG")[:300],
+        without_palette(encode(drawing().quantize(16))),
     ],
-    ids=["empty", "text", "svg", "tiff", "cut png", "cut jpeg"],
+    ids=["empty", "text", "svg", "tiff", "cut png", "cut jpeg", "no palette"],
 )
 def test_what_is_no_picture_gets_a_sentence(data: bytes) -> None:
     with pytest.raises(BadRequest) as refusal:

@@ -64,3 +64,8 @@ def test_other_spellings_of_the_boundary_go_the_long_way(boundary: str) -> None:
 def test_what_is_wrong_stays_wrong(body: bytes) -> None:
     with pytest.raises(BadRequest):
         read_field(body, TYPE, "file")
+
+
+def test_names_without_end_are_refused() -> None:
+    with pytest.raises(BadRequest, match=r"a Content-Disposition of 4,0.. bytes; accepted are at most 1,024"):
+        read_field(form(CURL.replace(b'name="file"', b'name="file"' + b";a" * 2000, 1)), TYPE, "file")

@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from app.exchange import LIGHT_BYTES, RawReply
-from app.protocol import Protocol, Turnstile
+from app.protocol import MAX_HEAD_BYTES, Protocol, Turnstile
 
 pytestmark = pytest.mark.anyio
 POST = b"POST / HTTP/1.1\r\ncontent-length: 5\r\nx-request-id: %b\r\n%b\r\nhello"
@@ -125,6 +125,27 @@ async def test_a_client_that_wants_no_more_is_let_go() -> None:
         assert status == 429
         assert b"connection: close\r\n" in head
         assert await asyncio.wait_for(reader.read(), SECONDS) == b""
+
+
+async def test_a_head_without_end_is_refused() -> None:
+    application = Application()
+    async with connected(application) as (reader, writer):
+        writer.write(b"GET / HTTP/1.1\r\n")
+        for number in range(MAX_HEAD_BYTES // 1024 + 1):
+            await asyncio.sleep(0.001)  # so that each comes in a piece of its own
+            writer.write(b"x-%d: %b\r\n" % (number, b"x" * 1024))
+        head, _, body = (await asyncio.wait_for(reader.read(), SECONDS)).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert body == b"The head of the request is too long; send fewer or shorter headers."
+    assert application.called == 0
+
+
+async def test_many_short_requests_in_a_row_are_no_long_head() -> None:
+    async with connected(Application()) as (reader, writer):
+        for number in range(40):
+            writer.write(POST % (b"x" * 2048, b""))
+            status, _, body = await answer(reader)
+            assert (number, status, body) == (number, 200, b"5")
 
 
 async def test_what_comes_behind_a_request_that_runs_is_answered_behind_it() -> None:

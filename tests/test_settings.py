@@ -40,6 +40,8 @@ def test_the_environment_beats_the_default_and_a_flag_beats_the_environment() ->
         ([], {"CIFAR_DEVICE": "cpu:1"}, "CIFAR_DEVICE is 'cpu:1'"),
         ([], {"CIFAR_DEVICE": "cuda:"}, "CIFAR_DEVICE is 'cuda:'"),
         ([], {"CIFAR_WEIGHTS": " "}, "CIFAR_WEIGHTS is ' '; accepted is a path."),
+        ([], {"CIFAR_WEIGHTS": "~nobody-of-that-name/w"}, "accepted is a path; there is no user with that home."),
+        ([], {"CIFAR_ADMIN_KEY": "hunter2"}, "CIFAR_ADMIN_KEY cannot be that; accepted is at least 16 letters"),
         ([], {"CIFAR_HOST": ""}, "CIFAR_HOST is ''; accepted is a host name or an address."),
         ([], {"CIFAR_PROT": "1"}, "There is no setting CIFAR_PROT. Did you mean CIFAR_PORT?"),
         ([], {"CIFAR_QQQQQQQQ": "1"}, "There is no setting CIFAR_QQQQQQQQ. There are CIFAR_WEIGHTS, CIFAR_DATA"),

@@ -229,7 +229,10 @@ def test_weights_that_compute_something_else_here_than_where_they_were_trained(t
 
 def test_settings_that_are_not_accepted() -> None:
     assert refusal(CIFAR_PORTS="1") == "There is no setting CIFAR_PORTS. Did you mean CIFAR_PORT?"
-    assert "cannot listen on a..b, port 0: there is no such name." in refusal("--host", "a..b")
+    for name in ("a..b", "192.0.2.1"):  # one that cannot be, and an address of no machine (RFC 5737)
+        sentence = refusal("--host", name)
+        assert sentence.startswith(f"The service cannot listen on {name}, port 0: ")
+        assert sentence.endswith(" Name an address of this machine with --host or CIFAR_HOST.")
     assert refusal("--port", "many").startswith("--port is 'many'; accepted is a whole number")
 
 

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from app.errors import NotReady
 from app.service import Service
 from app.statistics import Counts
 
@@ -14,6 +15,16 @@ async def _service(request: Request) -> Service:  # async: a plain function woul
 
 
 ServiceDep = Annotated[Service, Depends(_service)]
+
+
+def check_ready(service: Service) -> None:
+    """What probes ask.
+
+    Raises:
+        NotReady: New requests should be sent elsewhere.
+    """
+    if not service.ready:
+        raise NotReady("The service is stopping. Send requests elsewhere.", retry_after_seconds=1)
 
 
 async def _total(request: Request) -> Counts:

@@ -2,8 +2,7 @@
 
 from fastapi import APIRouter
 
-from app.errors import NotReady
-from app.routes import ServiceDep
+from app.routes import ServiceDep, check_ready
 from app.schemas import Health, refusals
 
 router = APIRouter(tags=["health"])
@@ -20,6 +19,5 @@ async def healthz() -> Health:
 @router.get("/readyz", summary="Requests are welcome", responses=refusals(503), response_description="They are.")
 async def readyz(service: ServiceDep) -> Health:
     """For readiness probes. The port opens only when the network is warm; a stopping service is not ready."""
-    if not service.ready:
-        raise NotReady("The service is stopping. Send requests elsewhere.", retry_after_seconds=1)
+    check_ready(service)
     return Health(status="ready")

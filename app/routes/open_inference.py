@@ -4,7 +4,6 @@ Paths and statuses after specification/protocol/inference_rest.md, headers after
 """
 
 import asyncio
-from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -13,14 +12,14 @@ from starlette.types import Receive
 
 from app import compression
 from app.compression import ENCODINGS
-from app.errors import BadRequest, NotOffered, NotReady, UnsupportedMedia
-from app.exchange import JSON, Headers, Intake, Reply, headers_of, text
+from app.errors import BadRequest, NotOffered, UnsupportedMedia
+from app.exchange import JSON, Headers, Reply, headers_of, text
 from app.images import OWN_FAULTS, Resize, check_raw
 from app.open_inference import request as requests
 from app.open_inference import response as responses
 from app.open_inference import spec
 from app.open_inference.request import Inference
-from app.routes import ServiceDep, TotalDep
+from app.routes import ServiceDep, TotalDep, check_ready
 from app.routes.predict import RESIZE
 from app.routes.waiting import unless_left
 from app.schemas import refusals
@@ -35,7 +34,8 @@ JSON_LENGTH = b"inference-header-content-length"
 WORTH_COMPRESSING_BYTES = 1024
 """Less fits into one packet either way."""
 LITTLE_JSON_BYTES = 64 * 1024
-"""What is read in the event loop: numbers in JSON take up to 0.05 s a megabyte, tensors in binary nothing."""
+"""What is read in the event loop. More goes to a thread, for what is compressed or in base64: the parser itself keeps
+the interpreter, 0.1 s for 8 MiB of numbers, and up to ten times that for brackets without end."""
 
 BODY = {
     "required": True,
@@ -73,7 +73,7 @@ async def live() -> dict[str, bool]:
 @router.get("/health/ready", summary="Requests are welcome", response_description="They are.", responses=refusals(503))
 async def ready(service: ServiceDep) -> dict[str, bool]:
     """As /readyz."""
-    _check_ready(service)
+    check_ready(service)
     return {"ready": True, "live": True}
 
 
@@ -104,7 +104,7 @@ async def metadata(service: ServiceDep) -> dict[str, Any]:
 )
 async def model_ready(service: ServiceDep) -> dict[str, Any]:
     """The same as for the whole server."""
-    _check_ready(service)
+    check_ready(service)
     return {"name": spec.MODEL_NAME, "ready": True}
 
 
@@ -156,16 +156,17 @@ async def respond(headers: Headers, receive: Receive, service: Service, resize: 
 
     The clients send odd content types or none, so that the body is read whatever it is said to be.
     """
-    length = headers.get(JSON_LENGTH)
-    body = await _read_body(headers, receive, service.intake)
-    decode = partial(
-        requests.decode,
-        body,
-        None if length is None else length.decode("latin-1"),
-        binary=JSON not in headers.get(b"accept", b""),
-        max_pictures=service.settings.max_pictures,
-    )
-    is_little = length is not None or len(body) <= LITTLE_JSON_BYTES
+    body = await service.intake.read(headers, receive)
+    encoding = _encoding(headers)
+    length = None if JSON_LENGTH not in headers else text(headers, JSON_LENGTH)
+
+    def decode() -> Inference:
+        # In one go: bodies that are inflated and wait for a thread to be read in would be in nobody's account.
+        plain = body if encoding is None else compression.inflate(body, encoding, service.intake.max_bytes)
+        binary = JSON not in headers.get(b"accept", b"")
+        return requests.decode(plain, length, binary=binary, max_pictures=service.settings.max_pictures)
+
+    is_little = encoding is None and (length is not None or len(body) <= LITTLE_JSON_BYTES)
     inference = decode() if is_little else await asyncio.to_thread(decode)
     rows, checkpoint = await _probabilities(receive, service, inference, resize)
     probabilities_NK, familiarity_N = zip(*rows, strict=True)
@@ -173,25 +174,24 @@ async def respond(headers: Headers, receive: Receive, service: Service, resize: 
         inference, probabilities_NK, familiarity_N, checkpoint.classes, checkpoint.sha256[:12]
     )
     extra = [] if json_length is None else [(JSON_LENGTH, b"%d" % json_length)]
-    encoding = compression.accepted(text(headers, b"accept-encoding"))
-    if encoding is not None and len(answer) > WORTH_COMPRESSING_BYTES:
-        extra.append((b"content-encoding", encoding.encode()))
-        answer = await asyncio.to_thread(compression.deflate, answer, encoding)
+    accepted = compression.accepted(text(headers, b"accept-encoding"))
+    if accepted is not None and len(answer) > WORTH_COMPRESSING_BYTES:
+        extra.append((b"content-encoding", accepted.encode()))
+        answer = await asyncio.to_thread(compression.deflate, answer, accepted)
     return Reply(answer, JSON if json_length is None else OCTETS, tuple(extra))
 
 
-async def _read_body(headers: Headers, receive: Receive, intake: Intake) -> bytes:
-    body = await intake.read(headers, receive)
+def _encoding(headers: Headers) -> str | None:
+    """What the body is compressed with."""
     encoding = text(headers, b"content-encoding", "identity").strip().lower()
     if encoding in ("identity", ""):
-        return body
+        return None
     if encoding not in ENCODINGS:
         raise UnsupportedMedia(
             f"The body has the content encoding {encoding!r}; accepted are {' and '.join(ENCODINGS)}.",
             headers={"Accept-Encoding": ", ".join(ENCODINGS)},
         )
-    # Milliseconds for a large one.
-    return await asyncio.to_thread(compression.inflate, body, encoding, intake.max_bytes)
+    return encoding
 
 
 async def _probabilities(receive: Receive, service: Service, inference: Inference, resize: Resize | None) -> Verdict:
@@ -215,8 +215,3 @@ async def _probabilities(receive: Receive, service: Service, inference: Inferenc
         rows += answer.rows
         checkpoint = answer.checkpoint
     return Verdict(rows, checkpoint)
-
-
-def _check_ready(service: Service) -> None:
-    if not service.ready:
-        raise NotReady("The service is stopping. Send requests elsewhere.", retry_after_seconds=1)
