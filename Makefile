@@ -46,14 +46,18 @@ clean: ## remove .venv and caches
 		|| $(BIN)/pip install --quiet --disable-pip-version-check -e '.[training,dev]'
 	@touch $@ .venv/.service .venv/.training
 
-# Four runs, each of which goes on where it stopped; one that has ended is not run again.
+# Four runs, each of which goes on where it stopped; one that has ended is not run again. CIFAR-10 is fetched if no data
+# set is named and none is there.
 TRAIN := $(BIN)/python -m training train --resume
 TEACHERS := runs/teacher-0/cifar_net.pth runs/teacher-1/cifar_net.pth
 
-runs/teacher-0/cifar_net.pth: | .venv/.training
+data: | .venv/.training
+	$(BIN)/python -m training download
+
+runs/teacher-0/cifar_net.pth: | .venv/.training $(if $(CIFAR_DATA),,data)
 	$(TRAIN) --name teacher-0 --recipe teacher --cutmix 0.3
 
-runs/teacher-1/cifar_net.pth: | .venv/.training
+runs/teacher-1/cifar_net.pth: | .venv/.training $(if $(CIFAR_DATA),,data)
 	$(TRAIN) --name teacher-1 --recipe teacher --seed 1
 
 runs/validation/cifar_net.pth: $(TEACHERS)

@@ -119,8 +119,8 @@ def recipe_speed(name: str, images: Split) -> float:
     recipe = RECIPES[name]
     network = model.build(recipe.network)
     initialize(network, recipe, images.pixels_NCHW)
-    progress = fit(network, images, replace(recipe, epochs=2), device=choose_device())
-    return progress.rows[-1]["images_per_second"]
+    rows = fit(network, images, replace(recipe, epochs=2), device=choose_device())
+    return rows[-1]["images_per_second"]
 
 
 class Running(NamedTuple):
@@ -247,9 +247,15 @@ def load(
     return dict(json.loads(next(line for line in output.splitlines() if line.startswith("RESULT"))[7:]))
 
 
-def main() -> None:
+def check_tools() -> None:
     if shutil.which("wrk") is None:
         sys.exit("wrk is missing, the program that makes the requests: install it from your system's packages.")
+    if not Path("/proc/self/status").exists():
+        sys.exit("This measures on Linux only: it reads the memory of processes from /proc.")
+
+
+def main() -> None:
+    check_tools()
     print(f"{describe(choose_device())}, {os.cpu_count()} cores, torch {torch.__version__}\n")
     print("| measured | value |\n| --- | --- |")
     small, large = split(6_000), split(4_096)

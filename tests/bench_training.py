@@ -110,7 +110,7 @@ def ours(images: Split, device: torch.device, teachers: Teachers | None = None) 
         recipe = replace(recipe, distillation=0.0)
     network = model.build(recipe.network)
     initialize(network, recipe, images.pixels_NCHW)
-    return fit(network, images, recipe, device=device, teachers=teachers).rows[0]["images_per_second"]
+    return fit(network, images, recipe, device=device, teachers=teachers)[0]["images_per_second"]
 
 
 def two_teachers(classes: tuple[str, ...]) -> Teachers:

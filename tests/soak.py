@@ -15,7 +15,7 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
-from bench import LUA, load, service, write_bodies
+from bench import LUA, check_tools, load, service, write_bodies
 
 CROWD = 6000
 """Connections; more than the service admits, so that it has to refuse some."""
@@ -84,6 +84,7 @@ class Probe(threading.Thread):
 
 
 def main(seconds: int) -> None:
+    check_tools()
     print("| measured | value |\n| --- | --- |")
     with service() as running, tempfile.TemporaryDirectory() as name:
         port, folder = running.port, Path(name)

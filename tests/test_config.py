@@ -30,7 +30,8 @@ def test_every_field_is_a_flag() -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"batchsize": 4}, ["'batchsize'", "Did you mean batch_size?"]),
+        ({"momentum": 0.0}, ["--no-nesterov"]),
+        ({"seed": 20261127034500}, ["seed is 20261127034500", "0 to 1000000000"]),
         ({"epochs": 0}, ["epochs is 0", "1 to"]),
         ({"shift": 17}, ["shift is 17", "0 to 16"]),
         ({"network": "resnet"}, ["'resnet'", "net, cifar_net"]),

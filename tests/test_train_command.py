@@ -251,7 +251,7 @@ def test_interrupting_leaves_no_half_written_file(data_folder: Path) -> None:
     assert b"--resume --name NAME" in errors
     left = {path.name for path in state_file.parent.iterdir() if "tfevents" not in path.name}
     assert left <= {"state.pt", "log.jsonl", "curves.png"}
-    assert torch.load(state_file, weights_only=True)["epochs_done"] >= 1
+    assert len(torch.load(state_file, weights_only=True)["rows"]) >= 1
 
     again = run(*flags, folder=data_folder)
     assert again.returncode == 2
@@ -356,6 +356,37 @@ def test_evaluate_agrees_with_the_file_and_prints_only_json(
     assert evaluation is not None
     assert figures["confusion"] == evaluation.confusion_KK.tolist()
     assert figures["calibration"]["nll"] == pytest.approx(evaluation.nll, rel=1e-4)
+
+
+def test_what_cannot_be_written_is_a_sentence_after_the_figures(
+    finished_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(finished_folder)
+    Path("taken").mkdir()
+    known = ["--weights", "runs/plain/cifar_net.pth", "--data", ".", "--out", "taken"]
+    for command, figures in (("evaluate", "accuracy"), ("robustness", "JPEG quality 75")):
+        assert cli.main([command, *known]) == 2
+        said = capsys.readouterr()
+        assert figures in said.out
+        assert re.fullmatch(r"\S+ cannot be read or written: .+\.\n", said.err)
+
+
+@pytest.mark.parametrize("flags", [["--threads", "-1"], ["--threads", "0"], ["--threads", "x"]])
+def test_counts_are_at_least_one(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", *flags])
+    assert "is not a whole number of at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("asked", "taken"), [(None, "cuda:3"), ("cuda", "cuda:3"), ("cpu", "cpu"), ("cuda:1", "cuda:1")]
+)
+def test_each_process_of_torchrun_takes_the_gpu_of_its_rank(
+    asked: str | None, taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert cli._local_gpu(asked) == taken
 
 
 def test_the_commands_leave_what_the_card_is_made_of(finished_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,6 +69,14 @@ def test_scores_by_features_are_higher_for_what_was_trained_on_than_for_noise() 
         assert auroc(real[method], made[method]) > 0.99
 
 
+@pytest.mark.parametrize("known", [2, 4, 20])
+def test_few_known_images_are_enough(known: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    features_ND, known_ND = (torch.rand(count, 84, generator=generator) for count in (6, known))
+    scores = score(features_ND, torch.rand(6, 2, generator=generator), known_ND, torch.arange(known) % 2)
+    assert all(len(values_N) == 6 and values_N.isfinite().all() for values_N in scores.values())
+
+
 def test_the_comparison_has_a_row_for_each_source_and_flags_few_of_the_held_out() -> None:
     train, held_out = reds(200, seed=0), reds(100, seed=1)
     whole = complete(red_detector(), held_out, None)

@@ -55,9 +55,7 @@ def train_command(options: argparse.Namespace) -> None:
     """The experiment, from the recipe to the file that the service loads."""
     flags = {field.name: getattr(options, field.name) for field in dataclasses.fields(Recipe)}
     recipe = override(RECIPES[options.recipe], flags)
-    device = choose_device(options.device or _local_gpu())
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
+    device = choose_device(_local_gpu(options.device))
     if options.threads:
         torch.set_num_threads(options.threads)
     workers = join_workers(device)
@@ -88,7 +86,7 @@ def train_command(options: argparse.Namespace) -> None:
         log.say(f"Recipe {options.recipe}: " + ", ".join(f"{name} {value}" for name, value in vars(recipe).items()))
         log.say(f"{len(train):,} images of {train.name} on {describe(device)}, {str(dtype).removeprefix('torch.')}")
 
-    progress = fit(
+    rows = fit(
         network,
         train,
         recipe,
@@ -103,7 +101,7 @@ def train_command(options: argparse.Namespace) -> None:
     )
     if not log:
         return
-    log.draw(progress.rows)
+    log.draw(rows)
 
     untested = Checkpoint(
         architecture=recipe.network,
@@ -117,7 +115,7 @@ def train_command(options: argparse.Namespace) -> None:
             "images": f"{len(train):,} of {train.name}",
             "data_sha256": train.digest,
             "teachers": introduce(teachers),
-            "seconds": round(sum(row["train_seconds"] for row in progress.rows), 1),
+            "seconds": round(sum(row["train_seconds"] for row in rows), 1),
             "processes": workers.count,
             "device": describe(device),
             "precision": str(choose_dtype(device) if recipe.precision == "auto" else torch.float32),
@@ -137,13 +135,15 @@ def train_command(options: argparse.Namespace) -> None:
     if options.out:
         save(checkpoint, options.out)
         # For the model card, with the log of the run that the calibration is from; none may be left of another run.
-        write_rows(options.out.with_suffix(".log.jsonl"), progress.rows)
+        write_rows(options.out.with_suffix(".log.jsonl"), rows)
         validation_log = options.out.with_suffix(".validation.log.jsonl")
         validation_log.unlink(missing_ok=True)
-        if options.calibration and (rows := read_rows(options.calibration.parent / "log.jsonl")):
-            write_rows(validation_log, rows)
+        if options.calibration and (validated := read_rows(options.calibration.parent / "log.jsonl")):
+            write_rows(validation_log, validated)
         weights = options.out
     log.say(format_report(report(checkpoint.evaluation, checkpoint.classes)))
+    if held_out:
+        log.say("The calibration was fitted to these very images: its own figures, and the sets', flatter it a little.")
     log.say(f"Wrote {weights}. Serve it with: CIFAR_WEIGHTS={weights} make serve")
 
 
@@ -201,10 +201,11 @@ def _describe(calibration: Calibration) -> str:
     )
 
 
-def _local_gpu() -> str | None:
-    """Under torchrun each process takes the GPU of its local rank."""
+def _local_gpu(asked: str | None) -> str | None:
+    """Under torchrun each process takes the GPU of its local rank, unless another device is asked for."""
     local_rank = os.environ.get("LOCAL_RANK")
-    return f"cuda:{local_rank}" if local_rank and torch.cuda.is_available() else None
+    ours = local_rank and asked in (None, "cuda") and torch.cuda.is_available()
+    return f"cuda:{local_rank}" if ours else asked
 
 
 def _validate(network: nn.Module, held_out: Split, device: torch.device) -> dict[str, float]:
@@ -249,11 +250,11 @@ def evaluate_command(options: argparse.Namespace) -> None:
     checkpoint = load(options.weights)
     split = _split(options, checkpoint)
     evaluation = evaluate(checkpoint, split, choose_device(options.device), batch_size=options.batch_size)
-    if options.out:
-        save(dataclasses.replace(checkpoint, evaluation=evaluation), options.out)
     figures = report(evaluation, checkpoint.classes)
     figures["weights"] = {"file": options.weights.name, "sha256": checkpoint.sha256}
     print(json.dumps(figures, indent=2) if options.json else format_report(figures))
+    if options.out:
+        save(dataclasses.replace(checkpoint, evaluation=evaluation), options.out)
 
 
 def robustness_command(options: argparse.Namespace) -> None:
@@ -284,9 +285,9 @@ def _identify(file: Path, checkpoint: Checkpoint) -> dict[str, str]:
 
 def _put_out(result: dict[str, Any], text: str, options: argparse.Namespace) -> None:
     """As a table or as JSON on stdout; with --out the JSON goes into a file as well, for the model card."""
+    print(json.dumps(result, indent=2) if options.json else text)
     if options.out:
         write_atomically(options.out, (json.dumps(result, indent=2) + "\n").encode())
-    print(json.dumps(result, indent=2) if options.json else text)
 
 
 def ablate_command(options: argparse.Namespace) -> None:
@@ -356,6 +357,12 @@ def download_command(options: argparse.Namespace) -> None:
     print(f"CIFAR-10 is in {folder}.")
 
 
+def _positive(text: str) -> int:
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     """All commands and flags."""
     root = argparse.ArgumentParser(
@@ -394,13 +401,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="weights of a run with --validation, whose calibration this run on all images takes over; read at the end",
     )
-    train.add_argument("--threads", type=int, help="CPU threads; torch's choice by default")
+    train.add_argument("--threads", type=_positive, help="CPU threads; torch's choice by default")
     add_flags(train.add_argument_group("fields of the recipe", "each overrides the recipe's own value"))
     train.set_defaults(command=train_command)
 
     measure = commands.add_parser("evaluate", parents=[where, compute, held], help="measure some weights")
     measure.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS)
-    measure.add_argument("--batch-size", type=int, default=500)
+    measure.add_argument("--batch-size", type=_positive, default=500)
     measure.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")
     measure.add_argument(
         "--out", type=Path, help="write the weights here with these figures, which the service answers per class"
@@ -418,16 +425,14 @@ def parser() -> argparse.ArgumentParser:
     )
     without.add_argument("--recipe", choices=RECIPES, default="default")
     without.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    without.add_argument("--epochs", type=int, default=4, help="of each run")
-    without.add_argument(
-        "--out", type=Path, default=DEFAULT_WEIGHTS.parent / "ablation.jsonl", help="a line for each run"
-    )
-    without.add_argument("--threads", type=int, help="CPU threads; torch's choice by default")
+    without.add_argument("--epochs", type=_positive, default=4, help="of each run")
+    without.add_argument("--out", type=Path, default=RUNS / "ablation.jsonl", help="a line for each run")
+    without.add_argument("--threads", type=_positive, help="CPU threads; torch's choice by default")
     without.set_defaults(command=ablate_command)
 
     show = commands.add_parser("show", parents=[where, compute, held], help="a labelled grid of images")
     show.add_argument("--weights", type=Path, help="also write what these weights predict")
-    show.add_argument("--count", type=int, default=32)
+    show.add_argument("--count", type=_positive, default=32)
     show.add_argument("--seed", type=int, default=0)
     show.add_argument("--out", type=Path, help="PNG to write; a window by default where there is a display")
     show.set_defaults(command=show_command)
@@ -443,7 +448,7 @@ def parser() -> argparse.ArgumentParser:
         help="do the weights notice pictures that show none of the classes?",
     )
     notice.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS)
-    notice.add_argument("--count", type=int, default=500, help="pictures of each source")
+    notice.add_argument("--count", type=_positive, default=500, help="pictures of each source")
     notice.set_defaults(command=unfamiliar_command)
 
     summary = commands.add_parser("summary", help="a network, layer by layer")
@@ -470,6 +475,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except (AppError, ValueError) as error:
         print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"{error.filename or 'A file'} cannot be read or written: {error.strerror or error}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(

@@ -17,6 +17,7 @@ from torch import nn
 from app import model
 from app.checkpoint import Checkpoint
 from app.data import Split
+from app.device import describe
 from training.calibrate import JPEG_QUALITY
 from training.config import Recipe, override
 from training.data import hold_out
@@ -63,7 +64,7 @@ def ablate(
 
     Returns:
         All rows of the file: `ingredient`, `setting`, `seed`, `epochs`, `validation_accuracy` and `jpeg_accuracy` (of
-        the same images as JPEG of quality 75) in [0, 1], `teachers` in words and `common`, a digest.
+        the same images as JPEG of quality 75) in [0, 1], `device` and `teachers` in words and `common`, a digest.
 
     Raises:
         ValueError: The file has runs of another recipe, on other images or with other teachers.
@@ -89,6 +90,7 @@ def ablate(
             row |= {
                 "validation_accuracy": _accuracy(network, held_out, device),
                 "jpeg_accuracy": _accuracy(network, compressed, device),
+                "device": describe(device),
                 "teachers": introduce(teachers),
                 "common": common,
             }

@@ -7,7 +7,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,10 @@ AHEAD = {"cuda": 10_000}
 batch: more of them would not stay in its caches."""
 
 
+Row = dict[str, float]
+"""The figures of an epoch: what the log and the learning curves show."""
+
+
 @dataclass(frozen=True)
 class Workers:
     """This process among those that train together (torchrun sets RANK, LOCAL_RANK and WORLD_SIZE)."""
@@ -56,15 +60,6 @@ def join_workers(device: torch.device) -> Workers:
         return Workers()
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Workers(dist.get_rank(), count)
-
-
-@dataclass
-class Progress:
-    """What a run has done so far; with the weights and the optimizers, all that resuming needs."""
-
-    epochs_done: int = 0
-    rows: list[dict[str, float]] = field(default_factory=list)
-    """One an epoch: what the log and the learning curves show."""
 
 
 def keep_memory() -> None:
@@ -137,17 +132,20 @@ def fit(
     device: torch.device,
     teachers: Teachers | None = None,
     workers: Workers = Workers(),
-    validate: Callable[[nn.Module], dict[str, float]] | None = None,
-    on_epoch: Callable[[list[dict[str, float]]], None] | None = None,
+    validate: Callable[[nn.Module], Row] | None = None,
+    on_epoch: Callable[[list[Row]], None] | None = None,
     state_file: Path | None = None,
     resume: bool = False,
     show_progress: bool = False,
-) -> Progress:
+) -> list[Row]:
     """Train `network` in place on `train` as `recipe` says.
 
     `teachers` are for a recipe with distillation. `validate` and `on_epoch` are called after each epoch, in the first
     process only, `on_epoch` with the figures of all epochs so far; `state_file` is then written, and read at the start
     when `resume` is set.
+
+    Returns:
+        The figures of each epoch, in the first process.
 
     Raises:
         TrainingError: the loss is no longer finite, the batch does not divide, or the state file is of another run.
@@ -158,6 +156,8 @@ def fit(
             f"choose --batch-size as a multiple of {workers.count}."
         )
     keep_memory()
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # recorded steps and exchanged gradients are of the current one
     dtype = choose_dtype(device) if recipe.precision == "auto" else torch.float32
     exact = dtype == torch.float32
     for module in (network, teachers) if teachers else (network,):
@@ -168,11 +168,13 @@ def fit(
     model: nn.Module = DistributedDataParallel(network) if workers.count > 1 else network
     optimizers = optimizers_for(network, recipe)
     introduction = teachers.introduction if teachers else "none"
-    progress, origin = Progress(), {**vars(recipe), "images": train.digest, "teachers": introduction}
+    rows: list[Row] = []
+    epochs_done, origin = 0, {**vars(recipe), "images": train.digest, "teachers": introduction}
     if resume and state_file is not None and state_file.exists():
-        progress = _load_state(state_file, origin, network, optimizers)
+        rows = _load_state(state_file, origin, network, optimizers)
+        epochs_done = len(rows)
         if workers.is_first and on_epoch is not None:  # in case it stopped between state and log
-            on_epoch(progress.rows)
+            on_epoch(rows)
 
     def learn(pixels_NCHW: Tensor, labels_NK: Tensor, scale: Tensor) -> Tensor:
         """The loss of a batch, summed over its images, after having learned from `scale` times that."""
@@ -192,7 +194,7 @@ def fit(
     images_NCHW = train.pixels_NCHW.to(device)
     labels_NK = smooth(train.labels_N, len(train.classes), recipe).float().to(device)
     steps = max(1, round(len(train) / recipe.batch_size))
-    for epoch in range(progress.epochs_done, recipe.epochs):
+    for epoch in range(epochs_done, recipe.epochs):
         model.train()
         generator = epoch_generator(recipe.seed, epoch)
         order_N = torch.randperm(len(train), generator=generator).to(device)
@@ -211,13 +213,12 @@ def fit(
         if workers.is_first:
             if validate is not None:
                 row |= validate(network)
-            progress.rows.append(row)
-            progress.epochs_done = epoch + 1
+            rows.append(row)
             if state_file is not None:
-                _save_state(state_file, origin, network, optimizers, progress)
+                _save_state(state_file, origin, network, optimizers, rows)
             if on_epoch is not None:
-                on_epoch(progress.rows)
-    return progress
+                on_epoch(rows)
+    return rows
 
 
 def _augmented(
@@ -236,19 +237,18 @@ def _augmented(
 
 
 def _save_state(
-    file: Path, origin: dict[str, Any], network: nn.Module, optimizers: list[Optimizer], progress: Progress
+    file: Path, origin: dict[str, Any], network: nn.Module, optimizers: list[Optimizer], rows: list[Row]
 ) -> None:
     content = {
         "origin": origin,
         "network": network.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "epochs_done": progress.epochs_done,
-        "rows": progress.rows,
+        "rows": rows,
     }
     save_tensors(file, content)
 
 
-def _load_state(file: Path, origin: dict[str, Any], network: nn.Module, optimizers: list[Optimizer]) -> Progress:
+def _load_state(file: Path, origin: dict[str, Any], network: nn.Module, optimizers: list[Optimizer]) -> list[Row]:
     state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     before = state.get("origin", {})
     if changed := [name for name, value in origin.items() if before.get(name) != value]:
@@ -261,4 +261,5 @@ def _load_state(file: Path, origin: dict[str, Any], network: nn.Module, optimize
         optimizer.load_state_dict(saved)
         for group in optimizer.param_groups:
             group["lr"] = 0.0  # what was read is on the CPU, and each step sets it
-    return Progress(state["epochs_done"], state["rows"])
+    rows: list[Row] = state["rows"]
+    return rows

@@ -86,9 +86,13 @@ def score(features_ND: Tensor, logits_NK: Tensor, known_ND: Tensor, labels_N: Te
         "max logit": logits_NK.amax(dim=1),  # Hendrycks et al., 2022, arXiv:1911.11132
         USED: -energy(logits_NK),  # Liu et al., 2020, arXiv:2010.03759
         "entropy": (logarithms_NK.exp() * logarithms_NK).sum(dim=1),
-        "Mahalanobis": -_mahalanobis(features_ND, known_ND, labels_N),  # Lee et al., 2018, arXiv:1807.03888
+        "Mahalanobis": -_mahalanobis(
+            features_ND.double(), known_ND.double(), labels_N
+        ),  # Lee et al., 2018, arXiv:1807.03888
         # Sun et al., 2022, arXiv:2204.06507
-        f"{NEIGHBOURS} neighbours": (directions_ND @ known_directions_ND.T).topk(NEIGHBOURS, dim=1).values.amin(dim=1),
+        f"{NEIGHBOURS} neighbours": (directions_ND @ known_directions_ND.T)
+        .topk(min(NEIGHBOURS, len(known_ND)), dim=1)
+        .values.amin(dim=1),
     }
 
 
