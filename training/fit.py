@@ -169,10 +169,9 @@ def fit(
     optimizers = optimizers_for(network, recipe)
     introduction = teachers.introduction if teachers else "none"
     rows: list[Row] = []
-    epochs_done, origin = 0, {**vars(recipe), "images": train.digest, "teachers": introduction}
+    origin = {**vars(recipe), "images": train.digest, "teachers": introduction}
     if resume and state_file is not None and state_file.exists():
         rows = _load_state(state_file, origin, network, optimizers)
-        epochs_done = len(rows)
         if workers.is_first and on_epoch is not None:  # in case it stopped between state and log
             on_epoch(rows)
 
@@ -194,7 +193,7 @@ def fit(
     images_NCHW = train.pixels_NCHW.to(device)
     labels_NK = smooth(train.labels_N, len(train.classes), recipe).float().to(device)
     steps = max(1, round(len(train) / recipe.batch_size))
-    for epoch in range(epochs_done, recipe.epochs):
+    for epoch in range(len(rows), recipe.epochs):
         model.train()
         generator = epoch_generator(recipe.seed, epoch)
         order_N = torch.randperm(len(train), generator=generator).to(device)
