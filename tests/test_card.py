@@ -126,16 +126,25 @@ def test_the_curves_are_of_the_run_with_validation_where_there_is_one(folder: Pa
 def test_the_ablation_has_mean_and_standard_deviation_over_seeds(folder: Path) -> None:
     write_rows(folder / "ablation.jsonl", [*ABLATION, {**ABLATION[0], "epochs": 8, "validation_accuracy": 0.9}])
     text = card(folder)
-    assert "| the whole recipe | 3 | a CPU | 82.00 ± 2.00 |  | 41.00 ± 1.00 |  |" in text
-    assert "| flip False | 3 | a CPU | 79.50 ± 0.50 | -2.50 | 39.75 ± 0.25 | -1.25 |" in text
+    assert "| the whole recipe | 3 | 82.00 ± 2.00 |  | 41.00 ± 1.00 |  |" in text
+    assert "| flip False | 3 | 79.50 ± 0.50 | -2.50 | 39.75 ± 0.25 | -1.25 |" in text
     assert "shortened to 8 epochs" in text
-    assert "| the whole recipe | 1 | a CPU | 90.00 |  | 40.00 |  |" in text
-    assert "Taught by a net." in text
+    assert "| the whole recipe | 1 | 90.00 |  | 40.00 |  |" in text
+    assert "Taught by a net. On a CPU, which" in text
+
+
+def test_an_ingredient_is_compared_on_its_own_device(folder: Path) -> None:
+    better = zip(ABLATION, (0.91, 0.92, 0.93, 0.9, 0.91, 0.92), strict=True)
+    elsewhere = [{**run, "device": "a GPU", "validation_accuracy": accuracy} for run, accuracy in better]
+    write_rows(folder / "ablation.jsonl", [*ABLATION, *elsewhere])
+    text = card(folder)
+    assert "| flip False | 3 | 79.50 ± 0.50 | -2.50 |" in text
+    assert "| flip False | 3 | 91.00 ± 1.00 | -1.00 |" in text
 
 
 def test_an_ingredient_is_compared_under_its_own_seeds(folder: Path) -> None:
     write_rows(folder / "ablation.jsonl", [*ABLATION[:3], ABLATION[5]])
-    assert "| flip False | 1 | a CPU | 80.00 | -4.00 | 40.00 | -2.00 |" in card(folder)
+    assert "| flip False | 1 | 80.00 | -4.00 | 40.00 | -2.00 |" in card(folder)
 
 
 def test_of_own_pictures_nothing_is_said_that_is_true_of_cifar10_only(folder: Path) -> None:

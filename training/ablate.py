@@ -57,7 +57,7 @@ def ablate(
 ) -> list[Row]:
     """Train with and without each ingredient under each seed, and measure on the last tenth of the training `images`.
 
-    Each finished run is a line of `file`; those it has already are not run again.
+    Each finished run is a line of `file`; those of this device that it has already are not run again.
 
     Args:
         teachers: For a recipe with distillation. They must not have seen that tenth.
@@ -78,11 +78,12 @@ def ablate(
             f"{file} has runs of another recipe, on other images or with other teachers; name another file with --out, "
             "or remove this one."
         )
-    finished = {(row["setting"], row["seed"], row["epochs"]) for row in rows}
+    here = describe(device)
+    finished = {(row["setting"], row["seed"], row["epochs"], row["device"]) for row in rows}
     for seed in seeds:
         for ingredient, changes in settings(recipe).items():
             setting = ", ".join(f"{name} {value}" for name, value in changes.items()) or "the whole recipe"
-            if (setting, seed, recipe.epochs) in finished:
+            if (setting, seed, recipe.epochs, here) in finished:
                 continue
             changed = override(recipe, {**changes, "seed": seed, "validation": VALIDATION})
             row = {"ingredient": ingredient, "setting": setting, "seed": seed, "epochs": recipe.epochs}
@@ -90,7 +91,7 @@ def ablate(
             row |= {
                 "validation_accuracy": _accuracy(network, held_out, device),
                 "jpeg_accuracy": _accuracy(network, compressed, device),
-                "device": describe(device),
+                "device": here,
                 "teachers": introduce(teachers),
                 "common": common,
             }

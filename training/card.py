@@ -240,17 +240,18 @@ def _unfamiliar(found: dict[str, Any]) -> list[str]:
 
 
 def _ablation(runs: list[dict[str, Any]]) -> list[str]:
-    """A table for each length of the schedule: mean and standard deviation over seeds, differences under the same."""
+    """A table for each length of the schedule and device: mean and standard deviation over seeds, differences under the
+    same."""
     lines = ["## Ablation", ""]
-    for epochs in sorted({run["epochs"] for run in runs}):
+    for epochs, device in sorted({(run["epochs"], run["device"]) for run in runs}):
         settings: dict[str, list[dict[str, Any]]] = {}
         for run in runs:
-            if run["epochs"] == epochs:
+            if (run["epochs"], run["device"]) == (epochs, device):
                 settings.setdefault(run["setting"], []).append(run)
         whole = {run["seed"]: run for run in next(iter(settings.values()))}
         rows = []
         for setting, repeated in settings.items():
-            row = [setting, str(len(repeated)), ", ".join(sorted({run["device"] for run in repeated}))]
+            row = [setting, str(len(repeated))]
             for measure in ("validation_accuracy", "jpeg_accuracy"):
                 differences = [100 * (run[measure] - whole[run["seed"]][measure]) for run in repeated]
                 lost = f"{statistics.mean(differences):+.2f}" if repeated[0] is not whole[repeated[0]["seed"]] else ""
@@ -260,10 +261,10 @@ def _ablation(runs: list[dict[str, Any]]) -> list[str]:
             f"The recipe shortened to {epochs} epochs, and the same with one ingredient at a time taken out and "
             "nothing tuned again (`python -m training ablate`): validation accuracy in percent, one view, mean ± "
             "standard deviation over seeds, and the difference to the whole recipe under the same seeds, in points; "
-            f"the same for these images as JPEG of quality {JPEG_QUALITY}. Taught by {runs[0]['teachers']}. Another "
-            "device rounds otherwise, which is in a difference between rows of two.",
+            f"the same for these images as JPEG of quality {JPEG_QUALITY}. Taught by {runs[0]['teachers']}. "
+            f"On {device}, which rounds in its own way.",
             "",
-            *_table(("setting", "seeds", "device", "accuracy", "difference", "as JPEG", "difference"), rows),
+            *_table(("setting", "seeds", "accuracy", "difference", "as JPEG", "difference"), rows),
         ]
     return lines
 
