@@ -245,7 +245,7 @@ def _ablation(runs: list[dict[str, Any]]) -> list[str]:
     lines = ["## Ablation", ""]
     for epochs, device in sorted({(run["epochs"], run["device"]) for run in runs}):
         settings: dict[str, list[dict[str, Any]]] = {}
-        for run in runs:
+        for run in sorted(runs, key=lambda run: bool(run["ingredient"])):  # the whole recipe first
             if (run["epochs"], run["device"]) == (epochs, device):
                 settings.setdefault(run["setting"], []).append(run)
         whole = {run["seed"]: run for run in next(iter(settings.values()))}
