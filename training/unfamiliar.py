@@ -1,6 +1,6 @@
 """How well what a network says of a picture tells whether it is of the kind that the network was trained on.
 
-Shape letters: N pictures, K classes, D features.
+Shape letters: N pictures, M of them known, K classes, D features.
 """
 
 from typing import Any
@@ -80,24 +80,24 @@ def score(features_ND: Tensor, logits_NK: Tensor, known_ND: Tensor, labels_N: Te
         known_ND: Features of training images, with the classes `labels_N`.
     """
     logarithms_NK = logits_NK.log_softmax(dim=1)
-    directions_ND, known_directions_ND = F.normalize(features_ND, dim=1), F.normalize(known_ND, dim=1)
+    similarity_NM = F.normalize(features_ND, dim=1) @ F.normalize(known_ND, dim=1).T
     return {
         "max probability": logarithms_NK.amax(dim=1),  # Hendrycks and Gimpel, 2017, arXiv:1610.02136
         "max logit": logits_NK.amax(dim=1),  # Hendrycks et al., 2022, arXiv:1911.11132
         USED: -energy(logits_NK),  # Liu et al., 2020, arXiv:2010.03759
         "entropy": (logarithms_NK.exp() * logarithms_NK).sum(dim=1),
-        "Mahalanobis": -_mahalanobis(
-            features_ND.double(), known_ND.double(), labels_N
-        ),  # Lee et al., 2018, arXiv:1807.03888
+        "Mahalanobis": -_mahalanobis(features_ND, known_ND, labels_N),  # Lee et al., 2018, arXiv:1807.03888
         # Sun et al., 2022, arXiv:2204.06507
-        f"{NEIGHBOURS} neighbours": (directions_ND @ known_directions_ND.T)
-        .topk(min(NEIGHBOURS, len(known_ND)), dim=1)
-        .values.amin(dim=1),
+        f"{NEIGHBOURS} neighbours": similarity_NM.topk(min(NEIGHBOURS, len(known_ND)), dim=1).values.amin(dim=1),
     }
 
 
 def _mahalanobis(features_ND: Tensor, known_ND: Tensor, labels_N: Tensor) -> Tensor:
-    """Squared distance to the nearest class mean, in units of the spread within the classes."""
+    """Squared distance to the nearest class mean, in units of the spread within the classes.
+
+    In float64: of few images, float32 leaves too little to invert.
+    """
+    features_ND, known_ND = features_ND.double(), known_ND.double()
     means_KD = torch.stack([known_ND[labels_N == label].mean(dim=0) for label in labels_N.unique()])
     centred_ND = known_ND - means_KD[torch.searchsorted(labels_N.unique(), labels_N)]
     covariance_DD = centred_ND.T @ centred_ND / len(known_ND)
