@@ -14,7 +14,7 @@ from app.checkpoint import CIFAR10_CLASSES
 from app.data import Split
 from app.errors import CheckpointError
 from training.config import RECIPES, Recipe
-from training.distill import TEMPERATURE, Teachers, loss, smooth
+from training.distill import TEMPERATURE, Teachers, loss
 from training.fit import fit, initialize
 
 CPU = torch.device("cpu")
@@ -51,20 +51,13 @@ def test_a_teacher_is_as_sure_as_when_it_is_served(photos_NCHW: Tensor) -> None:
     torch.testing.assert_close(*answers)
 
 
-def test_labels_are_smoothed() -> None:
-    labels_N = torch.tensor([1, 0])
-    assert smooth(labels_N, 2, Recipe()).tolist() == [[0, 1], [1, 0]]
-    torch.testing.assert_close(
-        smooth(labels_N, 2, Recipe(label_smoothing=0.1)), torch.tensor([[0.05, 0.95], [0.95, 0.05]])
-    )
-
-
-def test_without_a_teacher_the_loss_is_that_of_smoothed_labels() -> None:
-    """The same as torch's own label smoothing."""
-    recipe = Recipe(label_smoothing=0.2)
-    logits_NK, labels_N = torch.randn(6, 10, generator=torch.Generator().manual_seed(0)), torch.arange(6)
-    expected = F.cross_entropy(logits_NK, labels_N, label_smoothing=0.2, reduction="sum")
-    torch.testing.assert_close(loss(logits_NK, smooth(labels_N, 10, recipe), None, recipe), expected)
+def test_without_a_teacher_the_loss_is_the_cross_entropy_to_what_is_mixed() -> None:
+    """Two labels in the shares 0.7 and 0.3 cost as much as each does, in these shares."""
+    logits_NK = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+    first_N, second_N = torch.arange(6), torch.arange(6) + 4
+    mixed_NK = 0.7 * F.one_hot(first_N, 10) + 0.3 * F.one_hot(second_N, 10)
+    costs = [F.cross_entropy(logits_NK, labels_N, reduction="sum") for labels_N in (first_N, second_N)]
+    torch.testing.assert_close(loss(logits_NK, mixed_NK, None, Recipe()), 0.7 * costs[0] + 0.3 * costs[1])
 
 
 def test_distillation_is_least_where_the_network_is_as_sure_as_its_teacher() -> None:

@@ -1,4 +1,4 @@
-"""What a step learns from: the labels, smoothed, and what teachers say of the pictures (Hinton et al., 2015,
+"""What a step learns from: the labels, and what teachers say of the pictures (Hinton et al., 2015,
 arXiv:1503.02531: both sides are softened by one temperature, so that the network learns to be as sure as its teachers).
 
 Teachers see the very pictures that the network sees, shifted, cut, mixed and compressed (Beyer et al., 2022,
@@ -67,12 +67,6 @@ def _introduce(teacher: Checkpoint) -> str:
         return words
     known = report(teacher.evaluation, teacher.classes)
     return f"{words} ({known['accuracy']:.2%} of {known['dataset']['name']})"
-
-
-def smooth(labels_N: Tensor, num_classes: int, recipe: Recipe) -> Tensor:
-    """The labels as probabilities (N, K)."""
-    share = recipe.label_smoothing
-    return F.one_hot(labels_N, num_classes) * (1 - share) + share / num_classes
 
 
 def loss(logits_NK: Tensor, labels_NK: Tensor, answers_NK: Tensor | None, recipe: Recipe) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
@@ -23,7 +24,7 @@ from app.device import choose_dtype
 from app.model import CifarNet, Normalized
 from training.augment import Draws, augment, draw, epoch_generator
 from training.config import Recipe
-from training.distill import Teachers, loss, smooth
+from training.distill import Teachers, loss
 from training.meter import Meter, TrainingError
 from training.muon import Muon
 from training.recorded import Recorded, Step
@@ -191,7 +192,7 @@ def fit(
 
     take_step: Step = Recorded(learn) if device.type == "cuda" and workers.count == 1 else learn
     images_NCHW = train.pixels_NCHW.to(device)
-    labels_NK = smooth(train.labels_N, len(train.classes), recipe).float().to(device)
+    labels_NK = F.one_hot(train.labels_N, len(train.classes)).float().to(device)
     steps = max(1, round(len(train) / recipe.batch_size))
     for epoch in range(len(rows), recipe.epochs):
         model.train()
