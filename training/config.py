@@ -158,7 +158,7 @@ RECIPES = {
 # 0.3 of the rates with teachers that see the pictures before their compression it has 95.12 and 93.10 %, and 91.58 % as
 # JPEG of quality 50; with the teachers as they are 94.90, 92.86 and 90.64 %. In full, but with only 22 views of each
 # image (shift, flip and CutMix) that took turns, so that the teachers saw each once, before cutout and compression:
-# 94.30, 92.94 and 91.56 % after 2.0 hours on two cores. That falls least of all by compression, so that it is worth
+# 94.30, 92.94 and 91.56 % after 1.9 hours on two cores. That falls least of all by compression, so that it is worth
 # trying with new views in every epoch. Three teachers twice as wide as the network, trained for 100 epochs with CutMix
 # and JPEG for half of the pictures but without cutout, reached 94.6 to 95.0 % themselves and taught 94.64 and 92.46 %,
 # or without cutout 94.28 and 92.26 %: short schedules are better without it, long ones with it. What each ingredient
