@@ -4,7 +4,7 @@ What one turn of the event loop writes to a connection leaves in one piece: uvic
 body apart, and each is a system call that wakes the client. And under too much load, when refusals are most of the
 work, they are given before uvicorn makes a task of each.
 
-And it is never talked into another protocol.
+And it is never talked into another protocol, nor does it wait for the head of a request for ever.
 """
 
 import asyncio
@@ -125,13 +125,13 @@ class Protocol(HttpToolsProtocol):
         super().connection_made(cast(asyncio.Transport, Joining(transport)))
         self.parser = cast(Any, Steadfast(self.parser, self.take_head_without_offer))
         self._refuse = cast(Any, self.config.app).refuse
+        self._start_clock()
 
     def data_received(self, data: bytes) -> None:
         # What begins like this is a whole request more often than not; a longer one is not decoded by the event loop.
         if not data.startswith(b"POST") or len(data) > LIGHT_BYTES or self._turnstile.enter(self._come_in):
             self._take(data)
         else:
-            self._unset_keepalive_if_required()
             self.transport.pause_reading()
             self._held = data
 
@@ -146,7 +146,25 @@ class Protocol(HttpToolsProtocol):
             self.send_400_response("The head of the request is too long; send fewer or shorter headers.")
             return
         self._undigested_bytes += len(data)
+        # uvicorn stops the clock at the first byte of a head. Here it runs on until the head is whole.
+        clock, self.timeout_keep_alive_task = self.timeout_keep_alive_task, None
         super().data_received(data)
+        if clock is not None and self._undigested_bytes:
+            self.timeout_keep_alive_task = clock
+        elif clock is not None:
+            clock.cancel()
+
+    def _start_clock(self) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def timeout_keep_alive_handler(self) -> None:
+        if self._held:  # it has come in time, and waits for its turn
+            self._start_clock()
+        elif self._undigested_bytes and not self.transport.is_closing():
+            seconds = f"{self.timeout_keep_alive:g} seconds"
+            self.send_400_response(f"The head of the request was not whole after {seconds}; send it faster.")
+        else:
+            super().timeout_keep_alive_handler()
 
     def shutdown(self) -> None:
         self._come_in()

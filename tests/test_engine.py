@@ -104,6 +104,22 @@ def test_a_gpu_serves_in_float16(
     assert engine.serving_dtype(torch.device(device)) == (expected or known)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_recorded_batches_on_a_gpu_are_answered_as_on_the_cpu(network: model.Normalized, device: str) -> None:
+    """Each size is met first, recorded, and met again after another one has used the same memory."""
+    pixels_NCHW = pictures(60, seed=2)
+    expected_NK = network(pixels_NCHW)
+    body, head = model.split(network)
+    here = torch.device(device)
+    chosen = engine.TorchEngine(body, here, engine.serving_dtype(here), threads=1)
+    with torch.inference_mode():
+        for part, size in enumerate([1, 8, 1, 8, 7, 1, 7, 8, 1, 7]):
+            chosen_N = torch.arange(size) + 5 * part
+            given_NK = head(chosen(pixels_NCHW[chosen_N])).softmax(1)
+            torch.testing.assert_close(given_NK, expected_NK[chosen_N].softmax(1), atol=0.005, rtol=0)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_no_two_classes_tie(network: model.Normalized, name: str) -> None:
     """With logits in bfloat16 they do, for about one picture in five hundred."""

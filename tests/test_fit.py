@@ -227,8 +227,15 @@ def test_batches_are_augmented_alike_however_many_together(monkeypatch: pytest.M
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("count", [40, 47], ids=["even batches", "batches of two sizes"])
 def test_recorded_steps_on_a_gpu_learn_what_plain_ones_on_the_cpu_do(count: int) -> None:
+    """At rates so low that rounding does not grow: weights off by a thousandth change no loss by more than 2 %."""
     recipe = dataclasses.replace(
-        DEBUG, network="cifar_net", optimizer="muon", muon_learning_rate=0.05, precision="float32", epochs=6
+        DEBUG,
+        network="cifar_net",
+        optimizer="muon",
+        muon_learning_rate=0.01,
+        learning_rate=0.002,
+        precision="float32",
+        epochs=6,
     )
     split, losses = stripes(count), []
     for device in ("cpu", "cuda"):
@@ -236,7 +243,7 @@ def test_recorded_steps_on_a_gpu_learn_what_plain_ones_on_the_cpu_do(count: int)
         network = model.build(recipe.network, num_classes=2)
         initialize(network, recipe, split.pixels_NCHW)
         losses.append([row["loss"] for row in fit(network, split, recipe, device=torch.device(device))])
-    assert losses[1] == pytest.approx(losses[0], rel=0.1, abs=0.02)
+    assert losses[1] == pytest.approx(losses[0], rel=0.1, abs=0.005)
 
 
 RESIDENT = """

@@ -41,6 +41,7 @@ CORE = [
     "images",
     "predictor",
     "engine",
+    "recorded",
     "batching",
     "admission",
     "steps",

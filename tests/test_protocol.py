@@ -52,9 +52,12 @@ Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 @asynccontextmanager
-async def listening(application: Application) -> AsyncIterator[tuple[Callable[[], Awaitable[Connection]], ServerState]]:
+async def listening(
+    application: Application, patience: float = SECONDS
+) -> AsyncIterator[tuple[Callable[[], Awaitable[Connection]], ServerState]]:
     """What connects a client, and what the server knows of them."""
     config = uvicorn.Config(application, http=Protocol, log_config=None, proxy_headers=False, lifespan="off", ws="none")
+    config.timeout_keep_alive = patience  # type: ignore[assignment]
     config.load()
     state, turnstile = ServerState(), Turnstile()
     loop = asyncio.get_running_loop()
@@ -76,8 +79,8 @@ async def listening(application: Application) -> AsyncIterator[tuple[Callable[[]
 
 
 @asynccontextmanager
-async def connected(application: Application) -> AsyncIterator[Connection]:
-    async with listening(application) as (connect, _):
+async def connected(application: Application, patience: float = SECONDS) -> AsyncIterator[Connection]:
+    async with listening(application, patience) as (connect, _):
         yield await connect()
 
 
@@ -138,6 +141,40 @@ async def test_a_head_without_end_is_refused() -> None:
     assert head.startswith(b"HTTP/1.1 400 ")
     assert body == b"The head of the request is too long; send fewer or shorter headers."
     assert application.called == 0
+
+
+@pytest.mark.parametrize("before", [b"", POST % (b"7", b"")], ids=["the first request", "a later one"])
+async def test_a_head_that_comes_a_byte_at_a_time_is_not_waited_for(before: bytes) -> None:
+    application = Application()
+    async with connected(application, patience=0.2) as (reader, writer):
+        if before:
+            writer.write(before)
+            assert (await answer(reader))[0] == 200
+        ended = asyncio.create_task(reader.read())
+        writer.write(b"GET / HTTP/1.1\r\nx: ")
+        while not ended.done():
+            writer.write(b"y")
+            await asyncio.sleep(0.01)
+        assert ended.result().endswith(b"The head of the request was not whole after 0.2 seconds; send it faster.")
+    assert application.called == bool(before)
+
+
+async def test_a_connection_that_asks_nothing_is_closed() -> None:
+    async with connected(Application(), patience=0.05) as (reader, _):
+        assert await asyncio.wait_for(reader.read(), SECONDS) == b""
+
+
+async def test_a_slow_body_or_answer_is_not_a_slow_head() -> None:
+    application = Application()
+    async with connected(application, patience=0.05) as (reader, writer):
+        writer.write((POST % (b"7", b""))[:-1])
+        await asyncio.sleep(0.2)
+        application.gate.clear()
+        writer.write(b"o" + POST[:20])  # and the next head has begun
+        await asyncio.sleep(0.2)
+        application.gate.set()
+        assert (await answer(reader))[2] == b"5"
+        assert await asyncio.wait_for(reader.read(), SECONDS) == b""
 
 
 async def test_many_short_requests_in_a_row_are_no_long_head() -> None:

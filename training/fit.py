@@ -22,12 +22,12 @@ from app.checkpoint import save_tensors
 from app.data import Split
 from app.device import choose_dtype
 from app.model import CifarNet, Normalized
+from app.recorded import Recorded, Step
 from training.augment import Draws, augment, draw, epoch_generator
 from training.config import Recipe
 from training.distill import Teachers, loss
 from training.meter import Meter, TrainingError
 from training.muon import Muon
-from training.recorded import Recorded, Step
 
 CHANNELS = 3
 WHITENING_IMAGES = 5000
@@ -190,7 +190,7 @@ def fit(
             optimizer.zero_grad()
         return loss_sum.detach()
 
-    take_step: Step = Recorded(learn) if device.type == "cuda" and workers.count == 1 else learn
+    take_step: Step = Recorded(learn, warm_up=3) if device.type == "cuda" and workers.count == 1 else learn
     images_NCHW = train.pixels_NCHW.to(device)
     labels_NK = F.one_hot(train.labels_N, len(train.classes)).float().to(device)
     steps = max(1, round(len(train) / recipe.batch_size))

