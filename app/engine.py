@@ -1,8 +1,8 @@
 """What computes the features: torch, or on a CPU OpenVINO where it is installed and faster.
 
 An engine answers for any number of pictures, but the first time it meets a number it also chooses kernels, and on an
-NVIDIA GPU the second time it records them. Build and call it in one and the same thread: from another one, torch's
-threads are made anew and a forward pass of two threads takes twice the time.
+NVIDIA GPU, where it fills up to 1, 2, 4, 8, ..., the second time it records them. Build and call it in one and the same
+thread: from another one, torch's threads are made anew and a forward pass of two threads takes twice the time.
 
 Shape letters: N images, C = 3, H = W = 32, D features, O and I output and input channels of a convolution.
 """
@@ -62,8 +62,17 @@ class TorchEngine:
             self._network = Recorded(network, warm_up=1, shared_memory=torch.cuda.graph_pool_handle())
 
     def __call__(self, pixels_NCHW: Tensor) -> Tensor:
+        count = len(pixels_NCHW)
+        if self._device.type == "cuda":
+            pixels_NCHW = filled_up(pixels_NCHW)
         features_ND = self._network(pixels_NCHW.to(self._device, memory_format=torch.channels_last))
-        return features_ND.float().cpu()
+        return features_ND[:count].float().cpu()
+
+
+def filled_up(pixels_NCHW: Tensor) -> Tensor:
+    """The last picture again until there are a power of two: so few sizes are all recorded before the first request."""
+    count = len(pixels_NCHW)
+    return pixels_NCHW[torch.arange(1 << (count - 1).bit_length()).clamp_max(count - 1)]
 
 
 def check(name: str, device: torch.device) -> None:

@@ -104,6 +104,14 @@ def test_a_gpu_serves_in_float16(
     assert engine.serving_dtype(torch.device(device)) == (expected or known)
 
 
+@pytest.mark.parametrize(("count", "filled"), [(1, 1), (2, 2), (3, 4), (8, 8), (9, 16)])
+def test_filling_up_to_a_power_of_two_leaves_what_was_there_first(count: int, filled: int) -> None:
+    given_NCHW = pictures(count)
+    filled_NCHW = engine.filled_up(given_NCHW)
+    assert len(filled_NCHW) == filled
+    assert filled_NCHW[:count].equal(given_NCHW)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("device", ["cuda", "cuda:0"])
 def test_recorded_batches_on_a_gpu_are_answered_as_on_the_cpu(network: model.Normalized, device: str) -> None:
