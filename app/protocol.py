@@ -158,6 +158,7 @@ class Protocol(HttpToolsProtocol):
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def timeout_keep_alive_handler(self) -> None:
+        """The clock has run down."""
         if self._held:  # it has come in time, and waits for its turn
             self._start_clock()
         elif self._undigested_bytes and not self.transport.is_closing():

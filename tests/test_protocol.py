@@ -152,9 +152,10 @@ async def test_a_head_that_comes_a_byte_at_a_time_is_not_waited_for(before: byte
             assert (await answer(reader))[0] == 200
         ended = asyncio.create_task(reader.read())
         writer.write(b"GET / HTTP/1.1\r\nx: ")
-        while not ended.done():
-            writer.write(b"y")
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(SECONDS):
+            while not ended.done():
+                writer.write(b"y")
+                await asyncio.sleep(0.01)
         assert ended.result().endswith(b"The head of the request was not whole after 0.2 seconds; send it faster.")
     assert application.called == bool(before)
 
