@@ -10,7 +10,7 @@ in the inference thread they held up the next batch, and two threads that want t
 exchanging it than the work is (one picture a request, 64 connections: a third more answers a second). All others have a
 thread of their own, so that one big photo does not hold up a thousand small ones.
 
-The counters belong to the event loop and the queues are the only thing shared, so there is no lock.
+The counters belong to the event loop and only queues are shared, so there is no lock.
 """
 
 import asyncio
@@ -37,6 +37,8 @@ Building = Generator[None, None, Run[Prepared, Result]]
 
 QUIET_SECONDS = 0.005
 """Idle work is done only after so long without a request, so that a client who asks one by one does not feel it."""
+BROKEN_BATCHES = 10
+"""After so many in a row of which nothing could be answered, nothing will be: a GPU that has failed stays so."""
 STOPPING = "The service is stopping. Try again, it may be back shortly."
 
 
@@ -68,6 +70,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         self._exchanges: deque[tuple[Building[Prepared, Result], asyncio.Future[Run[Prepared, Result]]]] = deque()
         self._admission = Admission(limits)
         self._closing = False
+        self._failed_batches = 0
         self._inference_thread = threading.Thread(target=self._infer, name="inference", daemon=True)
         self._decode_thread = threading.Thread(target=self._decode, name="decode", daemon=True)
 
@@ -84,6 +87,11 @@ class Batcher(Generic[Item, Prepared, Result]):
     @property
     def ready(self) -> bool:
         return self._inference_thread.is_alive() and not self._closing
+
+    @property
+    def broken(self) -> bool:
+        """Whether only another process can help."""
+        return self._failed_batches >= BROKEN_BATCHES
 
     @property
     def waiting(self) -> int:
@@ -191,6 +199,8 @@ class Batcher(Generic[Item, Prepared, Result]):
         if execution is not None:
             self.statistics.record(execution, time())
             self._admission.learn(execution.seconds / execution.pictures)
+            failed = all(isinstance(outcome, Exception) for _, outcome in outcomes)
+            self._failed_batches = self._failed_batches + 1 if failed else 0
         for entry, outcome in outcomes:
             self._admission.leave(entry.size_bytes, entry.count, light=entry.light)
             if not entry.light and entry.prepare_seconds:

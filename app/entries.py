@@ -3,6 +3,7 @@
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from time import monotonic
 from typing import Generic, TypeVar
 
@@ -23,46 +24,21 @@ class Answer(asyncio.Future[Result]):
     timing: Timing
 
 
+@dataclass(slots=True, eq=False)
 class Entry(Generic[Item, Prepared, Result]):
     """One admitted item of `count` pictures on its way."""
 
-    __slots__ = (
-        "admitted_at",
-        "bulk",
-        "count",
-        "deadline_seconds",
-        "future",
-        "item",
-        "light",
-        "prepare_seconds",
-        "prepared",
-        "run",
-        "size_bytes",
-    )
-
-    def __init__(
-        self,
-        item: Item,
-        size_bytes: int,
-        count: int,
-        future: Answer[Result],
-        deadline_seconds: float,
-        run: Run[Prepared, Result],
-        *,
-        light: bool,
-        bulk: bool,
-    ) -> None:
-        self.item = item
-        self.size_bytes = size_bytes
-        self.count = count
-        self.future = future
-        self.admitted_at = monotonic()
-        self.deadline_seconds = deadline_seconds
-        self.run = run
-        self.light = light
-        self.bulk = bulk
-        self.prepared: Prepared | None = None
-        self.prepare_seconds = 0.0
+    item: Item
+    size_bytes: int
+    count: int
+    future: Answer[Result]
+    deadline_seconds: float
+    run: Run[Prepared, Result]
+    light: bool = field(kw_only=True)
+    bulk: bool = field(kw_only=True)
+    admitted_at: float = field(init=False, default_factory=lambda: monotonic())
+    prepared: Prepared | None = field(init=False, default=None)
+    prepare_seconds: float = field(init=False, default=0.0)
 
     def prepare(self, prepare: Callable[[Item], Prepared]) -> Exception | None:
         """Set `prepared`, or return what `prepare` raised."""

@@ -9,6 +9,8 @@ import json
 import logging
 import os
 import select
+import stat
+import weakref
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TextIO
@@ -44,21 +46,32 @@ class Patient:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._poll: select.poll | None = None
+        self._cut = False
+        """Whether the last line was written in part only."""
         self.dropped = 0
         with suppress(OSError, ValueError, AttributeError):  # in memory, closed, or no such thing on this system
             self._file = stream.fileno()
             self._poll = select.poll()
             self._poll.register(self._file, select.POLLOUT)
+            if stat.S_ISFIFO(os.fstat(self._file).st_mode):
+                # Another process may fill the pipe first. Not to wait then is a matter of this process's end alone.
+                self._file = os.open(f"/proc/self/fd/{self._file}", os.O_WRONLY | os.O_NONBLOCK)
+                weakref.finalize(self, os.close, self._file)
 
     def write(self, text: str) -> None:
         if self._poll is None:
             self._stream.write(text)
             return
-        rest = text.encode("utf-8", "backslashreplace")
+        rest = b"\n" * self._cut + text.encode("utf-8", "backslashreplace")
         while rest and self._poll.poll(0):
             whole_lines = rest.rfind(b"\n", 0, self.PIECE_BYTES) + 1 or self.PIECE_BYTES
-            rest = rest[os.write(self._file, rest[:whole_lines]) :]
-        self.dropped += rest.count(b"\n")
+            try:
+                written = os.write(self._file, rest[:whole_lines])
+            except BlockingIOError:
+                break
+            self._cut = rest[written - 1] != ord("\n")
+            rest = rest[written:]
+        self.dropped += rest.lstrip(b"\n").count(b"\n")
 
     def flush(self) -> None:
         if self._poll is None:

@@ -91,6 +91,7 @@ class Link:
 
     def __init__(self, end: Connection) -> None:
         self._end = end
+        self._count: Callable[[], Counts] = Counts
         self._asked: asyncio.Future[Counts] | None = None
 
     def open(self, ready: Ready, count: Callable[[], Counts], stop: Callable[[], None]) -> None:
@@ -100,35 +101,46 @@ class Link:
             count: Called when the supervisor wants to know.
             stop: Called when it is gone.
         """
-        loop = asyncio.get_running_loop()
-        loop.add_reader(self._end.fileno(), self._receive, count, stop)
+        self._count = count
+        asyncio.get_running_loop().add_reader(self._end.fileno(), self._receive, stop)
         os.set_blocking(self._end.fileno(), True)  # uvloop has changed that, and a long message comes in two pieces
         self._end.send(ready)
 
     async def total(self) -> Counts:
-        """What all processes have counted. Who asks before another one has his answer shares it."""
+        """What all processes have counted; this one, if the supervisor is gone. Who asks before another one has his
+        answer shares it."""
         if self._asked is None:
+            try:
+                self._end.send(Ask())
+            except OSError:
+                return self._count()
             self._asked = asyncio.get_running_loop().create_future()
-            self._end.send(Ask())
         return await asyncio.shield(self._asked)
 
     def reloaded(self, weights: str) -> None:
         """Have the other processes exchange their weights, too."""
-        self._end.send(Reloaded(weights))
+        with suppress(OSError):  # the supervisor is gone, and the others are stopping as well
+            self._end.send(Reloaded(weights))
 
-    def _receive(self, count: Callable[[], Counts], stop: Callable[[], None]) -> None:
+    def _receive(self, stop: Callable[[], None]) -> None:
         try:
             message = self._end.recv()
         except (EOFError, OSError):
             asyncio.get_running_loop().remove_reader(self._end.fileno())
+            self._answer(self._count())
             stop()
             return
         match message:
             case Tell():
-                self._end.send(Told(count()))
-            case Total(counts) if self._asked is not None:
-                self._asked.set_result(counts)
-                self._asked = None
+                with suppress(OSError):  # as above; the reader will notice
+                    self._end.send(Told(self._count()))
+            case Total(counts):
+                self._answer(counts)
+
+    def _answer(self, counts: Counts) -> None:
+        if self._asked is not None:
+            self._asked.set_result(counts)
+            self._asked = None
 
 
 @dataclass(eq=False)
@@ -181,6 +193,8 @@ class Supervisor:
         self._weights: str | None = None
         """The digest of what the process serves that said so last."""
         self._check_at = time.monotonic() + CHECK_SECONDS
+        self._start_at = 0.0
+        """No process before that."""
         self._announced = False
         self._stopping = False
         self._exit_code = 0
@@ -191,13 +205,24 @@ class Supervisor:
         for each in SIGNALS:
             signal.signal(each, lambda sent, _frame: signalled.send(sent))
         self._start()
-        while self._workers:
+        try:
+            self._look_after(signals)
+        finally:
+            for worker in self._workers:  # after a defect here: they notice, and stop
+                worker.end.close()
+        return self._exit_code
+
+    def _look_after(self, signals: Connection) -> None:
+        while self._workers or self._missing:
+            self._fill()
             handlers: dict[Any, Callable[[], None]] = {signals: lambda: self._pass_on(signals.recv())}
             for worker in self._workers:
                 handlers[worker.process.sentinel] = partial(self._bury, worker)
                 if not worker.end.closed:
                     handlers[worker.end] = partial(self._receive, worker)
             until = min([self._check_at, *(until for _, until in self._rounds.values())])
+            if self._missing:
+                until = min(until, self._start_at)
             for each in wait(list(handlers), max(0.0, until - time.monotonic())):
                 handlers[each]()
             now = time.monotonic()
@@ -207,7 +232,19 @@ class Supervisor:
             if now >= self._check_at:
                 self._check_at = now + CHECK_SECONDS
                 self._check()
-        return self._exit_code
+
+    @property
+    def _missing(self) -> int:
+        """So many are to be started. The first one has to show that the settings are good; if not, only one says so."""
+        return self._settings.processes - len(self._workers) if self._announced and not self._stopping else 0
+
+    def _fill(self) -> None:
+        while self._missing and time.monotonic() >= self._start_at:
+            try:
+                self._start()
+            except OSError as error:  # no memory or no process to be had, for the moment
+                logger.error("Another process could not be started, and is tried again: %s.", error)
+                self._start_at = time.monotonic() + RETRY_SECONDS
 
     def _check(self) -> None:
         for worker in [each for each in self._workers if each.ready]:
@@ -274,9 +311,6 @@ class Supervisor:
         worker.ready = self._announced = True
         if worker.outdated:
             worker.signal(signal.SIGHUP)
-        # The first one has shown that the settings are good; if they are not, only one says so.
-        while len(self._workers) < self._settings.processes and not self._stopping:
-            self._start()
 
     def _compare(self, weights: str) -> None:
         """Have all read the file again if one of them has found another one there. Who has it already does nothing."""
@@ -314,8 +348,7 @@ class Supervisor:
             return
         logger.error("Process %d ended (exit code %s). Another one takes its place.", pid, exit_code)
         if not worker.ready:
-            time.sleep(RETRY_SECONDS)  # it would not go better at once
-        self._start()
+            self._start_at = time.monotonic() + RETRY_SECONDS  # it would not go better at once
 
 
 def _work(settings: Settings, listener: socket.socket, end: Connection, announce: bool) -> None:

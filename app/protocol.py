@@ -4,7 +4,8 @@ What one turn of the event loop writes to a connection leaves in one piece: uvic
 body apart, and each is a system call that wakes the client. And under too much load, when refusals are most of the
 work, they are given before uvicorn makes a task of each.
 
-And it is never talked into another protocol, nor does it wait for the head of a request for ever.
+And it is never talked into another protocol, nor does it wait for ever for the head of a request, or for a body that
+nobody reads.
 """
 
 import asyncio
@@ -99,12 +100,16 @@ class Steadfast:
         return getattr(self._parser, name)
 
     def feed_data(self, data: bytes) -> None:
-        try:
-            self._parser.feed_data(data)
-        except HttpParserUpgrade as offer:
-            if (head := self._take_head_without_offer()) is None:
-                raise
-            self.feed_data(head + data[offer.args[0] :])
+        rest = memoryview(data)
+        while True:
+            try:
+                self._parser.feed_data(rest)
+                return
+            except HttpParserUpgrade as offer:
+                if (head := self._take_head_without_offer()) is None:
+                    return  # CONNECT, to which the application says no; what follows would be for the tunnel
+                rest = rest[offer.args[0] :]
+                self._parser.feed_data(head)
 
 
 class Protocol(HttpToolsProtocol):
@@ -151,8 +156,11 @@ class Protocol(HttpToolsProtocol):
         super().data_received(data)
         if clock is not None and self._undigested_bytes:
             self.timeout_keep_alive_task = clock
-        elif clock is not None:
+            return
+        if clock is not None:
             clock.cancel()
+        if self.timeout_keep_alive_task is None and (self.cycle is None or self.cycle.response_complete):
+            self._start_clock()  # what comes is a body that nobody reads: of a request refused or answered already
 
     def _start_clock(self) -> None:
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
@@ -166,6 +174,10 @@ class Protocol(HttpToolsProtocol):
             self.send_400_response(f"The head of the request was not whole after {seconds}; send it faster.")
         else:
             super().timeout_keep_alive_handler()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._unset_keepalive_if_required()  # which uvicorn does only if the connection was closed, not reset
 
     def shutdown(self) -> None:
         self._come_in()
@@ -203,7 +215,8 @@ class Protocol(HttpToolsProtocol):
             return
         (status, headers, body), self._refusal = self._refusal(), None
         headers = [*self.server_state.default_headers, *headers]
-        keep_alive = self.parser.should_keep_alive() and (b"connection", b"close") not in headers
+        modern = self.parser.get_http_version() != "1.0"  # whose clients wait for the end of the connection
+        keep_alive = modern and self.parser.should_keep_alive() and (b"connection", b"close") not in headers
         if not keep_alive:
             headers.append((b"connection", b"close"))
         head = b"".join(b"%b: %b\r\n" % header for header in headers)

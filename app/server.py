@@ -23,6 +23,9 @@ from app.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+BROKEN = 70
+"""The exit code of a process whose engine has failed (EX_SOFTWARE of sysexits.h)."""
+
 
 class Server(uvicorn.Server):
     """uvicorn alone closes its socket at the first signal, which fails what a load balancer still sends.
@@ -30,7 +33,7 @@ class Server(uvicorn.Server):
     Here SIGTERM first makes /readyz answer 503 while everything else goes on, and closes after `drain_seconds`. Ctrl-C
     or a second signal closes at once. Either way what was admitted is answered, and the exit code is 0.
 
-    SIGHUP has the weights file read anew.
+    SIGHUP has the weights file read anew. When nothing can be answered any more it stops, and the exit code is not 0.
 
     Args:
         on_started: Called when the socket is open.
@@ -80,6 +83,9 @@ class Server(uvicorn.Server):
             logger.exception("The weights were not exchanged.")
 
     async def on_tick(self, counter: int) -> bool:
+        if self._service.broken and not self.should_exit:
+            logger.critical("No batch can be run any more. This process ends, so that another one can take its place.")
+            self.should_exit = self._service.draining = True
         self.should_exit |= time.monotonic() >= self._close_at
         return await super().on_tick(counter)
 
@@ -109,7 +115,7 @@ def serve(settings: Settings, listener: socket.socket, link: Link | None = None,
         access_log=False,  # ours is cheaper, and knows the request's id and route
         ws="none",
         timeout_keep_alive=75,  # load balancers keep theirs for 60 and would now and then ask on a closed connection
-        timeout_graceful_shutdown=math.ceil(settings.deadline_seconds) + 1,
+        timeout_graceful_shutdown=2 * math.ceil(settings.deadline_seconds) + 1,  # for a body, and for its answer
     )
 
     def on_started() -> None:
@@ -123,6 +129,8 @@ def serve(settings: Settings, listener: socket.socket, link: Link | None = None,
 
     server = Server(config, service, on_started)
     server.run(sockets=[listener])
+    if service.broken:
+        return BROKEN
     return 0 if server.started or service.draining else COULD_NOT_START
 
 

@@ -141,6 +141,11 @@ class Service:
         """Whether new requests should be sent here."""
         return self._batcher.ready and not self.draining
 
+    @property
+    def broken(self) -> bool:
+        """Whether nothing can be answered any more, and only another process can help."""
+        return self._batcher.broken
+
     def describe(self) -> str:
         """What is served, in words, for the line that a person sees at the start."""
         engine, evaluation, accuracy = self._served.predictor.engine, self.checkpoint.evaluation, ""

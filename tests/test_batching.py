@@ -8,7 +8,7 @@ import pytest
 
 from app import admission, batching, entries
 from app.admission import Limits
-from app.batching import Batcher, Building
+from app.batching import BROKEN_BATCHES, Batcher, Building
 from app.errors import DeadlineExceeded, NotReady, Overloaded
 
 pytestmark = pytest.mark.anyio
@@ -164,6 +164,16 @@ async def test_an_item_that_cannot_be_prepared_fails_alone(light: bool) -> None:
     one, broken, three = await asyncio.gather(*futures, return_exceptions=True)
     assert (await held, one, three) == (0, 2, 6)
     assert isinstance(broken, ValueError)
+    await batcher.close()
+
+
+async def test_only_failures_in_a_row_are_a_broken_engine() -> None:
+    batcher = await start(Doubler())
+    for number in ["13"] * (BROKEN_BATCHES - 1) + ["1"] + ["13"] * (BROKEN_BATCHES - 1):
+        await asyncio.gather(batcher.submit(number, 1, light=True), return_exceptions=True)
+        assert not batcher.broken
+    await asyncio.gather(batcher.submit("13", 1, light=True), return_exceptions=True)
+    assert batcher.broken
     await batcher.close()
 
 

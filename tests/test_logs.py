@@ -11,7 +11,9 @@ import signal
 import socket
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -179,6 +181,38 @@ def test_lines_for_a_pipe_that_nobody_reads_are_dropped_and_counted() -> None:
         patient.write("again\n")
         assert reader.read() == "again\n"
         assert patient.dropped == dropped
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="a second end of a pipe is had by /proc only")
+def test_a_pipe_that_another_process_fills_first_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    with open(reading, "rb"), open(writing, "w") as stream:
+        patient = Patient(stream)
+        os.set_blocking(writing, False)
+        with suppress(BlockingIOError):
+            while True:
+                os.write(writing, b"x" * 1024)
+        os.set_blocking(writing, True)
+        monkeypatch.setattr(patient, "_poll", SimpleNamespace(poll=lambda _timeout: True))  # asked before it was full
+        patient.write("late\n")
+        assert patient.dropped == 1
+
+
+def test_a_line_cut_short_does_not_spoil_the_next() -> None:
+    reading, writing = os.pipe()
+    with open(reading, "rb") as reader, open(writing, "w") as stream:
+        patient = Patient(stream)
+        os.set_blocking(writing, False)
+        with suppress(BlockingIOError):
+            while True:
+                os.write(writing, b"x" * Patient.PIECE_BYTES)
+        os.read(reading, Patient.PIECE_BYTES)  # room for one piece
+        patient.write("y" * 2 * Patient.PIECE_BYTES + "\n")
+        os.set_blocking(reading, False)
+        assert reader.read().endswith(b"y" * Patient.PIECE_BYTES)
+        patient.write("next\n")
+        assert reader.read() == b"\nnext\n"
+        assert patient.dropped == 1
 
 
 def test_a_service_whose_log_nobody_reads_goes_on(weights: Path) -> None:

@@ -45,6 +45,22 @@ processes.CHECK_SECONDS = 0.5
 sys.exit(__main__.main(sys.argv[1:], os.environ))
 """
 
+NO_ROOM = """
+import os, sys
+from app import processes
+class Full(processes.Supervisor):
+    started = 0
+    def _start(self):
+        self.started += 1
+        if self.started in (3, 4):
+            raise OSError("no room")
+        super()._start()
+processes.Supervisor = Full
+processes.RETRY_SECONDS = 0.1
+from app.__main__ import main
+sys.exit(main(sys.argv[1:], os.environ))
+"""
+
 
 def pids_of(supervisor: "subprocess.Popen[str]") -> list[int]:
     """Of the processes that serve, or will."""
@@ -168,6 +184,21 @@ def test_a_stuck_process_is_killed_and_replaced(weights: Path, png: bytes) -> No
         _, err = service.supervisor.communicate(timeout=SECONDS)
         assert f"Process {stuck} is stuck and is killed." in err
         assert err.count("Another one takes its place.") == 1
+
+
+def test_a_process_that_cannot_be_replaced_at_once_is_replaced_later(weights: Path, png: bytes) -> None:
+    with running(weights, program=["-c", NO_ROOM]) as service:
+        died, left = service.pids()
+        os.kill(died, signal.SIGKILL)
+        eventually(lambda: died not in service.pids() and len(service.pids()) == 2)
+        service.wait_for_both()
+        assert left in service.pids()
+        assert get(f"{service.url}/predict", png)[0] == 200
+        service.supervisor.send_signal(signal.SIGTERM)
+        _, err = service.supervisor.communicate(timeout=SECONDS)
+        assert err.count("Another process could not be started, and is tried again: no room.") == 2
+        assert "Traceback" not in err
+        assert service.supervisor.returncode == 0
 
 
 def test_what_the_processes_take_is_added_up(service: Running) -> None:
@@ -344,6 +375,25 @@ def test_a_message_that_comes_in_pieces_is_read_whole() -> None:
         pool.submit(tell)
         assert uvloop.run(ask()).lines_dropped == 7
     assert not gone
+
+
+def test_a_process_whose_supervisor_is_gone_speaks_for_itself() -> None:
+    own, its = multiprocessing.Pipe()
+    gone: list[bool] = []
+
+    async def ask() -> tuple[Counts, Counts]:
+        link = Link(its)
+        link.open(Ready("torch", "0123"), lambda: Counts(lines_dropped=3), lambda: gone.append(True))
+        waiting = asyncio.create_task(link.total())
+        await asyncio.sleep(0)
+        own.close()
+        before = await asyncio.wait_for(waiting, SECONDS)
+        link.reloaded("4567")
+        return before, await asyncio.wait_for(link.total(), SECONDS)
+
+    with its:
+        assert [counts.lines_dropped for counts in asyncio.run(ask())] == [3, 3]
+    assert gone == [True]
 
 
 def test_counts_add_up_and_travel() -> None:

@@ -2,6 +2,8 @@
 wave of requests let in bit by bit."""
 
 import asyncio
+import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -178,6 +180,41 @@ async def test_a_slow_body_or_answer_is_not_a_slow_head() -> None:
         assert await asyncio.wait_for(reader.read(), SECONDS) == b""
 
 
+class Hasty(Application):
+    """Answers before it has read the body."""
+
+    async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"hi"})
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["of a refused request", "of an answered one"])
+async def test_a_body_that_nobody_reads_and_that_does_not_come_is_not_waited_for(full: bool) -> None:
+    application = Hasty()
+    application.full = full
+    async with connected(application, patience=0.1) as (reader, writer):
+        writer.write((POST % (b"7", b""))[:-5])
+        if not full:
+            assert (await answer(reader))[2] == b"hi"
+        writer.write(b"hel")
+        assert await asyncio.wait_for(reader.read(), SECONDS) == b""
+
+
+async def test_a_connection_that_was_reset_leaves_no_clock_behind() -> None:
+    async with listening(Application()) as (connect, state):
+        _, writer = await connect()
+        while not state.connections:
+            await asyncio.sleep(0)
+        (connection,) = state.connections
+        clock = connection.timeout_keep_alive_task  # type: ignore[union-attr]
+        assert clock is not None
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.transport.abort()
+        while state.connections:
+            await asyncio.sleep(0.001)
+        assert clock.cancelled()
+
+
 async def test_many_short_requests_in_a_row_are_no_long_head() -> None:
     async with connected(Application()) as (reader, writer):
         for number in range(40):
@@ -218,6 +255,31 @@ async def test_an_offer_of_another_protocol_is_not_taken_up(offered: bytes, full
                 status, _, body = await answer(reader)
                 assert (status, body) == ((429, b"no, 7") if full else (200, b"5"))
     assert application.called == (0 if full else 8)
+
+
+async def test_many_offers_at_once_are_answered_one_by_one() -> None:
+    count = 1500  # one within the other they would be deeper than Python goes
+    async with connected(Application()) as (reader, writer):
+        writer.write(b"GET / HTTP/1.1\r\nconnection: upgrade\r\nupgrade: a\r\n\r\n" * count)
+        assert {(await answer(reader))[0] for _ in range(count)} == {200}
+
+
+async def test_a_tunnel_is_not_dug(caplog: pytest.LogCaptureFixture) -> None:
+    async with connected(Application()) as (reader, writer):
+        writer.write(b"CONNECT /other HTTP/1.1\r\n\r\n")
+        assert (await answer(reader))[0] == 200  # as the application has it
+    assert not caplog.records
+
+
+async def test_a_client_of_before_is_let_go_after_a_refusal() -> None:
+    """HTTP/1.0: what it was told ends where the connection does."""
+    application = Application()
+    application.full = True
+    async with connected(application) as (reader, writer):
+        writer.write((POST % (b"7", b"connection: keep-alive\r\n")).replace(b"HTTP/1.1", b"HTTP/1.0"))
+        head, _, body = (await asyncio.wait_for(reader.read(), SECONDS)).partition(b"\r\n\r\n")
+    assert (head.split()[1], body) == (b"429", b"no, 7")
+    assert b"connection: close" in head
 
 
 async def test_who_asks_before_sending_is_told_by_the_application() -> None:
