@@ -11,7 +11,8 @@ COPY pyproject.toml .
 RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
         print(*project['dependencies'], *project['optional-dependencies']['openvino'], sep='\n')" > requirements.txt \
     && python -m venv /venv \
-    && if [ -n "$TORCH_INDEX" ]; then /venv/bin/pip install --no-cache-dir --index-url "$TORCH_INDEX" torch; fi \
+    && if [ -n "$TORCH_INDEX" ]; then \
+        /venv/bin/pip install --no-cache-dir --index-url "$TORCH_INDEX" "$(grep '^torch>' requirements.txt)"; fi \
     && /venv/bin/pip install --no-cache-dir --requirement requirements.txt
 
 FROM python:3.12-slim

@@ -51,13 +51,14 @@ clean: ## remove .venv and caches
 TRAIN := $(BIN)/python -m training train --resume
 TEACHERS := runs/teacher-0/cifar_net.pth runs/teacher-1/cifar_net.pth
 
-data: | .venv/.training
+data/.complete: | .venv/.training
 	$(BIN)/python -m training download
+	@touch $@
 
-runs/teacher-0/cifar_net.pth: | .venv/.training $(if $(CIFAR_DATA),,data)
+runs/teacher-0/cifar_net.pth: | .venv/.training $(if $(CIFAR_DATA),,data/.complete)
 	$(TRAIN) --name teacher-0 --recipe teacher --cutmix 0.3
 
-runs/teacher-1/cifar_net.pth: | .venv/.training $(if $(CIFAR_DATA),,data)
+runs/teacher-1/cifar_net.pth: | .venv/.training $(if $(CIFAR_DATA),,data/.complete)
 	$(TRAIN) --name teacher-1 --recipe teacher --seed 1
 
 runs/validation/cifar_net.pth: $(TEACHERS)

@@ -154,16 +154,28 @@ def _with_status(status: int, reason: str, sentence: str, detail: object = None)
 
 def _translate(request: Request, error: HTTPException) -> RequestError:
     if error.status_code == HTTPStatus.NOT_FOUND:
-        return NotFound(f"There is no page {request.url.path}. The page /docs lists what there is.")
+        return NotFound(f"There is nothing at {request.url.path}. The page /docs lists what there is.")
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         allowed = (error.headers or {}).get("Allow", "another method")
-        sentence = f"The page {request.url.path} does not take {request.method}; it takes {allowed}."
+        sentence = f"{request.url.path} does not take {request.method}; it takes {allowed}."
         return _with_status(405, "method_not_allowed", sentence)
     return _with_status(error.status_code, "other", f"{error.detail}.".replace("..", "."))
 
 
 def _explain(problems: Any) -> RequestError:
     """A sentence for each parameter that was not accepted."""
-    sentences = [f"The parameter {p['loc'][-1]} is {p.get('input')!r}. {p['msg']}." for p in problems]
+    sentences = [f"The parameter {p['loc'][-1]} is {p.get('input')!r}; accepted is {_accepted(p)}." for p in problems]
     detail = [{"parameter": p["loc"][-1], "given": p.get("input"), "problem": p["msg"]} for p in problems]
     return _with_status(422, "invalid_parameter", " ".join(sentences), detail)
+
+
+def _accepted(problem: Any) -> str:
+    """In words of ours, for the kinds of parameters that there are."""
+    match problem["type"]:
+        case "int_parsing":
+            return "a whole number"
+        case "greater_than_equal":
+            return f"a number of at least {problem['ctx']['ge']}"
+        case "literal_error":
+            return str(problem["ctx"]["expected"])
+    return f"something else ({problem['msg']})"

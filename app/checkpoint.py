@@ -148,7 +148,7 @@ def load(path: Path) -> Checkpoint:
     except FileNotFoundError:
         raise CheckpointError(
             f"There is no weights file {path}. Train one with `python -m training train`, "
-            "or name another one with CIFAR_WEIGHTS."
+            "or name another one with --weights, or for the service with CIFAR_WEIGHTS."
         ) from None
     except OSError as error:
         raise CheckpointError(f"The weights file {path} cannot be read: {error.strerror}.") from None

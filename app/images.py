@@ -105,7 +105,7 @@ def check_raw(pixels: bytes | bytearray) -> memoryview:
     if not pixels or len(pixels) % IMAGE_BYTES:
         raise BadRequest(
             f"The raw pixels have {len(pixels):,} bytes; accepted is a multiple of {IMAGE_BYTES:,}: for each picture "
-            f"{IMAGE_SIZE} rows of {IMAGE_SIZE} pixels of red, green and blue."
+            f"{IMAGE_SIZE} rows of {IMAGE_SIZE} pixels of red, green and blue. Send picture files as fields of a form."
         )
     return memoryview(pixels)
 
@@ -121,7 +121,8 @@ def _check_size(picture: Image.Image, resize: Resize | None, max_pixels: int) ->
     width, height = picture.size
     if width * height > max_pixels:
         raise BodyTooLarge(
-            f"The picture is {width} x {height}; accepted are at most {max_pixels:,} pixels. Send a smaller one."
+            f"The picture is {width} x {height}; accepted are at most {max_pixels:,} pixels. Send a smaller one.",
+            detail={"width": width, "height": height, "max_pixels": max_pixels},
         )
     if resize is None and picture.size != SIZE:
         raise WrongSize(

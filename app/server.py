@@ -52,7 +52,11 @@ class Server(uvicorn.Server):
             print(error, file=sys.stderr)
             self.should_exit = True
         if not self.should_exit:  # nor has a signal come meanwhile
-            await super().startup(sockets)
+            try:
+                await super().startup(sockets)
+            except OSError as error:  # bound it is; another program has begun to listen there since
+                print(f"The service cannot listen: {error.strerror}. Choose another port with --port.", file=sys.stderr)
+                self.should_exit = True
         if not self.started:
             return
         if hasattr(signal, "SIGHUP"):

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ PROJECT = Path(__file__).resolve().parent.parent
 MIB = 1024 * 1024
 DEVICES = ("cuda", "mps", "cpu")
 ENGINES = ("auto", "torch", "openvino")
+KUBERNETES = re.compile(r"CIFAR_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_[A-Z]+(_(PROTO|PORT|ADDR))?)")
+"""What it puts into every container of the namespace of a Service named cifar, or cifar- and more; and CIFAR_PORT as
+an address: https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables."""
 SHARES_ADDRESS = sys.platform == "linux"
 """Whether the system deals connections out among several processes that listen on one address."""
 
@@ -165,7 +169,7 @@ class Settings:
     ] = dataclasses.field(default_factory=available_cpus)
     processes: Annotated[
         int,
-        Setting(process_count, "that serve, half a gigabyte each (default: one for every two of these cores, up to 4)"),
+        Setting(process_count, "worker processes, 0.7 GB of memory each (default: one for every two cores, up to 4)"),
     ] = dataclasses.field(default_factory=usual_processes)
     max_body_bytes: Annotated[int, Setting(whole(1, 1024 * MIB), "a larger request body is refused")] = 8 * MIB
     max_pixels: Annotated[
@@ -186,7 +190,10 @@ class Settings:
     max_waiting_bytes: Annotated[
         int, Setting(whole(1, 64 * 1024 * MIB), "the same limit for the bytes of their bodies")
     ] = 64 * MIB
-    deadline_seconds: Annotated[float, Setting(seconds(0.001, 3600), "who waits longer for a turn gets 504")] = 5.0
+    deadline_seconds: Annotated[
+        float,
+        Setting(seconds(0.001, 3600), "who would wait longer for a turn gets 429, who has waited longer 504"),
+    ] = 5.0
     drain_seconds: Annotated[
         float, Setting(seconds(0, 3600), "after SIGTERM: not ready, but still accepting for so long")
     ] = 5.0
@@ -194,7 +201,10 @@ class Settings:
     access_log: Annotated[bool, Setting(switch, "on or off: a line on stderr for each request")] = True
     admin_key: Annotated[
         str | None,
-        Setting(secret, "lets POST /admin/reload exchange the weights; others see a flag, so set the variable"),
+        Setting(
+            secret,
+            "lets POST /admin/reload exchange the weights; others can read a flag, so set the variable",
+        ),
     ] = dataclasses.field(default=None, repr=False)
 
 
@@ -211,6 +221,7 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
         SettingsError: a value is not accepted, or a flag or a CIFAR_ variable does not exist.
         SystemExit: `--help` was asked for and printed.
     """
+    environment = {name: value for name, value in environment.items() if not _is_of_kubernetes(name, value)}
     values = {name: (f"{PREFIX}{name.upper()}", environment.get(f"{PREFIX}{name.upper()}")) for name in KNOWN}
     variables = [variable for variable, _ in values.values()]
     for variable in environment:
@@ -223,11 +234,16 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
     )
 
 
+def _is_of_kubernetes(variable: str, value: str) -> bool:
+    is_address = variable.endswith("_PORT") and "://" in value
+    return variable.startswith(PREFIX) and (is_address or KUBERNETES.fullmatch(variable) is not None)
+
+
 def _parse(setting: Setting, source: str, value: str) -> Any:
     try:
         return setting.parse(value)
     except ValueError as error:
-        given = "cannot be that" if setting.parse is secret else f"is {value!r}"
+        given = "has a value that is not repeated here" if setting.parse is secret else f"is {value!r}"
         raise SettingsError(f"{source} {given}; accepted is {error}.") from None
 
 
@@ -250,6 +266,8 @@ class _Parser(argparse.ArgumentParser):
         flags, unknown = self.parse_known_args(arguments)
         if unknown:
             given = unknown[0].partition("=")[0]
+            if not given.startswith("-"):
+                raise SettingsError(f"Nothing was expected where {given!r} stands. See `python -m app --help`.")
             raise SettingsError(f"There is no flag {given}. {_nearest(given, [_flag(name) for name in KNOWN])}")
         return flags
 

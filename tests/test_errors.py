@@ -62,18 +62,24 @@ def form(*fields: tuple[str, bytes], end: bytes = b"--x--\r\n") -> bytes:
         ("/predict", b"a=b", "application/x-www-form-urlencoded", 400, "The 3 bytes are not a readable picture"),
         ("/predict", b"{}", "application/json", 415, "The body has the content type 'application/json'. Accepted"),
         ("/predict", encode(drawing(40, 40)), "image/png", 422, "The picture is 40 x 40; the network takes 32 x 32."),
-        ("/predict?resize=zoom", b"", "image/png", 422, "The parameter resize is 'zoom'. Input should be 'crop', 'str"),
+        (
+            "/predict?resize=zoom",
+            b"",
+            "image/png",
+            422,
+            "The parameter resize is 'zoom'; accepted is 'crop',",
+        ),
         (
             "/predict?top_k=0",
             b"",
             "image/png",
             422,
-            "The parameter top_k is '0'. Input should be greater than",
+            "The parameter top_k is '0'; accepted is a number of at least 1.",
         ),
-        ("/predict?top_k=many", b"", "image/png", 422, "The parameter top_k is 'many'."),
-        ("/nowhere", b"", "image/png", 404, "There is no page /nowhere. The page /docs lists what there is."),
+        ("/predict?top_k=many", b"", "image/png", 422, "The parameter top_k is 'many'; accepted is a whole number."),
+        ("/nowhere", b"", "image/png", 404, "There is nothing at /nowhere. The page /docs lists what there is."),
         ("/static/nothing.js", b"", "image/png", 405, "does not take POST"),
-        ("/healthz", b"", "image/png", 405, "The page /healthz does not take POST; it takes GET."),
+        ("/healthz", b"", "image/png", 405, "/healthz does not take POST; it takes GET."),
     ],
 )
 def test_refusals(client: TestClient, path: str, body: bytes, content_type: str, status: int, sentence: str) -> None:
@@ -81,12 +87,12 @@ def test_refusals(client: TestClient, path: str, body: bytes, content_type: str,
 
 
 def test_a_missing_file_has_the_same_body(client: TestClient) -> None:
-    refused(client.get("/static/nothing.js"), 404, "There is no page /static/nothing.js.")
+    refused(client.get("/static/nothing.js"), 404, "There is nothing at /static/nothing.js.")
 
 
 def test_wrong_method_names_the_right_one(client: TestClient) -> None:
     response = client.get("/predict")
-    refused(response, 405, "The page /predict does not take GET; it takes POST.")
+    refused(response, 405, "/predict does not take GET; it takes POST.")
     assert response.headers["allow"] == "POST"
 
 

@@ -131,11 +131,11 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "no data": ({"inputs": [pixels() | {"data": None}]}, "'pixels' has neither a list `data` nor the"),
     "base64": (
         {"inputs": [{"name": "image", "shape": [2], "datatype": "BYTES", "data": ["", "é"]}]},
-        "'image', element 1: given is 'é'; expected is the picture as text in base64",
+        "'image', element 1: given is 'é'; expected is, in JSON, the bytes of the picture in base64",
     ),
     "no text": (
         {"inputs": [{"name": "image", "shape": [1], "datatype": "BYTES", "data": [5]}]},
-        "'image', element 0: given is 5; expected is the picture",
+        "'image', element 0: given is 5; expected is, in JSON, the bytes",
     ),
     "count of texts": (
         {"inputs": [{"name": "image", "shape": [2], "datatype": "BYTES", "data": [""]}]},
@@ -218,13 +218,13 @@ def test_a_bad_length_of_the_json_is_refused(header: str) -> None:
 
 
 def test_a_length_that_cuts_the_json_is_refused() -> None:
-    with pytest.raises(BadRequest, match="The 9 bytes of the request are not valid JSON"):
+    with pytest.raises(BadRequest, match=r"The JSON of the request \(bytes: 9\) is not valid"):
         decode(b'{"inputs": []}', "9", binary=True, max_pictures=8)
 
 
 @pytest.mark.parametrize("body", [b"", b"\xff", b"[" * 100_000, b'{"inputs": '], ids=["empty", "bytes", "deep", "cut"])
 def test_what_is_no_json_is_refused(body: bytes) -> None:
-    with pytest.raises(BadRequest, match="not valid JSON"):
+    with pytest.raises(BadRequest, match=r"The JSON of the request .* is not valid"):
         decode(body, None, binary=True, max_pictures=8)
 
 

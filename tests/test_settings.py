@@ -41,12 +41,17 @@ def test_the_environment_beats_the_default_and_a_flag_beats_the_environment() ->
         ([], {"CIFAR_DEVICE": "cuda:"}, "CIFAR_DEVICE is 'cuda:'"),
         ([], {"CIFAR_WEIGHTS": " "}, "CIFAR_WEIGHTS is ' '; accepted is a path."),
         ([], {"CIFAR_WEIGHTS": "~nobody-of-that-name/w"}, "accepted is a path; there is no user with that home."),
-        ([], {"CIFAR_ADMIN_KEY": "hunter2"}, "CIFAR_ADMIN_KEY cannot be that; accepted is at least 16 letters"),
+        (
+            [],
+            {"CIFAR_ADMIN_KEY": "hunter2"},
+            "has a value that is not repeated here; accepted is at least 16",
+        ),
         ([], {"CIFAR_HOST": ""}, "CIFAR_HOST is ''; accepted is a host name or an address."),
         ([], {"CIFAR_PROT": "1"}, "There is no setting CIFAR_PROT. Did you mean CIFAR_PORT?"),
         ([], {"CIFAR_QQQQQQQQ": "1"}, "There is no setting CIFAR_QQQQQQQQ. There are CIFAR_WEIGHTS, CIFAR_DATA"),
         (["--prot=1"], {}, "There is no flag --prot. Did you mean --port?"),
         (["--por", "1"], {}, "There is no flag --por. Did you mean --port?"),
+        (["extra"], {}, "Nothing was expected where 'extra' stands."),
         (["--port"], {}, "The command line was not understood: argument --port: expected one argument."),
     ],
 )
@@ -54,6 +59,21 @@ def test_a_bad_value_is_refused_by_a_sentence(arguments: list[str], environment:
     with pytest.raises(SettingsError) as refusal:
         parse_settings(arguments, environment)
     assert sentence in str(refusal.value)
+
+
+def test_what_kubernetes_says_of_a_service_is_no_setting() -> None:
+    said = {
+        "CIFAR_PORT": "tcp://10.0.0.1:8000",
+        "CIFAR_PORT_8000_TCP": "tcp://10.0.0.1:8000",
+        "CIFAR_PORT_8000_TCP_PROTO": "tcp",
+        "CIFAR_PORT_8000_TCP_PORT": "8000",
+        "CIFAR_PORT_8000_TCP_ADDR": "10.0.0.1",
+        "CIFAR_SERVICE_HOST": "10.0.0.1",
+        "CIFAR_SERVICE_PORT": "8000",
+        "CIFAR_SERVICE_PORT_HTTP": "8000",
+    }
+    of_another = {name.replace("CIFAR_", "CIFAR_BLUE_GREEN_"): value for name, value in said.items()}
+    assert parse_settings([], said | of_another | {"CIFAR_MAX_BATCH": "8"}) == Settings(max_batch=8)
 
 
 @pytest.mark.parametrize("device", ["cpu", "mps", "cuda", "cuda:3"])

@@ -78,9 +78,9 @@ def test_health_and_metadata(client: http.InferenceServerClient) -> None:
 
 @pytest.mark.parametrize(("name", "version"), [("resnet", ""), ("cifar", "99")])
 def test_an_unknown_model_has_a_sentence(client: http.InferenceServerClient, name: str, version: str) -> None:
-    with pytest.raises(InferenceServerException, match=r"\[404\] There is no page /v2/models/"):
+    with pytest.raises(InferenceServerException, match=r"\[404\] There is nothing at /v2/models/"):
         client.get_model_metadata(name, version)
-    with pytest.raises(InferenceServerException, match=r"\[404\] There is no page /v2/models/"):
+    with pytest.raises(InferenceServerException, match=r"\[404\] There is nothing at /v2/models/"):
         client.infer(name, [pixels()], version)
 
 

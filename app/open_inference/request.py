@@ -89,8 +89,8 @@ def _json(text: bytes) -> dict[str, Any]:
         request = from_json(text)
     except ValueError:
         raise BadRequest(
-            f"The {len(text):,} bytes of the request are not valid JSON. If raw tensors follow it, the header "
-            "Inference-Header-Content-Length must have its length."
+            f"The JSON of the request (bytes: {len(text):,}) is not valid. If raw tensors follow it, the header "
+            "Inference-Header-Content-Length must say how long it is."
         ) from None
     if not isinstance(request, dict):
         raise BadRequest('The request is no JSON object; expected is {"inputs": [...]}.')

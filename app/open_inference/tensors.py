@@ -82,8 +82,8 @@ def json_strings(data: list[Any], count: int) -> list[bytes]:
             pictures.append(base64.b64decode(text, validate=True))
         except (TypeError, ValueError):
             raise BadRequest(
-                f"Input {IMAGE.name!r}, element {index}: given is {show(text)}; expected is the picture as text in "
-                "base64, when it travels in JSON."
+                f"Input {IMAGE.name!r}, element {index}: given is {show(text)}; expected is, in JSON, the "
+                "bytes of the picture in base64."
             ) from None
     return pictures
 

@@ -62,7 +62,7 @@ function body(name, schema) {
   return element("section", heading, element("p", ...prose(schema.description)), table(["field", "type", "meaning"], fields));
 }
 
-const api = await (await fetch("/openapi.json")).json();
+const api = await (await fetch("openapi.json")).json();
 const docs = document.getElementById("docs");
 docs.append(...api.info.description.split("\n\n").map((text) => element("p", ...prose(text))));
 for (const [path, operations] of Object.entries(api.paths))

@@ -28,7 +28,7 @@ function showAnswer(answer, picture) {
   $("verdict").textContent = `${answer.label}, ${(100 * answer.confidence).toFixed(1)} %`;
   // Of other pictures than it was trained for, the set promises nothing.
   const likely = answer.unfamiliar ? null : answer.prediction_set;
-  $("set").textContent = likely ? `Likely ${likely.join(" or ")}: such a list holds the right class 95 times in 100.` : "";
+  $("set").textContent = likely ? `Likely ${likely.join(" or ")}: of pictures like those it was trained on, such a list holds the right class 95 times in 100.` : "";
   $("familiarity").textContent = familiarity(answer);
   $("familiarity").classList.toggle("warning", answer.unfamiliar === true);
   $("bars").replaceChildren(...Object.entries(answer.probabilities).map(([label, p]) => bar(label, p)));
@@ -48,8 +48,8 @@ async function classify(picture) {
   button.disabled = true;
   $("error").hidden = true;
   try {
-    const response = await fetch("/predict" + (resize && `?resize=${resize}`), { method: "POST", body });
-    const answer = await response.json();
+    const response = await fetch("predict" + (resize && `?resize=${resize}`), { method: "POST", body });
+    const answer = await response.json().catch(() => ({ error: `The answer was ${response.status} ${response.statusText}.` }));
     if (response.ok) showAnswer(answer, picture);
     else showError(answer.error);
   } catch {
@@ -59,6 +59,15 @@ async function classify(picture) {
   }
 }
 
+async function introduce() {
+  const response = await fetch("metrics/per-class");
+  if (!response.ok) return;  // these weights carry no figures
+  const { classes } = await response.json();
+  const labels = classes.map(({ label }) => label);
+  $("classes").textContent = `It knows ${labels.slice(0, -1).join(", ")} and ${labels.at(-1)}, and takes anything else for one of these.`;
+}
+
+introduce();
 form.addEventListener("submit", (event) => {
   event.preventDefault();
   classify($("file").files[0]);
@@ -71,7 +80,7 @@ document.addEventListener("dragleave", () => document.body.classList.remove("dro
 document.addEventListener("drop", (event) => {
   event.preventDefault();
   document.body.classList.remove("dropping");
-  if (event.dataTransfer.files.length === 0) return;
+  if (event.dataTransfer.files.length === 0 || button.disabled) return;
   $("file").files = event.dataTransfer.files;
   classify(event.dataTransfer.files[0]);
 });
