@@ -17,9 +17,11 @@ Shape letters: N images, K classes.
 import dataclasses
 import hashlib
 import io
+import json
 import math
 import os
 import pickle
+import struct
 import tempfile
 import warnings
 from dataclasses import dataclass, field
@@ -160,7 +162,7 @@ def load(path: Path) -> Checkpoint:
             f"The weights file {path} was refused: it is no PyTorch file, or it holds Python objects besides tensors "
             f"and plain values, which could run code when loaded. {EXPECTED}"
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, OSError):
+    except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, OSError, struct.error):
         raise CheckpointError(
             f"The weights file {path} is no PyTorch file, or it is cut short ({len(raw):,} bytes). {EXPECTED}"
         ) from None
@@ -222,6 +224,10 @@ def _check(checkpoint: Checkpoint) -> None:
         )
     if not isinstance(checkpoint.arguments, dict) or checkpoint.arguments.get("num_classes") != len(checkpoint.classes):
         raise CheckpointError("In the weights file the number of class names differs from the number of outputs.")
+    if not checkpoint.classes:
+        raise CheckpointError("The weights file names no class.")
+    if not isinstance(checkpoint.trained, dict) or not _is_json(checkpoint.trained):
+        raise CheckpointError("In the weights file the field trained is no dict of plain values.")
     if len(set(checkpoint.classes)) != len(checkpoint.classes) or not all(
         isinstance(name, str) for name in checkpoint.classes
     ):
@@ -247,6 +253,14 @@ def _check(checkpoint: Checkpoint) -> None:
             )
     if checkpoint.evaluation is not None:
         _check_evaluation(checkpoint.evaluation, len(checkpoint.classes))
+
+
+def _is_json(value: object) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _is_matrix(value: object) -> bool:
@@ -285,6 +299,9 @@ def _check_evaluation(evaluation: Evaluation, size: int) -> None:
         raise CheckpointError(f"In the weights file the confusion matrix is not {size} x {size} whole numbers.")
     if evaluation.bins_B3.ndim != 2 or evaluation.bins_B3.shape[1] != 3 or evaluation.bins_B3.dtype != torch.float64:
         raise CheckpointError("In the weights file the calibration bins are not rows of three numbers.")
+    floats = [value for value in vars(evaluation).values() if isinstance(value, float)]
+    if not (all(map(math.isfinite, floats)) and evaluation.bins_B3.isfinite().all()):
+        raise CheckpointError("In the weights file a figure of the evaluation is not finite.")
 
 
 def _check_kinds(holder: Calibration | Evaluation, name: str) -> None:

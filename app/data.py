@@ -35,9 +35,13 @@ RECORD_BYTES = 1 + IMAGE_BYTES
 BATCH_IMAGES = 10_000
 TRAINING_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
 TEST_BATCH = "test_batch"
-PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
 TEST_SHARE = 1 / 5
 NAMED_FILES = 5
+UNREADABLE = (
+    *(pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError, AttributeError, RuntimeError),
+    *(OverflowError, MemoryError),  # of a length that no file has
+)
 
 # A copy of the test set goes round whose images went through one JPEG encoding. Figures on it are not comparable with
 # published ones, so it must not pass for the test set; nothing but its content tells them apart.
@@ -191,7 +195,7 @@ def _parse_pickle(path: Path, raw: bytearray) -> tuple[Tensor, Tensor]:
             raise ValueError("labels and pixels differ in number")
         pixels = torch.frombuffer(bytearray(data.content), dtype=torch.uint8)
         return pixels.reshape(-1, 3, IMAGE_SIZE, IMAGE_SIZE), torch.tensor(labels, dtype=torch.int64)
-    except (pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError, AttributeError, RuntimeError):
+    except UNREADABLE:
         raise DataError(
             f"The file {path} ({len(raw):,} bytes) is no batch of CIFAR-10's python version, or it is cut short. "
             "Nothing in it was run. Copy or download it again."

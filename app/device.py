@@ -14,8 +14,8 @@ def choose_device(name: str | None = None) -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name is None:
         return torch.device(next(kind for kind in DEVICES if available[kind]))
-    kind, _, index = name.partition(":")
-    if kind not in DEVICES or not (index == "" or index.isdigit()):
+    kind, colon, index = name.partition(":")
+    if kind not in DEVICES or (colon and not (kind == "cuda" and index.isdigit())):
         raise ValueError(f"The device {name!r} is unknown; accepted are cuda, cuda:0, cuda:1, ..., mps and cpu.")
     if not available[kind] or (kind == "cuda" and int(index or 0) >= torch.cuda.device_count()):
         usable = ", ".join(kind for kind in DEVICES if available[kind])

@@ -148,7 +148,8 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         grey = picture.convert("F").point(lambda value: value * (1 / 257) + 0.5)  # a half, because "L" rounds down
         return grey.convert("L").convert("RGB")
     if picture.has_transparency_data:
-        coloured, over = picture.convert("RGBA"), Image.new("RGB", picture.size, WHITE)
+        coloured = picture if picture.mode == "RGBA" else picture.convert("RGBA")
+        over = Image.new("RGB", picture.size, WHITE)
         over.paste(coloured, mask=coloured)  # as alpha_composite, with half of its memory
         return over
     return picture.convert("RGB")

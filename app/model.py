@@ -110,7 +110,8 @@ class CifarNet(Normalized):
     @torch.no_grad()
     def set_whitening(self, pixels_NCHW: Tensor) -> None:
         """Have the first layer answer with the principal components of 2x2 patches, each scaled to variance 1, and
-        their negatives. The normalisation has to be set before.
+        their negatives. What no picture has, as grey ones have no colour, would be a constant, which a batch norm turns
+        into noise: other components take its place. The normalisation has to be set before.
 
         Args:
             pixels_NCHW: Some thousand training images, 0..255.
@@ -118,6 +119,8 @@ class CifarNet(Normalized):
         patches = F.unfold(self.normalize(pixels_NCHW.float()), 2).transpose(1, 2).flatten(0, 1)
         variance, components = torch.linalg.eigh(patches.T @ patches / len(patches))
         scaled = (components / (variance + 5e-4).sqrt()).T.view(12, 3, 2, 2)
+        if len(live := (variance > 1e-6).nonzero()[:, 0]):
+            scaled = scaled[live[torch.arange(12) % len(live)]]
         self.whiten.weight.copy_(torch.cat([scaled, -scaled]))
         nn.init.zeros_(cast(Tensor, self.whiten.bias))
 

@@ -15,7 +15,9 @@ class Array:
     content: bytes = b""
 
     def __setstate__(self, state: tuple[int, tuple[int, ...], object, bool, bytes]) -> None:
-        _version, self.shape, _dtype, _fortran_order, self.content = state
+        _version, self.shape, _dtype, columns_first, self.content = state
+        if columns_first:
+            raise ValueError("the array is stored column by column")
 
 
 class _Dtype:

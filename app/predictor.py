@@ -55,7 +55,7 @@ class Predictor:
         self, checkpoint: Checkpoint, device: torch.device, engine_name: str, threads: int, max_batch: int
     ) -> Generator[None, None, None]:
         self._usual_batch, self._max_batch = min(USUAL_BATCH, max_batch), max_batch
-        self._rounds = 2 if device.type == "cuda" else 1
+        self._records = device.type == "cuda"
         self._calibration = checkpoint.calibration
         folded = yield from aside(lambda: model.fold(checkpoint.network()))
         # The last layer is small; in bfloat16 its logits would be so coarse that two classes often shared the highest.
@@ -63,15 +63,16 @@ class Predictor:
         self.engine = yield from engine.choose(body, device, name=engine_name, threads=threads, batch=self._usual_batch)
 
     def warm_up(self) -> Iterator[None]:
-        """Run the sizes of a batch once, one a step, because the first run of a size also chooses its kernels; on an
-        NVIDIA GPU twice, because the second one records them.
+        """Run the sizes of a batch once, one a step, because the first run of a size also chooses its kernels.
 
         Up to the usual one all, about a quarter of a second altogether on a CPU; of the larger ones, which take longer,
-        those that `entries.Turns` doubles it to.
+        those that `entries.Turns` doubles it to. On an NVIDIA GPU, where all are filled up to these, these alone, and
+        twice, because the second run records them.
         """
         doubled = (2**power for power in range(self._max_batch.bit_length()))
-        for size in sorted({*range(1, self._usual_batch + 1), *doubled, self._max_batch}):
-            for _ in range(self._rounds):
+        usual = () if self._records else range(1, self._usual_batch + 1)
+        for size in sorted({*usual, *doubled, self._max_batch}):
+            for _ in range(2 if self._records else 1):
                 self.predict(torch.zeros(size, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8))
                 yield
 

@@ -174,7 +174,7 @@ class Settings:
     max_body_bytes: Annotated[int, Setting(whole(1, 1024 * MIB), "a larger request body is refused")] = 8 * MIB
     max_pixels: Annotated[
         int,
-        Setting(whole(1024, 1_000_000_000), "a picture with more is refused; decoding takes up to 12 bytes for each"),
+        Setting(whole(1024, 1_000_000_000), "a picture with more is refused; decoding takes up to 21 bytes for each"),
     ] = 50_000_000
     max_pictures: Annotated[
         int, Setting(whole(1, 1_000_000), "pictures in one request; a request with more is refused")

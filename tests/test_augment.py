@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from training.augment import Draws, augment, draw, epoch_generator, jpeg
+from training.augment import Draws, augment, draw, epoch_generator, jpeg, shrink
 from training.config import Recipe
 
 PLAIN = Recipe(network="net")
@@ -105,6 +105,16 @@ def test_jpeg_only_touches_the_chosen_images(photos_NCHW: Tensor) -> None:
     compressed = augment(photos_NCHW, torch.arange(8), draws, dataclasses.replace(PLAIN, jpeg=0.5))
     unchanged = (compressed == photos_NCHW).flatten(1).all(dim=1)
     assert unchanged.tolist() == [True, False] * 4
+
+
+def test_shrinking_averages_what_falls_together(photos_NCHW: Tensor) -> None:
+    small_NCHW = shrink(photos_NCHW, 8)
+    assert small_NCHW.shape == (8, 3, 8, 8)
+    # A triangle as wide as two pixels of the small picture, by its weights for a fourth of the side.
+    weight_8 = torch.tensor([1.0, 3, 5, 7, 7, 5, 3, 1]) / 32
+    row, column = slice(6, 14), slice(10, 18)
+    expected = (photos_NCHW[:, :, row, column].float() * weight_8[:, None] * weight_8).sum(dim=(2, 3))
+    assert small_NCHW[:, :, 2, 3] == pytest.approx(expected, abs=0.01)
 
 
 def test_flips_alternate_between_epochs() -> None:

@@ -29,6 +29,22 @@ def test_the_calibration_behind_the_labels_is_found(temperature: float, curvatur
         assert calibration_error(logits_NK.softmax(dim=1), labels_N) > 3 * after
 
 
+def test_few_images_that_are_all_right_make_nobody_certain() -> None:
+    logits_NK = torch.tensor([[1.5, 0.2, 0.0], [0.3, 1.2, 0.1], [0.0, 0.4, 1.4]]).repeat(8, 1)
+    found = fit_probabilities(logits_NK, logits_NK.argmax(dim=1))
+    surest = found.probabilities(logits_NK).max(dim=1).values
+    assert surest.mean() == pytest.approx(25 / 26, abs=0.01)
+    doubtful = found.probabilities(torch.tensor([[0.5, 0.3, 0.0]])).max()
+    assert doubtful < 0.8
+
+
+def test_images_that_tell_nothing_have_a_finite_temperature() -> None:
+    logits_NK = torch.randn(10, 10, generator=torch.Generator().manual_seed(0))
+    found = fit_probabilities(logits_NK, logits_NK.argmin(dim=1))
+    assert found.temperature <= math.exp(5)
+    assert found.probabilities(logits_NK).isfinite().all()
+
+
 def test_the_threshold_is_the_finite_sample_quantile() -> None:
     probabilities_N = torch.arange(1, 100) / 100  # of the true class, for 99 images
     probabilities_NK = torch.stack([probabilities_N, 1 - probabilities_N], dim=1).double()
@@ -37,6 +53,11 @@ def test_the_threshold_is_the_finite_sample_quantile() -> None:
     assert set_threshold(probabilities_NK[1:], labels_N[1:]) == pytest.approx(0.05)  # 98: the fourth of one fewer
     assert set_threshold(probabilities_NK[-18:], labels_N[-18:]) == 0  # 18 cannot promise 95 %: 19 can
     assert set_threshold(probabilities_NK[-19:], labels_N[-19:]) == pytest.approx(0.81)
+    # 99 pictures seen twice: five of them may be missed, and of the fifth both views, so that the ninth value counts.
+    both_NK, both_N = probabilities_NK.repeat(2, 1), labels_N.repeat(2)
+    assert set_threshold(both_NK, both_N, views=2) == pytest.approx(0.05)
+    both_NK[99:] += torch.tensor([0.005, -0.005], dtype=torch.float64)
+    assert set_threshold(both_NK, both_N, views=2) == pytest.approx(0.05)
 
 
 def test_sets_of_new_pictures_hold_the_true_class_as_often_as_promised() -> None:

@@ -191,6 +191,16 @@ def test_a_truncated_file_is_refused(tmp_path: Path, keep: int) -> None:
         load(file)
 
 
+@pytest.mark.parametrize("keep", range(0, 60, 3))
+def test_a_truncated_file_of_an_old_torch_is_refused(tmp_path: Path, keep: int) -> None:
+    """It is a sequence of pickles, which ends in the middle of anything."""
+    file = tmp_path / "weights.pth"
+    torch.save(example().state_dict, file, _use_new_zipfile_serialization=False)
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"no PyTorch file"):
+        load(file)
+
+
 REFUSED: dict[str, tuple[object, str]] = {
     "a tensor": (torch.zeros(3), "holds a Tensor where a dict belongs"),
     "a list": ([1, 2], "holds a list where a dict belongs"),
@@ -247,6 +257,10 @@ REFUSED: dict[str, tuple[object, str]] = {
     "no matrix": (evaluated(confusion_KK=3), "confusion_KK of the evaluation is a int"),
     "bins of two numbers": (evaluated(bins_B3=torch.zeros(3, 2).double()), "bins are not rows of three numbers"),
     "text for a figure": (evaluated(nll="low"), "nll of the evaluation is a str"),
+    "a figure that is none": (evaluated(nll=float("nan")), "a figure of the evaluation is not finite"),
+    "no class": (content(classes=[], architecture={"name": "net", "arguments": {"num_classes": 0}}), "names no class"),
+    "no provenance": (content(trained=None), "the field trained is no dict of plain values"),
+    "a tensor for provenance": (content(trained={"seed": torch.zeros(1)}), "trained is no dict of plain values"),
     "list for tensors": (content(state_dict=[1]), "has a field of a wrong kind"),
 }
 

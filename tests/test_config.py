@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 
-from training.config import RECIPES, Recipe, add_flags, override
+from training.config import RECIPES, Recipe, add_flags, descriptions, override
 
 
 def test_tutorial_recipe_is_the_tutorials_own() -> None:
@@ -27,6 +27,11 @@ def test_every_field_is_a_flag() -> None:
     assert recipe.epochs == RECIPES["default"].epochs
 
 
+def test_each_flag_says_what_it_is() -> None:
+    assert descriptions().keys() == {field.name for field in dataclasses.fields(Recipe)}
+    assert descriptions()["batch_size"] == "Images per step, over all processes together."
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -36,6 +41,7 @@ def test_every_field_is_a_flag() -> None:
         ({"shift": 17}, ["shift is 17", "0 to 16"]),
         ({"network": "resnet"}, ["'resnet'", "net, cifar_net"]),
         ({"optimizer": "muon", "muon_learning_rate": 0.0}, ["muon_learning_rate"]),
+        ({"network": "net", "low_resolution": 0.5}, ["low_resolution", "32x32"]),
     ],
 )
 def test_bad_values_are_refused_by_name(flags: dict[str, object], words: list[str]) -> None:

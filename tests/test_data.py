@@ -175,9 +175,14 @@ def test_a_pickle_cannot_change_what_it_looks_up(name: str) -> None:
         pickle.dumps({b"data": np.zeros((1, 3072), np.float32), b"labels": [1]}, protocol=2),
         pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": ["cat"]}, protocol=2),
         pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": [2**70]}, protocol=2),
+        pickle.dumps({b"data": np.zeros((2, 3072), np.uint8, order="F"), b"labels": [1, 2]}, protocol=2),
+        b"\x80\x04\x8e" + b"\xff" * 8,
         python_2_pickle(bytes(3072), [1])[:-100],
     ],
-    ids=["empty", "text", "list", "no data", "other number", "other type", "label text", "label huge", "cut short"],
+    ids=[
+        *("empty", "text", "list", "no data", "other number", "other type", "label text", "label huge", "by columns"),
+        *("a length that no file has", "cut short"),
+    ],
 )
 def test_a_file_that_is_no_batch_is_refused(tmp_path: Path, content: bytes) -> None:
     write_python(tmp_path)
@@ -243,6 +248,14 @@ def test_reads_class_folders_and_divides_each_class(tmp_path: Path) -> None:
             assert red == 40 * label  # the picture is still with its label
             seen.add((label, number))
     assert len(seen) == 37  # each picture is in one part, once
+
+
+def test_class_folders_may_hold_gifs_alone(tmp_path: Path) -> None:
+    for label in ("ant", "bee"):
+        (tmp_path / label).mkdir()
+        for number in range(5):
+            Image.new("RGB", (32, 32)).save(tmp_path / label / f"{number}.gif")
+    assert [len(part) for part in data.read(tmp_path)] == [8, 2]
 
 
 def test_class_folders_are_divided_alike_each_time_and_when_a_picture_is_added(tmp_path: Path) -> None:

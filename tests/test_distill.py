@@ -60,6 +60,13 @@ def test_without_a_teacher_the_loss_is_the_cross_entropy_to_what_is_mixed() -> N
     torch.testing.assert_close(loss(logits_NK, mixed_NK, None, Recipe()), 0.7 * costs[0] + 0.3 * costs[1])
 
 
+def test_a_smoothed_label_is_spread_over_all_classes() -> None:
+    logits_NK = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+    labels_NK = torch.eye(10)[:6]
+    expected = F.cross_entropy(logits_NK, 0.8 * labels_NK + 0.02, reduction="sum")
+    torch.testing.assert_close(loss(logits_NK, labels_NK, None, Recipe(label_smoothing=0.2)), expected)
+
+
 def test_distillation_is_least_where_the_network_is_as_sure_as_its_teacher() -> None:
     """The teacher's own logits answer its softened probabilities; half of them, or twice, do so worse."""
     recipe = Recipe(distillation=1.0)

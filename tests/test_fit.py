@@ -74,6 +74,29 @@ def test_the_default_network_learns_stripes(optimizer: str, learning_rate: float
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
+def test_pictures_are_small_in_the_first_epochs() -> None:
+    recipe = dataclasses.replace(DEBUG, network="cifar_net", epochs=5, low_resolution=0.6)
+    split = stripes(32)
+    network = model.build("cifar_net", num_classes=2)
+    initialize(network, recipe, split.pixels_NCHW)
+    sizes: list[tuple[int, ...]] = []
+    network.register_forward_pre_hook(lambda _module, inputs: sizes.append(tuple(inputs[0].shape[2:])))
+    fit(network, split, recipe, device=CPU)
+    assert sizes == [(20, 20)] * 4 + [(26, 26)] * 2 + [(32, 32)] * 4
+
+
+@pytest.mark.parametrize(
+    "recipe", [DEBUG, dataclasses.replace(RECIPES["fast"], batch_size=16, epochs=4)], ids=["net", "fast"]
+)
+@pytest.mark.parametrize("kept", [[0, 0, 0], [0, 1, None]], ids=["grey", "no blue"])
+def test_colours_that_no_picture_has_do_no_harm(recipe: Recipe, kept: list[int | None]) -> None:
+    split = stripes(64)
+    channels = [split.pixels_NCHW[:, index] if index is not None else torch.zeros(64, 32, 32) for index in kept]
+    split = dataclasses.replace(split, pixels_NCHW=torch.stack(channels, dim=1).to(torch.uint8))
+    _, rows = train(recipe, split)
+    assert rows[-1]["loss"] < rows[0]["loss"] < 10
+
+
 def test_same_seed_gives_the_same_weights_and_another_seed_others() -> None:
     split = stripes(40)
     first, _ = train(DEBUG, split)
@@ -125,6 +148,28 @@ def test_resuming_what_is_not_the_same_run_is_refused(tmp_path: Path, other: dic
     train(**run)
     with pytest.raises(TrainingError, match=sentence):
         train(**run | other, resume=True)
+
+
+def test_a_state_of_before_a_field_was_there_resumes(tmp_path: Path) -> None:
+    state_file, split = tmp_path / "state.pt", stripes(40)
+    train(DEBUG, split, state_file=state_file)
+    state = torch.load(state_file, weights_only=True)
+    del state["origin"]["low_resolution"]
+    torch.save(state, state_file)
+    _, rows = train(DEBUG, split, state_file=state_file, resume=True)
+    assert len(rows) == DEBUG.epochs
+    low = dataclasses.replace(DEBUG, network="cifar_net", low_resolution=0.5)
+    with pytest.raises(TrainingError, match="another value of: network, low_resolution"):
+        train(low, split, state_file=state_file, resume=True)
+
+
+@pytest.mark.parametrize("kept", [0, 1000, -100])
+def test_a_state_cut_short_is_a_sentence(tmp_path: Path, kept: int) -> None:
+    state_file, split = tmp_path / "state.pt", stripes(40)
+    train(DEBUG, split, state_file=state_file)
+    state_file.write_bytes(state_file.read_bytes()[:kept])
+    with pytest.raises(TrainingError, match=r"state\.pt is damaged or cut short"):
+        train(DEBUG, split, state_file=state_file, resume=True)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(tmp_path: Path) -> None:

@@ -96,6 +96,15 @@ def test_the_first_layer_whitens_the_patches() -> None:
     torch.testing.assert_close(answers_CP[12:], -answers_CP[:12])
 
 
+def test_components_that_no_picture_has_are_replaced() -> None:
+    grey_NCHW = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0)).expand(-1, 3, -1, -1) * 255
+    network = model.CifarNet()
+    network.set_whitening(grey_NCHW)
+    answers_CP = network.whiten(network.normalize(grey_NCHW)).detach().transpose(0, 1).flatten(1)
+    assert answers_CP.std(dim=1).min() > 0.5
+    assert len(network.whiten.weight.flatten(1).unique(dim=0)) == 2 * 4  # of a patch of 2x2 pixels, and their negatives
+
+
 def test_the_default_network_is_small() -> None:
     parameters = sum(parameter.numel() for parameter in model.build("cifar_net").parameters())
     assert parameters <= 2_500_000

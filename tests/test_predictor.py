@@ -107,3 +107,12 @@ def test_warming_up_takes_all_small_sizes_and_some_large_ones(
     for _ in predictor.warm_up():
         pass
     assert seen == sizes
+
+
+def test_on_a_gpu_the_sizes_that_are_recorded_are_run_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor, seen = Predictor(random_checkpoint(), CPU, threads=1, max_batch=20), []
+    monkeypatch.setattr(predictor, "_records", True)
+    monkeypatch.setattr(predictor, "predict", lambda pixels_NCHW: seen.append(len(pixels_NCHW)))
+    for _ in predictor.warm_up():
+        pass
+    assert seen == [1, 1, 2, 2, 4, 4, 8, 8, 16, 16, 20, 20]

@@ -184,6 +184,13 @@ def test_a_student_learns_from_a_teacher_and_names_it(
             ["--distillation", "0.5", "--teacher", "runs/plain/cifar_net.pth", "--validation", "0.1"],
             "cifar_net.pth has seen images that this run holds out, and would pass them on",
         ),
+        (
+            [
+                *("--network", "cifar_net", "--low-resolution", "0.5"),
+                *("--distillation", "0.5", "--teacher", "runs/plain/cifar_net.pth"),
+            ],
+            "A teacher of the network net takes pictures of 32x32 only",
+        ),
     ],
 )
 def test_a_teacher_that_does_not_fit_is_refused_before_the_training(
@@ -248,7 +255,7 @@ def test_interrupting_leaves_no_half_written_file(data_folder: Path) -> None:
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors.decode()
     assert b"Traceback" not in errors
-    assert b"--resume --name NAME" in errors
+    assert b"goes on from there with --resume and its --name" in errors
     left = {path.name for path in state_file.parent.iterdir() if "tfevents" not in path.name}
     assert left <= {"state.pt", "log.jsonl", "curves.png"}
     assert len(torch.load(state_file, weights_only=True)["rows"]) >= 1

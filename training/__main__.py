@@ -161,6 +161,8 @@ def _teachers(files: list[Path], recipe: Recipe) -> list[Checkpoint]:
     if files and not recipe.distillation:
         raise ValueError("The recipe has distillation 0; leave out --teacher, or give it a share, --distillation 0.7.")
     teachers = [load(file) for file in files]
+    if recipe.low_resolution and any(teacher.architecture == "net" for teacher in teachers):
+        raise ValueError("A teacher of the network net takes pictures of 32x32 only; low_resolution has to be 0.")
     for file, teacher in zip(files, teachers, strict=True):
         if teacher.trained.get("validation", 0.0) < recipe.validation:
             raise ValueError(
@@ -391,7 +393,9 @@ def parser() -> argparse.ArgumentParser:
     )
 
     train = commands.add_parser("train", parents=[where, compute, taught], help="train a network", allow_abbrev=False)
-    train.add_argument("--recipe", choices=RECIPES, default="default")
+    train.add_argument(
+        "--recipe", choices=RECIPES, default="default", help="the choices to begin with, from training/config.py"
+    )
     train.add_argument("--name", help="of the folder under runs/; recipe and time by default")
     train.add_argument("--resume", action="store_true", help="continue the run of this name where it stopped")
     train.add_argument("--out", type=Path, help="write the weights here as well, e.g. weights/cifar_net.pth")
@@ -402,7 +406,12 @@ def parser() -> argparse.ArgumentParser:
         help="weights of a run with --validation, whose calibration this run on all images takes over; read at the end",
     )
     train.add_argument("--threads", type=_positive, help="CPU threads; torch's choice by default")
-    add_flags(train.add_argument_group("fields of the recipe", "each overrides the recipe's own value"))
+    add_flags(
+        train.add_argument_group(
+            "fields of the recipe",
+            "each overrides what the recipe has",
+        )
+    )
     train.set_defaults(command=train_command)
 
     measure = commands.add_parser("evaluate", parents=[where, compute, held], help="measure some weights")
@@ -481,7 +490,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(
-            "Interrupted; what was finished is kept, and train --resume --name NAME continues from there.",
+            "Interrupted; what was finished is kept. A training goes on from there with --resume and its --name.",
             file=sys.stderr,
         )
         return 130

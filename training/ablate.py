@@ -73,7 +73,7 @@ def ablate(
     compressed = dataclasses.replace(held_out, pixels_NCHW=jpeg(JPEG_QUALITY, held_out.pixels_NCHW))
     common = _digest(recipe, images, teachers)
     rows = read_rows(file)
-    if any(row["common"] != common for row in rows):
+    if any(row.get("common") != common for row in rows):
         raise ValueError(
             f"{file} has runs of another recipe, on other images or with other teachers; name another file with --out, "
             "or remove this one."
@@ -118,6 +118,7 @@ def _accuracy(network: nn.Module, split: Split, device: torch.device) -> float:
 
 def _digest(recipe: Recipe, images: Split, teachers: Sequence[Checkpoint]) -> str:
     """Of all that the rows of one file have in common."""
-    fields = {name: value for name, value in vars(recipe).items() if name not in ("seed", "epochs", "validation")}
+    own = {name: value for name, value in vars(recipe).items() if value != getattr(Recipe(), name)}
+    fields = {name: value for name, value in own.items() if name not in ("seed", "epochs", "validation")}
     common = [fields, images.digest, [teacher.sha256 for teacher in teachers]]
     return hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()[:12]

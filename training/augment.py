@@ -95,6 +95,11 @@ def augment(images_NCHW: Tensor, index_N: Tensor, draws: Draws, recipe: Recipe) 
     return pixels_NCHW
 
 
+def shrink(pixels_NCHW: Tensor, size: int) -> Tensor:
+    """The same pictures with sides of `size`, in float."""
+    return F.interpolate(pixels_NCHW.float(), size=(size, size), mode="bilinear", antialias=True)
+
+
 def shift_and_flip(images_NCHW: Tensor, index_N: Tensor, shift_N2: Tensor, flip_N: Tensor) -> Tensor:
     """Batch selection, shift with reflected border and mirroring: whole rows are picked first, then columns.
 

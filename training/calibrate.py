@@ -20,6 +20,7 @@ from training.robustness import jpeg
 
 JPEG_QUALITY = 75
 """What most programs save with when nobody chooses."""
+LOG_TEMPERATURES = (-5.0, 5.0)
 QUANTILES = 1001
 """In steps of a thousandth."""
 
@@ -67,20 +68,26 @@ def calibrate(checkpoint: Checkpoint, held_out: Split, device: torch.device | st
 def fit_probabilities(logits_NK: Tensor, labels_N: Tensor) -> Calibration:
     """The temperature and the curvature that minimise the negative log likelihood.
 
-    Neither can be negative, so that the order of the classes stays.
+    Neither can be negative, so that the order of the classes stays. The true class of each of N images counts for
+    (N + 1) / (N + 2), the rest for the others: that all of a few images are right is no reason to be certain (Platt,
+    1999, section 2.2).
     """
     logits_NK = logits_NK.double()
+    count, num_classes = logits_NK.shape
+    smoothing = num_classes / max(1, num_classes - 1) / (count + 2)
     parameters = torch.tensor([0.0, 0.1], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([parameters], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> float:
         optimizer.zero_grad()
-        loss = F.cross_entropy(adjust(logits_NK, parameters[0].exp(), parameters[1].square()), labels_N)
+        temperature, curvature = parameters[0].clamp(*LOG_TEMPERATURES).exp(), parameters[1].square()
+        adjusted_NK = adjust(logits_NK, temperature, curvature)
+        loss = F.cross_entropy(adjusted_NK, labels_N, label_smoothing=smoothing)
         loss.backward()
         return loss.item()
 
     optimizer.step(closure)
-    logarithm, root = parameters.tolist()
+    logarithm, root = parameters[0].clamp(*LOG_TEMPERATURES).item(), parameters[1].item()
     return Calibration(temperature=math.exp(logarithm), curvature=root**2)
 
 
@@ -93,8 +100,10 @@ def set_threshold(probabilities_NK: Tensor, labels_N: Tensor, coverage: float = 
     With too few images for any promise it is 0: all classes.
 
     Args:
-        views: How often each picture is among them; more views of the same ones are no more evidence.
+        views: How often each picture is among them; more views of the same ones are no more evidence, and of those of
+            the picture at that rank the least counts.
     """
     true_N = probabilities_NK.gather(1, labels_N[:, None])[:, 0].sort().values
-    rank = views * math.floor((len(true_N) // views + 1) * (1 - coverage) + 1e-9)
+    pictures = math.floor((len(true_N) // views + 1) * (1 - coverage) + 1e-9)
+    rank = views * (pictures - 1) + 1 if pictures else 0
     return true_N[rank - 1].item() if rank else 0.0

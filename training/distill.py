@@ -76,7 +76,8 @@ def loss(logits_NK: Tensor, labels_NK: Tensor, answers_NK: Tensor | None, recipe
         answers_NK: Of teachers, if and only if the recipe has distillation.
     """
     assert (answers_NK is not None) == (recipe.distillation > 0)
-    total = (1 - recipe.distillation) * F.cross_entropy(logits_NK, labels_NK, reduction="sum")
+    from_labels = F.cross_entropy(logits_NK, labels_NK, reduction="sum", label_smoothing=recipe.label_smoothing)
+    total = (1 - recipe.distillation) * from_labels
     if answers_NK is not None:
         softened = F.cross_entropy(logits_NK / TEMPERATURE, answers_NK, reduction="sum")
         # The square makes up for the smaller gradients of what is softened (section 2 of the paper).

@@ -5,6 +5,7 @@ Shape letters: N images, C = 3, H = W = 32, K classes.
 
 import ctypes
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,9 +22,9 @@ from torch.optim import SGD, Optimizer
 from app.checkpoint import save_tensors
 from app.data import Split
 from app.device import choose_dtype
-from app.model import CifarNet, Normalized
+from app.model import IMAGE_SIZE, CifarNet, Normalized
 from app.recorded import Recorded, Step
-from training.augment import Draws, augment, draw, epoch_generator
+from training.augment import Draws, augment, draw, epoch_generator, shrink
 from training.config import Recipe
 from training.distill import Teachers, loss
 from training.meter import Meter, TrainingError
@@ -33,6 +34,7 @@ CHANNELS = 3
 WHITENING_IMAGES = 5000
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 KEPT_BYTES = 2**31 - 1
+LOW_RESOLUTIONS = (20, 26)
 AHEAD = {"cuda": 10_000}
 """So many images are augmented together on a device, in whole batches: a GPU needs that many to be busy. On a CPU, one
 batch: more of them would not stay in its caches."""
@@ -80,7 +82,7 @@ def initialize(network: Normalized, recipe: Recipe, pixels_NCHW: Tensor) -> None
     if recipe.normalization == "data":
         std, mean = torch.std_mean(pixels_NCHW.double() / 255, dim=(0, 2, 3))
         network.mean.copy_(mean)
-        network.std.copy_(std)
+        network.std.copy_(std.clamp_min(1 / 255))  # of a channel without content it is 0
     if isinstance(network, CifarNet):
         network.set_whitening(pixels_NCHW[:WHITENING_IMAGES])
 
@@ -123,6 +125,14 @@ def learning_rate_factor(step: int, total: int, recipe: Recipe) -> float:
     if step < rise:
         return (step + 1) / (rise + 1)
     return (total - step) / (total - rise) if recipe.decay else 1.0
+
+
+def resolution(epoch: int, recipe: Recipe) -> int:
+    """The sides of the pictures in that epoch: each low resolution has an equal part of the recipe's share."""
+    for number, size in enumerate(LOW_RESOLUTIONS, start=1):
+        if epoch < number / len(LOW_RESOLUTIONS) * recipe.low_resolution * recipe.epochs:
+            return size
+    return IMAGE_SIZE
 
 
 def fit(
@@ -203,7 +213,10 @@ def fit(
         # Parts of equal size: every image is used in every epoch, and no last batch is too small for a batch norm.
         batches = order_N.tensor_split(steps)
         mine = [batch_N[workers.rank :: workers.count] for batch_N in batches]
+        size = resolution(epoch, recipe)
         for step, (pixels_NCHW, targets_NK) in enumerate(_augmented(images_NCHW, labels_NK, mine, draws, recipe)):
+            if size < IMAGE_SIZE:
+                pixels_NCHW = shrink(pixels_NCHW, size)
             factor = learning_rate_factor(epoch * steps + step, recipe.epochs * steps, recipe)
             set_learning_rates(optimizers, factor, device)
             # The gradients of the processes are averaged: this makes that the mean over the whole batch.
@@ -249,8 +262,11 @@ def _save_state(
 
 
 def _load_state(file: Path, origin: dict[str, Any], network: nn.Module, optimizers: list[Optimizer]) -> list[Row]:
-    state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    before = state.get("origin", {})
+    try:
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError):
+        raise TrainingError(f"{file} is damaged or cut short; start a new run under another --name.") from None
+    before = vars(Recipe()) | state.get("origin", {})  # which may be of before a field was there
     if changed := [name for name, value in origin.items() if before.get(name) != value]:
         raise TrainingError(
             f"The run to resume was started with another value of: {', '.join(changed)}. "
