@@ -51,12 +51,16 @@ class Server(uvicorn.Server):
         except StartError as error:  # from the application's lifespan it would come out as a traceback
             print(error, file=sys.stderr)
             self.should_exit = True
-        if not self.should_exit:  # nor has a signal come meanwhile
-            try:
-                await super().startup(sockets)
-            except OSError as error:  # bound it is; another program has begun to listen there since
-                print(f"The service cannot listen: {error.strerror}. Choose another port with --port.", file=sys.stderr)
-                self.should_exit = True
+        if self.should_exit:  # or a signal has come meanwhile
+            return
+        try:
+            for listener in sockets or ():
+                listener.listen(self.config.backlog)  # here, because uvloop does not say when it cannot
+        except OSError as error:  # bound it is; another program has begun to listen there since
+            print(f"The service cannot listen: {error.strerror}. Choose another port with --port.", file=sys.stderr)
+            self.should_exit = True
+            return
+        await super().startup(sockets)
         if not self.started:
             return
         if hasattr(signal, "SIGHUP"):

@@ -249,6 +249,30 @@ def test_a_port_that_is_taken(weights: Path) -> None:
     assert sentence.startswith(f"The service cannot listen on 127.0.0.1, port {port}: Address already in use.")
 
 
+TAKEN_MEANWHILE = """
+import socket, sys
+from pathlib import Path
+from app.server import serve
+from app.settings import Settings
+ours, other = socket.socket(), socket.socket()
+for each in (ours, other):
+    each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+ours.bind(("127.0.0.1", 0))
+other.bind(ours.getsockname())
+other.listen()
+sys.exit(serve(Settings(weights=Path(sys.argv[1]), device="cpu", engine="torch", threads=1), ours))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere two sockets cannot be bound to one address like this")
+def test_a_port_that_another_program_takes_during_the_start(weights: Path) -> None:
+    program = [sys.executable, "-c", TAKEN_MEANWHILE, str(weights)]
+    ran = subprocess.run(program, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=SECONDS)
+    assert ran.returncode == 1
+    assert "The service cannot listen: Address already in use. Choose another port with --port." in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
 def test_help_needs_no_weights() -> None:
     ran = subprocess.run(
         [sys.executable, "-m", "app", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, check=True

@@ -22,7 +22,7 @@ from app.service import Service
 router = APIRouter(tags=["prediction"])
 
 RESIZE = (
-    "What to do with a picture that is not 32x32: `crop` takes the centre square, `stretch` bends the proportions, "
+    "What to do with a picture that is not 32x32: `crop` takes the centre square, `stretch` ignores the proportions, "
     "`pad` adds white margins. Without it another size is refused."
 )
 TOP_K = "Answer only so many probabilities, highest first."
