@@ -21,6 +21,8 @@ import torch
 from conftest import random_checkpoint
 
 from app import checkpoint, self_test
+from app.batching import BROKEN_BATCHES
+from app.server import BROKEN
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 60
@@ -247,6 +249,25 @@ def test_a_port_that_is_taken(weights: Path) -> None:
         port = taken.getsockname()[1]
         sentence = refusal("--port", str(port), "--weights", str(weights))
     assert sentence.startswith(f"The service cannot listen on 127.0.0.1, port {port}: Address already in use.")
+
+
+BROKEN_ENGINE = """
+import os, sys
+from app.predictor import Predictor
+def fail(*_):
+    raise RuntimeError("the device is gone")
+Predictor.estimate_each = fail
+from app.__main__ import main
+sys.exit(main(sys.argv[1:], os.environ))
+"""
+
+
+def test_a_process_whose_engine_has_failed_for_good_ends(weights: Path, png: bytes) -> None:
+    with serving("--weights", str(weights), program=["-c", BROKEN_ENGINE]) as (process, url, _):
+        assert [get(f"{url}/predict", png)[0] for _ in range(BROKEN_BATCHES)] == [500] * BROKEN_BATCHES
+        _, err = process.communicate(timeout=SECONDS)
+        assert process.returncode == BROKEN
+        assert "No batch can be run any more." in err
 
 
 TAKEN_MEANWHILE = """
