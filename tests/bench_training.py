@@ -28,11 +28,11 @@ from app.checkpoint import Checkpoint
 from app.data import Split
 from app.device import choose_device, choose_dtype, describe
 from app.model import CifarNet, Group
-from training.config import RECIPES
+from training.config import RECIPES, Recipe
 from training.data import hold_out, locate
 from training.distill import Teachers
 from training.evaluate import forward
-from training.fit import fit, initialize, keep_memory
+from training.fit import Row, fit, initialize, keep_memory, set_learning_rates
 from training.muon import Muon
 
 REPETITIONS = 3
@@ -82,16 +82,13 @@ class AirbenchTrainer:
         decay = 2e-6 * batch_size
         head_rate = 0.67 / self.network.head.in_features**2  # there the head's answers are divided by its inputs
         groups = [
-            {"params": biases, "lr": 0.053, "weight_decay": decay / 0.053},
-            {"params": [self.network.head.weight], "lr": head_rate, "weight_decay": decay / head_rate},
+            {"params": biases, "peak": 0.053, "weight_decay": decay / 0.053},
+            {"params": [self.network.head.weight], "peak": head_rate, "weight_decay": decay / head_rate},
         ]
-        sgd = torch.optim.SGD(groups, momentum=0.85, nesterov=True, fused=device.type in ("cpu", "cuda"))
-        muon = Muon(filters, 0.24)
+        sgd = torch.optim.SGD(groups, lr=0.0, momentum=0.85, nesterov=True, fused=device.type in ("cpu", "cuda"))
+        muon = Muon([{"params": filters, "peak": 0.24}])
         muon.newton_schulz_steps = 3
         self.optimizers: list[torch.optim.Optimizer] = [sgd, muon]
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["peak"] = group["lr"]
 
     def epoch(self) -> float:
         """Train on every image once: images per second."""
@@ -105,9 +102,7 @@ class AirbenchTrainer:
         batches = torch.randperm(count, device=self.device).split(self.batch_size)
         for step, batch_N in enumerate(batches):
             progress = (self.epochs_done + step / len(batches)) / self.epochs
-            for optimizer in self.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * (1 - progress)
+            set_learning_rates(self.optimizers, 1 - progress, self.device)
             batch_NCHW = images_NCHW[batch_N].contiguous(memory_format=torch.channels_last)
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 logits_NK = self.network(batch_NCHW)
@@ -137,9 +132,16 @@ def ours(images: Split, device: torch.device, teachers: Teachers | None = None) 
     recipe = replace(RECIPES["default"], epochs=1)
     if teachers is None:
         recipe = replace(recipe, distillation=0.0)
+    return train(images, recipe, device, teachers)[1][0]["images_per_second"]
+
+
+def train(
+    images: Split, recipe: Recipe, device: torch.device, teachers: Teachers | None = None
+) -> tuple[nn.Module, list[Row]]:
+    """A new network, and the figures of its epochs."""
     network = model.build(recipe.network)
     initialize(network, recipe, images.pixels_NCHW)
-    return fit(network, images, recipe, device=device, teachers=teachers)[0]["images_per_second"]
+    return network, fit(network, images, recipe, device=device, teachers=teachers)
 
 
 def two_teachers(classes: tuple[str, ...]) -> Teachers:
@@ -189,11 +191,7 @@ def train_airbench(images: Split, seed: int, device: torch.device) -> nn.Module:
 
 def train_ours(images: Split, seed: int, device: torch.device) -> nn.Module:
     torch.manual_seed(seed)
-    recipe = replace(RECIPES["fast"], seed=seed)
-    network = model.build(recipe.network)
-    initialize(network, recipe, images.pixels_NCHW)
-    fit(network, images, recipe, device=device)
-    return network
+    return train(images, replace(RECIPES["fast"], seed=seed), device)[0]
 
 
 def main() -> None:
@@ -204,9 +202,9 @@ def main() -> None:
     print("| | seed | seconds | one view | six views |\n| --- | --- | --- | --- | --- |")
     keep_memory()
     for seed in SEEDS:
-        for name, train in (("airbench94", train_airbench), ("recipe `fast`", train_ours)):
+        for name, trained in (("airbench94", train_airbench), ("recipe `fast`", train_ours)):
             start = time.perf_counter()
-            network = train(images, seed, device).eval()
+            network = trained(images, seed, device).eval()
             seconds = time.perf_counter() - start
             logits = forward(network, held_out.pixels_NCHW), six_views(network, held_out.pixels_NCHW)
             one, six = ((logits_NK.argmax(1) == held_out.labels_N).double().mean().item() for logits_NK in logits)
