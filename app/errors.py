@@ -96,7 +96,7 @@ class NotFound(RequestError):
 
 
 class TooSlow(RequestError):
-    """The body has not come within the deadline."""
+    """The head or the body has not come in time."""
 
     status = 408
     reason = "too_slow"
@@ -135,6 +135,13 @@ class Overloaded(RequestError):
 
     status = 429
     reason = "overloaded"
+
+
+class HeadTooLarge(RequestError):
+    """The headers have too many bytes."""
+
+    status = 431
+    reason = "head_too_large"
 
 
 class NotOffered(RequestError):

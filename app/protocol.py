@@ -16,6 +16,7 @@ from typing import Any, cast
 from httptools import HttpParserUpgrade
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from app.errors import BadRequest, HeadTooLarge, RequestError, TooSlow
 from app.exchange import LIGHT_BYTES, RawReply
 
 MAX_HEAD_BYTES = 64 * 1024
@@ -113,7 +114,7 @@ class Steadfast:
 
 
 class Protocol(HttpToolsProtocol):
-    """Of an application with a method `refuse`, for connections that share a turnstile."""
+    """Of an application with the methods `refuse` and `reject`, for connections that share a turnstile."""
 
     _held = b""
     _refusal: Callable[[], RawReply] | None = None
@@ -148,7 +149,7 @@ class Protocol(HttpToolsProtocol):
 
     def _take(self, data: bytes) -> None:
         if self._undigested_bytes > MAX_HEAD_BYTES:
-            self.send_400_response("The head of the request is too long; send fewer or shorter headers.")
+            self._reject(HeadTooLarge("The head of the request is too long; send fewer or shorter headers."))
             return
         self._undigested_bytes += len(data)
         # uvicorn stops the clock at the first byte of a head. Here it runs on until the head is whole.
@@ -171,7 +172,7 @@ class Protocol(HttpToolsProtocol):
             self._start_clock()
         elif self._undigested_bytes and not self.transport.is_closing():
             seconds = f"{self.timeout_keep_alive:g} seconds"
-            self.send_400_response(f"The head of the request was not whole after {seconds}; send it faster.")
+            self._reject(TooSlow(f"The head of the request was not whole after {seconds}; send it faster."))
         else:
             super().timeout_keep_alive_handler()
 
@@ -213,14 +214,25 @@ class Protocol(HttpToolsProtocol):
         if self._refusal is None:
             super().on_message_complete()
             return
-        (status, headers, body), self._refusal = self._refusal(), None
-        headers = [*self.server_state.default_headers, *headers]
+        reply, self._refusal = self._refusal(), None
         modern = self.parser.get_http_version() != "1.0"  # whose clients wait for the end of the connection
-        keep_alive = modern and self.parser.should_keep_alive() and (b"connection", b"close") not in headers
+        self._write(reply, keep_alive=modern and self.parser.should_keep_alive())
+        self.on_response_complete()
+
+    def send_400_response(self, _msg: str) -> None:
+        """What uvicorn calls when bytes are no HTTP. It would say so in a text."""
+        self._reject(BadRequest("The bytes are no HTTP request. Send one of HTTP/1.1, and to this port without TLS."))
+
+    def _reject(self, error: RequestError) -> None:
+        self._write(cast(Any, self.config.app).reject(error), keep_alive=False)
+
+    def _write(self, reply: RawReply, *, keep_alive: bool) -> None:
+        status, headers, body = reply
+        headers = [*self.server_state.default_headers, *headers]
+        keep_alive = keep_alive and (b"connection", b"close") not in headers
         if not keep_alive:
             headers.append((b"connection", b"close"))
         head = b"".join(b"%b: %b\r\n" % header for header in headers)
         self.transport.write(b"%b%b\r\n%b" % (STATUS_LINE[status], head, body))
         if not keep_alive:
             self.transport.close()
-        self.on_response_complete()

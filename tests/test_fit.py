@@ -13,7 +13,7 @@ from conftest import random_checkpoint
 from torch import Tensor, nn
 
 from app import model
-from app.checkpoint import CIFAR10_CLASSES
+from app.checkpoint import CIFAR10_CLASSES, Checkpoint
 from app.data import Split
 from training.config import RECIPES, Recipe
 from training.distill import Teachers
@@ -74,15 +74,18 @@ def test_the_default_network_learns_stripes(optimizer: str, learning_rate: float
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
-def test_pictures_are_small_in_the_first_epochs() -> None:
-    recipe = dataclasses.replace(DEBUG, network="cifar_net", epochs=5, low_resolution=0.6)
+def test_pictures_are_small_in_the_first_epochs_but_not_those_that_a_teacher_is_asked_about() -> None:
+    recipe = dataclasses.replace(DEBUG, network="cifar_net", epochs=5, low_resolution=0.6, distillation=0.5)
     split = stripes(32)
-    network = model.build("cifar_net", num_classes=2)
+    network, teacher = (model.build(name, num_classes=2) for name in ("cifar_net", "net"))
+    known: dict[str, Any] = {"architecture": "net", "arguments": {"num_classes": 2}, "classes": split.classes}
+    teachers = Teachers([Checkpoint(state_dict=teacher.state_dict(), **known)], split.classes)
     initialize(network, recipe, split.pixels_NCHW)
-    sizes: list[tuple[int, ...]] = []
-    network.register_forward_pre_hook(lambda _module, inputs: sizes.append(tuple(inputs[0].shape[2:])))
-    fit(network, split, recipe, device=CPU)
-    assert sizes == [(20, 20)] * 4 + [(26, 26)] * 2 + [(32, 32)] * 4
+    sizes: dict[str, list[int]] = {"network": [], "teachers": []}
+    network.register_forward_pre_hook(lambda _, inputs: sizes["network"].append(inputs[0].shape[-1]))
+    teachers.register_forward_pre_hook(lambda _, inputs: sizes["teachers"].append(inputs[0].shape[-1]))
+    fit(network, split, recipe, device=CPU, teachers=teachers)
+    assert sizes == {"network": [20] * 4 + [26] * 2 + [32] * 4, "teachers": [32] * 10}
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -96,6 +97,25 @@ def test_a_single_picture_overtakes_the_many_of_another_request(slow_weights: Pa
         assert post(url, "/predict", png).status == 200
         assert pictures_run(url) < 1024
         assert many.result().status == 200
+
+
+def test_bytes_that_are_no_request_are_told_so_in_the_shape_of_every_error(weights: Path) -> None:
+    with serving("--weights", str(weights)) as (_, url, _):
+        address = urlsplit(url)
+        hello_of_tls = b"\x16\x03\x01\x00\x05hello"
+        with socket.create_connection((address.hostname, address.port), SECONDS) as client:
+            client.sendall(hello_of_tls)
+            response = http.client.HTTPResponse(client)
+            response.begin()
+            body = json.loads(response.read())
+            assert client.recv(1) == b""
+        assert (response.status, response.headers["content-type"]) == (400, "application/json")
+        assert body["error"].startswith("The bytes are no HTTP request.")
+        assert body["request_id"] == response.headers["x-request-id"]
+        with urllib.request.urlopen(f"{url}/metrics", timeout=SECONDS) as metrics:
+            lines = metrics.read().decode().splitlines()
+        assert 'cifar_requests_total{method="OTHER",route="unmatched",status="400"} 1.0' in lines
+        assert 'cifar_refusals_total{reason="bad_request"} 1.0' in lines
 
 
 def test_too_much_is_refused_and_the_rest_is_answered(slow_weights: Path, png: bytes) -> None:

@@ -6,6 +6,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from app.images import Resize
+from app.open_inference.schemas import InferenceResponse
 from app.routes.predict import RAW
 from app.schemas import ErrorBody
 
@@ -59,6 +60,27 @@ def test_every_refusal_has_the_one_body_and_says_when(openapi: dict[str, Any]) -
                     schema = answer["content"]["application/json"]["schema"]
                     assert schema == {"$ref": f"#/components/schemas/{ErrorBody.__name__}"}
                     assert answer["description"].endswith(".")
+
+
+def test_every_answer_in_json_has_a_schema(openapi: dict[str, Any]) -> None:
+    for path, operations in openapi["paths"].items():
+        for operation in operations.values():
+            schema = operation["responses"]["200"]["content"].get("application/json", {}).get("schema")
+            assert schema is None or "$ref" in schema or "$ref" in schema["items"], path
+
+
+def test_the_schemas_of_the_inference_protocol_leave_nothing_out(client: TestClient, png: bytes) -> None:
+    octets = {"content-type": "application/octet-stream"}
+    inference = {"Inference-Header-Content-Length": "0", "Accept": "application/json", **octets}
+    answer = client.post("/v2/models/cifar/infer", content=png, headers=inference).json()
+    assert InferenceResponse.model_validate(answer).model_dump(exclude_unset=True) == answer
+    for described, bare in [
+        ("/v2/models/cifar", "/v2/models/cifar/versions/1"),
+        ("/v2/models/cifar/config", "/v2/models/cifar/versions/1/config"),
+        ("/v2/models/cifar/ready", "/v2/models/cifar/versions/1/ready"),
+        ("/v2/models/stats", "/v2/models/cifar/stats"),
+    ]:
+        assert client.get(described).json() == client.get(bare).json()
 
 
 def test_every_field_and_parameter_is_described(openapi: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
+from app.errors import RequestError
 from app.exchange import LIGHT_BYTES, RawReply
 from app.protocol import MAX_HEAD_BYTES, Protocol, Turnstile
 
@@ -35,6 +36,10 @@ class Application:
         body = b"no, " + dict(headers).get(b"x-request-id", b"")
         answer = 429, [(b"content-length", b"%d" % len(body)), (b"retry-after", b"1")], body
         return (lambda: answer) if self.full else None
+
+    def reject(self, error: RequestError) -> RawReply:
+        body = str(error).encode()
+        return error.status, [(b"content-length", b"%d" % len(body))], body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.called += 1
@@ -139,8 +144,10 @@ async def test_a_head_without_end_is_refused() -> None:
         for number in range(MAX_HEAD_BYTES // 1024 + 1):
             await asyncio.sleep(0.001)  # so that each comes in a piece of its own
             writer.write(b"x-%d: %b\r\n" % (number, b"x" * 1024))
-        head, _, body = (await asyncio.wait_for(reader.read(), SECONDS)).partition(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 400 ")
+        status, head, body = await answer(reader)
+        assert await asyncio.wait_for(reader.read(), SECONDS) == b""
+    assert status == 431
+    assert b"connection: close" in head
     assert body == b"The head of the request is too long; send fewer or shorter headers."
     assert application.called == 0
 
@@ -158,6 +165,7 @@ async def test_a_head_that_comes_a_byte_at_a_time_is_not_waited_for(before: byte
             while not ended.done():
                 writer.write(b"y")
                 await asyncio.sleep(0.01)
+        assert ended.result().startswith(b"HTTP/1.1 408 ")
         assert ended.result().endswith(b"The head of the request was not whole after 0.2 seconds; send it faster.")
     assert application.called == bool(before)
 

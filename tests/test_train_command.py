@@ -184,13 +184,6 @@ def test_a_student_learns_from_a_teacher_and_names_it(
             ["--distillation", "0.5", "--teacher", "runs/plain/cifar_net.pth", "--validation", "0.1"],
             "cifar_net.pth has seen images that this run holds out, and would pass them on",
         ),
-        (
-            [
-                *("--network", "cifar_net", "--low-resolution", "0.5"),
-                *("--distillation", "0.5", "--teacher", "runs/plain/cifar_net.pth"),
-            ],
-            "A teacher of the network net takes pictures of 32x32 only",
-        ),
     ],
 )
 def test_a_teacher_that_does_not_fit_is_refused_before_the_training(

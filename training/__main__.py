@@ -161,8 +161,6 @@ def _teachers(files: list[Path], recipe: Recipe) -> list[Checkpoint]:
     if files and not recipe.distillation:
         raise ValueError("The recipe has distillation 0; leave out --teacher, or give it a share, --distillation 0.7.")
     teachers = [load(file) for file in files]
-    if recipe.low_resolution and any(teacher.architecture == "net" for teacher in teachers):
-        raise ValueError("A teacher of the network net takes pictures of 32x32 only; low_resolution has to be 0.")
     for file, teacher in zip(files, teachers, strict=True):
         if teacher.trained.get("validation", 0.0) < recipe.validation:
             raise ValueError(

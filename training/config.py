@@ -60,8 +60,8 @@ class Recipe:
     jpeg: float = 0.0
     """Share of the images that go through a JPEG compression of random quality: people post JPEGs."""
     low_resolution: float = 0.0
-    """Share of the epochs, at the beginning, in which pictures are shrunk, to 20x20 and then to 26x26: these take two
-    fifths and two thirds of the time (progressive learning; Tan & Le 2021, arXiv:2104.00298)."""
+    """Share of the epochs, at the beginning, in which the network sees pictures shrunk to 20x20 and then to 26x26,
+    which takes it two fifths and two thirds of the time (progressive learning; Tan & Le 2021, arXiv:2104.00298)."""
     precision: Literal["auto", "float32"] = "auto"
     """auto: bfloat16 autocast and channels_last where the hardware has the instructions."""
     report_every: int = 0

@@ -171,10 +171,10 @@ def fit(
         torch.cuda.set_device(device)  # recorded steps and exchanged gradients are of the current one
     dtype = choose_dtype(device) if recipe.precision == "auto" else torch.float32
     exact = dtype == torch.float32
+    memory_format = torch.contiguous_format if exact else torch.channels_last
     for module in (network, teachers) if teachers else (network,):
         module.to(device)
-        if not exact:
-            module.to(memory_format=torch.channels_last)
+        module.to(memory_format=memory_format)
     torch.backends.cudnn.benchmark = True  # steps are alike, so that trying NVIDIA's algorithms once pays
     model: nn.Module = DistributedDataParallel(network) if workers.count > 1 else network
     optimizers = optimizers_for(network, recipe)
@@ -186,13 +186,14 @@ def fit(
         if workers.is_first and on_epoch is not None:  # in case it stopped between state and log
             on_epoch(rows)
 
-    def learn(pixels_NCHW: Tensor, labels_NK: Tensor, scale: Tensor) -> Tensor:
-        """The loss of a batch, summed over its images, after having learned from `scale` times that."""
-        if not exact:
-            pixels_NCHW = pixels_NCHW.contiguous(memory_format=torch.channels_last)
+    def learn(shown_NCHW: Tensor, pixels_NCHW: Tensor, labels_NK: Tensor, scale: Tensor) -> Tensor:
+        """The loss of a batch, summed over its images, after having learned from `scale` times that.
+
+        What the network is shown may be smaller than the pixels, which teachers are asked about.
+        """
         with torch.autocast(device.type, dtype, enabled=not exact):
-            logits_NK = model(pixels_NCHW)
-            answers_NK = teachers(pixels_NCHW) if teachers else None
+            logits_NK = model(shown_NCHW.contiguous(memory_format=memory_format))
+            answers_NK = teachers(pixels_NCHW.contiguous(memory_format=memory_format)) if teachers else None
         loss_sum = loss(logits_NK.float(), labels_NK, answers_NK, recipe)
         (scale * loss_sum).backward()
         for optimizer in optimizers:
@@ -215,13 +216,13 @@ def fit(
         mine = [batch_N[workers.rank :: workers.count] for batch_N in batches]
         size = resolution(epoch, recipe)
         for step, (pixels_NCHW, targets_NK) in enumerate(_augmented(images_NCHW, labels_NK, mine, draws, recipe)):
-            if size < IMAGE_SIZE:
-                pixels_NCHW = shrink(pixels_NCHW, size)
+            shown_NCHW = pixels_NCHW if size == IMAGE_SIZE else shrink(pixels_NCHW, size)
             factor = learning_rate_factor(epoch * steps + step, recipe.epochs * steps, recipe)
             set_learning_rates(optimizers, factor, device)
             # The gradients of the processes are averaged: this makes that the mean over the whole batch.
             scale = torch.full((), workers.count / len(batches[step]), device=device)
-            meter.update(take_step(pixels_NCHW, targets_NK, scale), len(pixels_NCHW), factor * recipe.learning_rate)
+            loss_sum = take_step(shown_NCHW, pixels_NCHW, targets_NK, scale)
+            meter.update(loss_sum, len(pixels_NCHW), factor * recipe.learning_rate)
         row = meter.close(network)
         if workers.is_first:
             if validate is not None:

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from app.boundary import DEFECT, LEFT, Ledger, request_id_of, server_timing
+from app.boundary import DEFECT, LEFT, UNMATCHED, Ledger, request_id_of, server_timing
 from app.errors import RequestError
 from app.exchange import Headers, RawReply, Reply, refusal
 from app.service import Service
@@ -51,6 +51,13 @@ class Application(FastAPI):
             return reply.status, reply.head(request_id), reply.body
 
         return answer
+
+    def reject(self, error: RequestError) -> RawReply:
+        """What a client is told whose bytes have not become a request."""
+        request_id = request_id_of({})
+        reply = refusal(error, request_id)
+        self._ledger.record(UNMATCHED, "OTHER", reply.status, 0.0, request_id, error.reason)
+        return reply.status, reply.head(request_id), reply.body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         plain = scope["type"] == "http" and scope["method"] == "POST" and not scope["query_string"]

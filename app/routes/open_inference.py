@@ -17,7 +17,7 @@ from app.exchange import JSON, Headers, Reply, headers_of, text
 from app.images import OWN_FAULTS, Resize, check_raw
 from app.open_inference import request as requests
 from app.open_inference import response as responses
-from app.open_inference import spec
+from app.open_inference import schemas, spec
 from app.open_inference.request import Inference
 from app.routes import ServiceDep, TotalDep, check_ready
 from app.routes.predict import RESIZE
@@ -58,26 +58,42 @@ BODY = {
 
 
 @router.get("/", include_in_schema=False)
-@router.get("", summary="The server and the extensions it knows", response_description="Name, version, extensions.")
+@router.get(
+    "",
+    summary="The server and the extensions it knows",
+    response_description="Name, version, extensions.",
+    response_model=schemas.ServerMetadata,
+)
 async def server(request: Request) -> dict[str, Any]:
     """The rest of the protocol is under `/v2`, too. A model's path may go on with `/versions/1`."""
     return {"name": "cifar-service", "version": request.app.version, "extensions": list(spec.EXTENSIONS)}
 
 
-@router.get("/health/live", summary="The process answers", response_description="It is alive.")
+@router.get(
+    "/health/live",
+    summary="The process answers",
+    response_description="It is alive.",
+    response_model=schemas.Live,
+)
 async def live() -> dict[str, bool]:
     """As /healthz."""
     return {"live": True}
 
 
-@router.get("/health/ready", summary="Requests are welcome", response_description="They are.", responses=refusals(503))
+@router.get(
+    "/health/ready",
+    summary="Requests are welcome",
+    response_description="They are.",
+    response_model=schemas.Ready,
+    responses=refusals(503),
+)
 async def ready(service: ServiceDep) -> dict[str, bool]:
     """As /readyz."""
     check_ready(service)
     return {"ready": True, "live": True}
 
 
-@router.get("/models", summary="The models", response_description="One name.")
+@router.get("/models", summary="The models", response_description="One name.", response_model=schemas.Models)
 async def models() -> dict[str, list[str]]:
     """There is one. Which weights are behind it, the parameters of each answer tell."""
     return {"models": [spec.MODEL_NAME]}
@@ -85,14 +101,24 @@ async def models() -> dict[str, list[str]]:
 
 @router.get(f"{VERSION}/stats", include_in_schema=False)
 @router.get(f"{MODEL}/stats", include_in_schema=False)
-@router.get("/models/stats", summary="What was done so far, and where the time went", response_description="Totals.")
+@router.get(
+    "/models/stats",
+    summary="What was done so far, and where the time went",
+    response_description="Totals.",
+    response_model=schemas.AllStatistics,
+)
 async def statistics(total: TotalDep) -> dict[str, Any]:
     """Since the start, over all routes. `execution_count` counts forward passes, `inference_count` pictures."""
     return spec.statistics(total.statistics)
 
 
 @router.get(VERSION, include_in_schema=False)
-@router.get(MODEL, summary="What the model takes and gives", response_description="Names, datatypes and shapes.")
+@router.get(
+    MODEL,
+    summary="What the model takes and gives",
+    response_description="Names, datatypes and shapes.",
+    response_model=schemas.ModelMetadata,
+)
 async def metadata(service: ServiceDep) -> dict[str, Any]:
     """-1 stands for any number of pictures."""
     return spec.metadata(len(service.checkpoint.classes))
@@ -100,7 +126,11 @@ async def metadata(service: ServiceDep) -> dict[str, Any]:
 
 @router.get(f"{VERSION}/ready", include_in_schema=False)
 @router.get(
-    f"{MODEL}/ready", summary="The model answers requests", response_description="It does.", responses=refusals(503)
+    f"{MODEL}/ready",
+    summary="The model answers requests",
+    response_description="It does.",
+    response_model=schemas.ModelReady,
+    responses=refusals(503),
 )
 async def model_ready(service: ServiceDep) -> dict[str, Any]:
     """The same as for the whole server."""
@@ -109,13 +139,24 @@ async def model_ready(service: ServiceDep) -> dict[str, Any]:
 
 
 @router.get(f"{VERSION}/config", include_in_schema=False)
-@router.get(f"{MODEL}/config", summary="The same in Triton's words", response_description="The configuration.")
+@router.get(
+    f"{MODEL}/config",
+    summary="The same in Triton's words",
+    response_description="The configuration.",
+    response_model=schemas.ModelConfiguration,
+    response_model_exclude_unset=True,
+)
 async def configuration(service: ServiceDep) -> dict[str, Any]:
     """As far as Triton's model configuration has a meaning here."""
     return spec.configuration(len(service.checkpoint.classes))
 
 
-@router.post("/repository/index", summary="The models and their state", response_description="One entry.")
+@router.post(
+    "/repository/index",
+    summary="The models and their state",
+    response_description="One entry.",
+    response_model=list[schemas.IndexEntry],
+)
 async def repository_index(service: ServiceDep) -> list[dict[str, str]]:
     """A model whose service is stopping is UNAVAILABLE."""
     state, reason = ("READY", "") if service.ready else ("UNAVAILABLE", "stopping")
@@ -141,6 +182,7 @@ async def not_offered() -> None:
     summary="Classify pictures",
     response_description="The outputs asked for, all of them if none is: `probabilities`, `label`, `class_id` and "
     f"`familiarity` ({spec.UNKNOWN:g} if the weights do not know it).",
+    response_model=schemas.InferenceResponse,
     responses=refusals(400, 408, 413, 415, 422, 429, 500, 501, 503, 504),
     openapi_extra={"requestBody": BODY},
 )

@@ -1,0 +1,146 @@
+"""The JSON bodies of the protocol's answers, each field described. This is what /docs shows; nothing here computes."""
+
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from app.open_inference.spec import OUTPUT_NAMES
+
+
+class ServerMetadata(BaseModel):
+    """The server."""
+
+    name: str = Field(description="Of the program.", examples=["cifar-service"])
+    version: str = Field(description="Of the program.")
+    extensions: list[str] = Field(description="Those of Triton's that it knows.")
+
+
+class Live(BaseModel):
+    """The process answers."""
+
+    live: bool = Field(description="Always true.")
+
+
+class Ready(Live):
+    """Requests are welcome."""
+
+    ready: bool = Field(description="Always true; where it is not, the answer is a 503.")
+
+
+class Models(BaseModel):
+    """The names of the models."""
+
+    models: list[str] = Field(description="One name.", examples=[["cifar"]])
+
+
+class ModelReady(BaseModel):
+    """The model answers requests."""
+
+    name: str = Field(description="Of the model.", examples=["cifar"])
+    ready: bool = Field(description="Always true; where it is not, the answer is a 503.")
+
+
+class TensorMetadata(BaseModel):
+    """A tensor that the model takes or gives."""
+
+    name: str = Field(description="Of the tensor.", examples=["pixels"])
+    datatype: str = Field(description="Of its elements.", examples=["UINT8"])
+    shape: list[int] = Field(description="-1 stands for any number of pictures.", examples=[[-1, 32, 32, 3]])
+
+
+class ModelMetadata(BaseModel):
+    """What the model takes and gives."""
+
+    name: str = Field(description="Of the model.", examples=["cifar"])
+    versions: list[str] = Field(description="One version.", examples=[["1"]])
+    platform: str = Field(description="Of what kind the weights are.")
+    inputs: list[TensorMetadata] = Field(description="A request gives one of them.")
+    outputs: list[TensorMetadata] = Field(description="A request may ask for some of them.")
+
+
+class TensorConfiguration(BaseModel):
+    """A tensor in Triton's words."""
+
+    name: str = Field(description="Of the tensor.", examples=["pixels"])
+    data_type: str = Field(description="Of its elements.", examples=["TYPE_UINT8"])
+    dims: list[int] = Field(description="-1 stands for any number of pictures.", examples=[[-1, 32, 32, 3]])
+    optional: bool = Field(False, description="Of inputs, which are alternatives: always true.")
+
+
+class ModelConfiguration(BaseModel):
+    """What the model takes and gives, in Triton's words."""
+
+    name: str = Field(description="Of the model.", examples=["cifar"])
+    platform: str = Field(description="Of what kind the weights are.")
+    max_batch_size: int = Field(description="0: the number of pictures is the first of the `dims`.")
+    input: list[TensorConfiguration] = Field(description="A request gives one of them.")
+    output: list[TensorConfiguration] = Field(description="A request may ask for some of them.")
+
+
+class Duration(BaseModel):
+    """How often, and how long in all."""
+
+    count: int = Field(description="How often.")
+    ns: int = Field(description="All of them together, in nanoseconds.")
+
+
+class InferenceStatistics(BaseModel):
+    """Where the time of requests went. A request is a picture, or up to a full batch of raw pixels."""
+
+    success: Duration = Field(description="From its admission to its result.")
+    fail: Duration = Field(description="The same of those without a result.")
+    queue: Duration = Field(description="Waiting.")
+    compute_input: Duration = Field(description="Decoding.")
+    compute_infer: Duration = Field(description="Forward passes.")
+    compute_output: Duration = Field(description="Not counted: each request encodes its own answer, after its batch.")
+    cache_hit: Duration = Field(description="There is no cache.")
+    cache_miss: Duration = Field(description="There is no cache.")
+
+
+class ModelStatistics(BaseModel):
+    """What the model has done since the start, over any route."""
+
+    name: str = Field(description="Of the model.", examples=["cifar"])
+    version: str = Field(description="Of the model.", examples=["1"])
+    last_inference: int = Field(description="When it last ended a batch, in milliseconds since 1970; 0 before.")
+    inference_count: int = Field(description="Pictures.")
+    execution_count: int = Field(description="Forward passes.")
+    inference_stats: InferenceStatistics = Field(description="Where the time went.")
+    batch_stats: list[Any] = Field(description="Always empty.")
+
+
+class AllStatistics(BaseModel):
+    """What was done so far."""
+
+    model_stats: list[ModelStatistics] = Field(description="Of the one model.")
+
+
+class IndexEntry(BaseModel):
+    """A model of the repository."""
+
+    name: str = Field(description="Of the model.", examples=["cifar"])
+    version: str = Field(description="Of the model.", examples=["1"])
+    state: str = Field(description="`READY` or `UNAVAILABLE`.")
+    reason: str = Field(description="Why it is unavailable; empty otherwise.")
+
+
+class OutputTensor(BaseModel):
+    """An output."""
+
+    name: str = Field(description=f"One of {', '.join(f'`{name}`' for name in OUTPUT_NAMES)}.")
+    datatype: str = Field(description="Of its elements.", examples=["FP32"])
+    shape: list[int] = Field(description="The number of pictures comes first.", examples=[[1, 10]])
+    parameters: dict[str, int] = Field(
+        {}, description="`binary_data_size`, if its elements follow the JSON: how many bytes they are."
+    )
+    data: list[Any] = Field([], description="Its elements in row-major order, if they do not follow the JSON.")
+
+
+class InferenceResponse(BaseModel):
+    """What the network makes of the pictures."""
+
+    model_name: str = Field(description="Of the model.", examples=["cifar"])
+    model_version: str = Field(description="Of the model.", examples=["1"])
+    id: str = Field("", description="That of the request, if it has one.")
+    parameters: dict[str, str] = Field(description="`weights_sha256`: which weights answered.")
+    outputs: list[OutputTensor] = Field(description="Those asked for, in that order; all, if none is.")
