@@ -11,6 +11,7 @@ What is decided here, for every picture and every caller:
 Shape letters: N pictures, C = 3 channels (red, green, blue), H = W = 32.
 """
 
+import functools
 import io
 import struct
 from collections.abc import Iterable
@@ -144,15 +145,21 @@ def _set_upright(picture: Image.Image) -> Image.Image:
 def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode == "RGB" and "transparency" not in picture.info:
         return picture
-    if picture.mode.startswith(("I", "F")):  # grey of more than 8 bits; Pillow's own conversion clips at 255
-        grey = picture.convert("F").point(lambda value: value * (1 / 257) + 0.5)  # a half, because "L" rounds down
-        return grey.convert("L").convert("RGB")
+    if picture.mode.startswith("I"):  # grey of 16 bits; Pillow's own conversion clips at 255
+        levels = _eight_bits(picture.info.get("transparency"))
+        return picture.convert("I").point(levels, "L").convert("RGB")
     if picture.has_transparency_data:
         coloured = picture if picture.mode == "RGBA" else picture.convert("RGBA")
         over = Image.new("RGB", picture.size, WHITE)
         over.paste(coloured, mask=coloured)  # as alpha_composite, with half of its memory
         return over
     return picture.convert("RGB")
+
+
+@functools.lru_cache(4)  # making it takes 4 ms
+def _eight_bits(transparent: int | None) -> list[int]:
+    """Of each value of 16 bits; white of the transparent one."""
+    return [255 if value == transparent else (value + 128) // 257 for value in range(1 << 16)]
 
 
 def _resize(rgb: Image.Image, resize: Resize | None) -> Image.Image:

@@ -90,6 +90,12 @@ def test_sixteen_bits_are_scaled_not_clipped() -> None:
     assert pixels(encode(picture))[0].flatten().tolist() == [round(64 * index / 257) for index in range(1024)]
 
 
+def test_a_transparent_value_of_sixteen_bits_lies_over_white() -> None:
+    picture = Image.new("I;16", (32, 32), 257 * 7)
+    assert torch.equal(pixels(encode(picture, transparency=257 * 7)), grey(255))
+    assert torch.equal(pixels(encode(picture, transparency=257 * 7 + 1)), grey(7))
+
+
 def test_a_palette_with_transparency_lies_over_white() -> None:
     picture = Image.new("P", (32, 32), 1)
     picture.putpalette([10, 20, 30, 40, 50, 60])
