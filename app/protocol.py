@@ -209,6 +209,7 @@ class Protocol(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
+        self._undigested_bytes = 0
         if self._head_without_offer is not None:
             return
         if self._refusal is None:
@@ -224,6 +225,10 @@ class Protocol(HttpToolsProtocol):
         self._reject(BadRequest("The bytes are no HTTP request. Send one of HTTP/1.1, and to this port without TLS."))
 
     def _reject(self, error: RequestError) -> None:
+        if self.cycle is not None and not (self.cycle.more_body or self.cycle.response_complete):
+            self.cycle.keep_alive = False  # the request before it is answered first, and nothing after that
+            self.flow.pause_reading()
+            return
         self._write(cast(Any, self.config.app).reject(error), keep_alive=False)
 
     def _write(self, reply: RawReply, *, keep_alive: bool) -> None:

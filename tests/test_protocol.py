@@ -188,6 +188,53 @@ async def test_a_slow_body_or_answer_is_not_a_slow_head() -> None:
         assert await asyncio.wait_for(reader.read(), SECONDS) == b""
 
 
+CHUNKS = b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n", b"5\r\nhello\r\n", b"0\r\n\r\n"
+
+
+async def send_in_pieces(writer: asyncio.StreamWriter) -> None:
+    for piece in CHUNKS:
+        writer.write(piece)
+        await asyncio.sleep(0.02)
+
+
+async def test_no_clock_of_a_refused_request_runs_on() -> None:
+    application = Application()
+    application.full = True
+    async with connected(application, patience=0.4) as (reader, writer):
+        await send_in_pieces(writer)
+        assert (await answer(reader))[0] == 429
+        application.full = False
+        application.gate.clear()
+        await asyncio.sleep(0.2)
+        await send_in_pieces(writer)
+        await asyncio.sleep(0.4)
+        application.gate.set()
+        assert (await answer(reader))[2] == b"5"
+
+
+@pytest.mark.parametrize("full", [True, False])
+async def test_the_last_chunk_of_a_body_is_no_head(full: bool) -> None:
+    application = Application()
+    application.full = full
+    async with connected(application, patience=0.2) as (reader, writer):
+        await send_in_pieces(writer)
+        assert (await answer(reader))[0] == (429 if full else 200)
+        assert await asyncio.wait_for(reader.read(), SECONDS) == b""  # nothing is said of a head
+
+
+async def test_what_is_no_request_is_not_answered_before_the_request_that_it_follows() -> None:
+    application = Application()
+    application.gate.clear()
+    async with connected(application) as (reader, writer):
+        writer.write(2 * (POST % (b"7", b"")) + b"no request\r\n\r\n")
+        while not application.called:
+            await asyncio.sleep(0)
+        writer.write(b"nor this\r\n\r\n")
+        application.gate.set()
+        assert [(await answer(reader))[2] for _ in range(2)] == [b"5", b"5"]
+        assert await asyncio.wait_for(reader.read(), SECONDS) == b""
+
+
 class Hasty(Application):
     """Answers before it has read the body."""
 
