@@ -22,8 +22,12 @@ def bind(settings: Settings) -> socket.socket:
     try:
         family, kind, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except BaseException:
+            listener.close()
+            raise
     except (OSError, UnicodeError) as error:  # the latter of a name that cannot be one
         reason = getattr(error, "strerror", None) or "there is no such name"
         advice = "Name an address of this machine with --host or CIFAR_HOST."

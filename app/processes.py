@@ -185,6 +185,9 @@ class Supervisor:
         self._family, self._address = listener.family, listener.getsockname()
         listener.close()
         self._reserved = self._bind()  # keeps others off the address while nobody listens; gets no connection itself
+        # With it, others may bind to an address where nobody listens yet. Those that connections come to need it, or
+        # the next start would have to wait for a minute.
+        self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
         self._context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
         self._workers: list[Worker] = []
         self._rounds: dict[Worker, tuple[set[Worker], float]] = {}

@@ -131,9 +131,9 @@ def available_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     return max(1, min(cpus, math.ceil(int(quota) / int(period))))
 
 
-def usual_processes() -> int:
+def usual_processes(threads: int | None = None) -> int:
     """One keeps two cores busy, and gives both to a lone client with many pictures; memory sets the limit."""
-    return max(1, min(available_cpus() // 2, 4)) if SHARES_ADDRESS else 1
+    return max(1, min((threads or available_cpus()) // 2, 4)) if SHARES_ADDRESS else 1
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Settings:
     ] = dataclasses.field(default_factory=available_cpus)
     processes: Annotated[
         int,
-        Setting(process_count, "worker processes, 0.7 GB of memory each (default: one for every two cores, up to 4)"),
+        Setting(process_count, "worker processes, 0.7 GB of memory each (default: one for every two threads, up to 4)"),
     ] = dataclasses.field(default_factory=usual_processes)
     max_body_bytes: Annotated[int, Setting(whole(1, 1024 * MIB), "a larger request body is refused")] = 8 * MIB
     max_pixels: Annotated[
@@ -229,9 +229,10 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
             raise SettingsError(f"There is no setting {variable}. {_nearest(variable, variables)}")
     flags = _parser().parse_args(arguments)
     values |= {name: (_flag(name), value) for name, value in vars(flags).items() if value is not None}
-    return Settings(
-        **{name: _parse(KNOWN[name], source, value) for name, (source, value) in values.items() if value is not None}
-    )
+    parsed = {name: _parse(KNOWN[name], source, value) for name, (source, value) in values.items() if value is not None}
+    if "threads" in parsed:
+        parsed.setdefault("processes", usual_processes(parsed["threads"]))
+    return Settings(**parsed)
 
 
 def _is_of_kubernetes(variable: str, value: str) -> bool:

@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -30,8 +31,11 @@ from test_live import Outcome, post
 from test_start import ROOT, SECONDS, command, environment, get, refusal, serving
 
 from app import checkpoint
+from app.__main__ import bind
+from app.errors import SettingsError
 from app.model import IMAGE_BYTES
-from app.processes import Ask, Link, Ready, Total
+from app.processes import Ask, Link, Ready, Supervisor, Total
+from app.settings import Settings
 from app.statistics import Counts, Execution, Timing
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="several processes can share an address on Linux only")
@@ -127,6 +131,19 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     checkpoint.save(random_checkpoint(evaluation=random_evaluation()), path)
     with running(path) as started:
         yield started
+
+
+def test_nobody_else_gets_the_address_before_the_first_process_listens() -> None:
+    settings = Settings(port=0, processes=2, threads=2)
+    with bind(settings) as listener:
+        address = listener.getsockname()
+        supervisor = Supervisor(settings, listener)
+    with pytest.raises(SettingsError, match="Choose another port"):
+        bind(replace(settings, port=address[1]))
+    with supervisor._bind() as own:
+        own.listen()
+        socket.create_connection(address).close()
+    supervisor._reserved.close()
 
 
 def test_any_process_tells_what_all_have_done(service: Running, png: bytes) -> None:

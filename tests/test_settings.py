@@ -111,6 +111,8 @@ def test_a_process_for_every_two_cores_up_to_four_where_they_can_share_an_addres
     monkeypatch.setattr("app.settings.SHARES_ADDRESS", True)
     assert Settings().processes == processes
     assert parse_settings([], {"CIFAR_PROCESSES": "16"}).processes == 16
+    assert parse_settings([], {"CIFAR_THREADS": "6"}).processes == 3
+    assert parse_settings([], {"CIFAR_THREADS": "1", "CIFAR_PROCESSES": "2"}).processes == 2
     monkeypatch.setattr("app.settings.SHARES_ADDRESS", False)
     assert Settings().processes == 1
     assert parse_settings([], {"CIFAR_PROCESSES": "1"}).processes == 1
