@@ -4,7 +4,8 @@ The fast lane lives on these alone; a route of the framework hands its request's
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from pydantic_core import to_json
@@ -77,7 +78,7 @@ class Intake:
 
     Args:
         max_bytes: Of one body.
-        max_waiting_bytes: Of all that have come in part.
+        max_waiting_bytes: Of all that have come in part, or wait to be read.
         seconds: How long one may take.
     """
 
@@ -122,16 +123,32 @@ class Intake:
                 self._waiting_bytes += len(part)
                 body += part
                 self._check(len(body))
-                if self._waiting_bytes > self._max_waiting_bytes and self._waiting_bytes > len(body):
-                    raise Overloaded(
-                        "The service receives as much as it accepts at a time. Try again in 1 second.",
-                        retry_after_seconds=1,
-                    )
+                self._check_room(len(body))
                 if not message.get("more_body", False):
                     return bytes(body)
                 message = await receive()
         finally:
             self._waiting_bytes -= len(body)
+
+    @contextmanager
+    def holding(self, size_bytes: int) -> Iterator[None]:
+        """Count a body among those that wait.
+
+        Raises:
+            Overloaded: Too much of other bodies waits.
+        """
+        self._waiting_bytes += size_bytes
+        try:
+            self._check_room(size_bytes)
+            yield
+        finally:
+            self._waiting_bytes -= size_bytes
+
+    def _check_room(self, own_bytes: int) -> None:
+        if self._waiting_bytes > max(self._max_waiting_bytes, own_bytes):  # one alone is always taken
+            raise Overloaded(
+                "The service receives as much as it accepts at a time. Try again in 1 second.", retry_after_seconds=1
+            )
 
     def _check(self, size_bytes: int) -> None:
         if size_bytes > self.max_bytes:

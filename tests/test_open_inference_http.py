@@ -6,6 +6,7 @@ import json
 import struct
 import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -234,8 +235,9 @@ async def test_who_stays_gets_the_answer() -> None:
 
 
 @pytest.mark.parametrize(("count", "aside"), [(1, False), (8, True)])
+@pytest.mark.parametrize("measured", [False, True])
 def test_much_json_is_not_read_by_the_event_loop(
-    client: TestClient, monkeypatch: pytest.MonkeyPatch, count: int, aside: bool
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, count: int, aside: bool, measured: bool
 ) -> None:
     threads: dict[str, int] = {}
     decode, observe = requests.decode, open_inference._probabilities
@@ -252,5 +254,27 @@ def test_much_json_is_not_read_by_the_event_loop(
     monkeypatch.setattr(open_inference, "_probabilities", spy_event_loop)
     tensor = {"name": "pixels", "shape": [count, 32, 32, 3], "datatype": "UINT8", "data": [*PIXELS * count]}
     body = json.dumps({"inputs": [tensor]}).encode()
-    assert len(outputs(infer(client, body, {}))["label"]) == count
+    headers = {LENGTH: str(len(body)), "accept": "application/json"} if measured else {}
+    assert len(outputs(infer(client, body, headers))["label"]) == count
     assert (threads["decode"] != threads["event loop"]) is aside
+
+
+def test_bodies_that_wait_to_be_read_are_counted(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = json.dumps({"inputs": [], "padding": " " * open_inference.LITTLE_JSON_BYTES}).encode()
+    reading, read_on = threading.Event(), threading.Event()
+    decode = requests.decode
+
+    def slowly(*arguments: Any, **options: Any) -> requests.Inference:
+        reading.set()
+        assert read_on.wait(60)
+        return decode(*arguments, **options)
+
+    monkeypatch.setattr(requests, "decode", slowly)
+    app = create_app(replace(settings, max_waiting_bytes=len(body) + 100))
+    with TestClient(app) as client, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(client.post, INFER, content=body)
+        assert reading.wait(60)
+        refused(client.post(INFER, content=body), 429, "The service receives as much as it accepts at a time.")
+        read_on.set()
+        refused(first.result(), 400, "expected is exactly one")
+        refused(client.post(INFER, content=body), 400, "expected is exactly one")

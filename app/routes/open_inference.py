@@ -4,6 +4,7 @@ Paths and statuses after specification/protocol/inference_rest.md, headers after
 """
 
 import asyncio
+import re
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -208,8 +209,12 @@ async def respond(headers: Headers, receive: Receive, service: Service, resize: 
         binary = JSON not in headers.get(b"accept", b"")
         return requests.decode(plain, length, binary=binary, max_pictures=service.settings.max_pictures)
 
-    is_little = encoding is None and (length is not None or len(body) <= LITTLE_JSON_BYTES)
-    inference = decode() if is_little else await asyncio.to_thread(decode)
+    json_bytes = int(length) if length is not None and re.fullmatch("[0-9]{1,19}", length) else len(body)
+    if encoding is None and json_bytes <= LITTLE_JSON_BYTES:
+        inference = decode()
+    else:
+        with service.intake.holding(len(body)):
+            inference = await asyncio.to_thread(decode)
     rows, checkpoint = await _probabilities(receive, service, inference, resize)
     probabilities_NK, familiarity_N = zip(*rows, strict=True)
     answer, json_length = responses.encode(
