@@ -131,6 +131,7 @@ def test_draws_stay_in_bounds_and_follow_the_share() -> None:
     assert draws.shift_N2.unique().tolist() == [-2, -1, 0, 1, 2]
     assert (int(draws.cutout_N2.min()), int(draws.cutout_N2.max())) == (0, 24)
     assert (draws.jpeg_quality_N > 0).double().mean() == pytest.approx(0.25, abs=0.02)
+    assert draws.jpeg_quality_N.unique().tolist() == [0, *range(50, 96)]
     assert not draws.flip_N.any()
     assert draws.partner_N.sort().values.equal(torch.arange(10_000))
     assert (draws.patch_side_N > 0).double().mean() == pytest.approx(0.4, abs=0.02)

@@ -15,9 +15,19 @@ from torch import Tensor, nn
 from app import model
 from app.checkpoint import CIFAR10_CLASSES, Checkpoint
 from app.data import Split
+from training.augment import draw, epoch_generator
 from training.config import RECIPES, Recipe
 from training.distill import Teachers
-from training.fit import AHEAD, Row, fit, initialize, learning_rate_factor, optimizers_for
+from training.fit import (
+    AHEAD,
+    Row,
+    _augmented,
+    fit,
+    initialize,
+    learning_rate_factor,
+    optimizers_for,
+    set_learning_rates,
+)
 from training.meter import TrainingError
 from training.muon import Muon
 
@@ -249,6 +259,38 @@ def test_each_parameter_has_exactly_one_optimizer(name: str) -> None:
     decayed = {id(p) for group in groups if group.get("weight_decay") for p in group["params"]}
     vectors = {id(p) for p in network.parameters() if p.ndim == 1 and p.requires_grad}
     assert decayed & vectors == (vectors if recipe.bias_learning_rate else set())
+
+
+def test_each_group_has_the_rate_and_the_decay_of_the_recipe() -> None:
+    recipe = RECIPES["default"]
+    (weights, biases), (hidden,) = (each.param_groups for each in optimizers_for(model.build("cifar_net"), recipe))
+    assert (weights["peak"], biases["peak"], hidden["peak"]) == (0.005, 25, 0.08)
+    assert (weights["weight_decay"], biases["weight_decay"]) == (0.2, pytest.approx(0.2 * 0.005 / 25))
+    assert (weights["momentum"], weights["nesterov"]) == (0.85, True)
+    plain = dataclasses.replace(RECIPES["net"], optimizer="sgd")
+    ((weights, biases),) = (each.param_groups for each in optimizers_for(model.build("net"), plain))
+    assert (weights["peak"], biases["peak"]) == (0.05, 0.05)
+    assert (weights["weight_decay"], biases["weight_decay"]) == (5e-4, 0)
+
+
+def test_rates_are_parts_of_their_peaks() -> None:
+    optimizers = optimizers_for(model.build("cifar_net"), RECIPES["default"])
+    for factor in (0.5, 0.25):
+        set_learning_rates(optimizers, factor, CPU)
+        rates = [float(group["lr"]) for each in optimizers for group in each.param_groups]
+        assert rates == pytest.approx([0.005 * factor, 25 * factor, 0.08 * factor])
+
+
+def test_a_mixed_picture_has_a_mixed_label() -> None:
+    """Each image shows its class alone, so that the share of a class is that of its pixels."""
+    recipe = dataclasses.replace(DEBUG, cutmix=1.0, jpeg=0.0, cutout=0)
+    labels_NK = torch.eye(4).repeat(8, 1)
+    images_NCHW = (50 * labels_NK.argmax(1)).to(torch.uint8)[:, None, None, None].expand(-1, 3, 32, 32).contiguous()
+    draws = draw(32, 0, recipe, epoch_generator(0, 0))
+    ((pixels_NCHW, targets_NK),) = _augmented(images_NCHW, labels_NK, [torch.randperm(32)], draws, recipe)
+    shares_NK = torch.stack([(pixels_NCHW[:, 0] == 50 * k).double().mean(dim=(1, 2)) for k in range(4)], dim=1)
+    torch.testing.assert_close(targets_NK.double(), shares_NK, atol=1e-6, rtol=0)
+    assert (targets_NK.amax(dim=1) < 0.9).sum() > 8
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,18 @@ def test_pages_and_all_they_name_are_there(client: TestClient, path: str) -> Non
     assert [client.get(urljoin(path, link)).status_code for link in links] == [200] * len(links)
 
 
+@pytest.mark.parametrize(("script", "path"), [("predict.js", "/"), ("docs.js", "/docs")])
+def test_what_a_script_looks_for_is_there(client: TestClient, script: str, path: str) -> None:
+    text, page = (STATIC / script).read_text(), client.get(path).text
+    identities = re.findall(r'(?:\$|getElementById)\("(\w+)"\)', text)
+    assert identities
+    assert [name for name in identities if f'id="{name}"' not in page] == []
+    fetched = re.findall(r'fetch\("(.*?)"', text)
+    assert fetched
+    known = [*client.get("/openapi.json").json()["paths"], "/openapi.json"]
+    assert [each for each in fetched if f"/{each}" not in known] == []
+
+
 @pytest.mark.parametrize("name", sorted(path.name for path in STATIC.iterdir()))
 def test_nothing_is_fetched_from_elsewhere(name: str) -> None:
     assert not re.search(r"https?:|//[a-z]+\.|@import", (STATIC / name).read_text())

@@ -43,6 +43,7 @@ CORE = [
     "engine",
     "recorded",
     "batching",
+    "entries",
     "admission",
     "steps",
     "statistics",
@@ -64,7 +65,7 @@ def test_only_one_file_knows_pillow() -> None:
 
 
 def test_the_batcher_and_the_codec_know_no_torch_and_the_leaves_import_nothing_of_ours() -> None:
-    for name in ["batching", *CODEC]:
+    for name in ["batching", "entries", "admission", *CODEC]:
         assert "torch" not in tops(ROOT / "app" / f"{name}.py")
     for leaf in ("errors", "model", "report", "calibration", "device", "statistics", "steps"):
         assert "app" not in tops(ROOT / "app" / f"{leaf}.py")

@@ -11,11 +11,12 @@ from conftest import drawing, encode, random_checkpoint, random_evaluation
 from fastapi.testclient import TestClient
 
 from app import checkpoint, data
+from app.calibration import Calibration
 from app.checkpoint import CIFAR10_CLASSES
 from app.data import Split
 from app.errors import DataError
 from app.main import create_app
-from app.report import report
+from app.report import evaluate_probabilities, report
 from app.schemas import Report
 from app.settings import Settings
 
@@ -83,6 +84,33 @@ def test_with_data_the_loaded_weights_are_measured(
     predicted_N = checkpoint.load(weights).network()(split().pixels_NCHW).argmax(dim=1)
     assert body["correct"] == pytest.approx(int((predicted_N == split().labels_N).sum()), abs=2)  # bfloat16 may tip one
     assert [sum(row) for row in body["confusion"]] == torch.bincount(split().labels_N, minlength=10).tolist()
+
+
+def test_what_is_measured_is_calibrated(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = random_checkpoint()
+    calibration = Calibration(temperature=0.05, set_threshold=0.15)
+    checkpoint.save(dataclasses.replace(given, calibration=calibration), tmp_path / "calibrated.pth")
+    monkeypatch.setattr(data, "read_test", lambda _folder: split())
+    with_data = settings_with_data(dataclasses.replace(settings, weights=tmp_path / "calibrated.pth"))
+    with TestClient(create_app(with_data)) as client:
+        body = eventually(client, "measured")
+    logits_NK = given.network()(split().pixels_NCHW)
+    expected = evaluate_probabilities(
+        calibration.probabilities(logits_NK),
+        split().labels_N,
+        dataset="made test",
+        digest="",
+        evaluated_at="",
+        uncalibrated_NK=logits_NK.softmax(dim=1),
+        set_threshold=0.15,
+    )
+    figures = report(expected, CIFAR10_CLASSES)
+    assert body["calibration"]["nll"] == pytest.approx(figures["calibration"]["nll"], rel=0.02)
+    assert body["calibration"]["uncalibrated"]["nll"] == pytest.approx(
+        figures["calibration"]["uncalibrated"]["nll"], rel=0.02
+    )
+    assert figures["calibration"]["nll"] > 1.1 * figures["calibration"]["uncalibrated"]["nll"]
+    assert body["prediction_sets"]["mean_size"] == pytest.approx(figures["prediction_sets"]["mean_size"], abs=0.1)
 
 
 def test_without_figures_in_the_file_and_without_data_it_is_404(tmp_path: Path) -> None:

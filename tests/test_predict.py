@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from app import checkpoint, images
-from app.calibration import UNFAMILIAR, Calibration, energy
+from app.calibration import Calibration, energy
 from app.checkpoint import CIFAR10_CLASSES
 from app.main import create_app
 from app.predictor import Estimate, Predictor
@@ -123,12 +123,12 @@ def test_the_event_loop_runs_no_network_and_decodes_only_what_is_little(
     assert (threads["decode"] == threads["event loop"]) is light
 
 
-def calibrated(path: Path) -> checkpoint.Checkpoint:
+def calibrated(path: Path, most_familiar: float = -3) -> checkpoint.Checkpoint:
     """Weights that know what they know, in a file."""
     known = Calibration(
         temperature=0.5,
         set_threshold=0.1,
-        energy_quantiles=tuple(torch.linspace(-3, -2, 101).tolist()),
+        energy_quantiles=tuple(torch.linspace(most_familiar, most_familiar + 1, 101).tolist()),
         images="some",
         count=100,
     )
@@ -152,7 +152,7 @@ def test_familiarity_and_prediction_set_are_those_of_the_calibration(tmp_path: P
     Prediction.model_validate(answer, strict=True)
     assert answer["familiarity"] == pytest.approx(given.calibration.familiarity(seen), abs=0.02)
     assert 0 < answer["familiarity"] < 1
-    assert answer["unfamiliar"] is (answer["familiarity"] < UNFAMILIAR)
+    assert answer["unfamiliar"] is False
     ranked = sorted(answer["probabilities"], key=lambda label: -answer["probabilities"][label])
     likely = [label for label in ranked if answer["probabilities"][label] >= 0.1]
     assert 1 < len(likely) < 10
@@ -160,6 +160,17 @@ def test_familiarity_and_prediction_set_are_those_of_the_calibration(tmp_path: P
     assert many[0] == {name: value for name, value in answer.items() if name != "model"}
     assert "error" in many[1]
     assert next(output for output in outputs if output["name"] == "familiarity")["data"] == [answer["familiarity"]]
+
+
+def test_what_resembles_nothing_seen_in_training_is_called_unfamiliar(tmp_path: Path, png: bytes) -> None:
+    given = calibrated(tmp_path / "calibrated.pth")
+    seen = energy(given.network()(images.to_tensor([images.decode(png)]))).item()
+    for lower, unfamiliar in [(0.99, True), (0.9, False)]:
+        calibrated(tmp_path / "calibrated.pth", most_familiar=seen - lower)
+        with TestClient(create_app(Settings(weights=tmp_path / "calibrated.pth", device="cpu", threads=1))) as client:
+            answer = client.post("/predict", content=png).json()
+        assert answer["familiarity"] == pytest.approx(1 - lower, abs=0.02)
+        assert answer["unfamiliar"] is unfamiliar
 
 
 def test_what_these_weights_do_not_know_is_null(client: TestClient, png: bytes) -> None:

@@ -134,12 +134,13 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 def test_nobody_else_gets_the_address_before_the_first_process_listens() -> None:
-    settings = Settings(port=0, processes=2, threads=2)
+    settings = Settings(port=0, processes=2, threads=6)
     with bind(settings) as listener:
         address = listener.getsockname()
         supervisor = Supervisor(settings, listener)
     with pytest.raises(SettingsError, match="Choose another port"):
         bind(replace(settings, port=address[1]))
+    assert supervisor._settings.threads == 3
     with supervisor._bind() as own:
         own.listen()
         socket.create_connection(address).close()

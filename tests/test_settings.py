@@ -1,12 +1,15 @@
 """Where values come from, and the sentence for each bad one."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
 from app.errors import SettingsError
 from app.settings import KNOWN, Settings, available_cpus, parse_settings
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_every_field_can_be_set_and_has_a_help_text() -> None:
@@ -18,6 +21,19 @@ def test_defaults_when_nothing_is_given() -> None:
     assert parse_settings([], {}) == Settings()
     assert Settings().weights.parts[-2:] == ("weights", "cifar_net.pth")
     assert Settings().host == "127.0.0.1"
+
+
+def test_the_readme_names_the_defaults() -> None:
+    rows = re.findall(r"^\| (`CIFAR_[^|]*`) \| ([^|]*) \|", (ROOT / "README.md").read_text(), re.M)
+    stated = {name: default for names, default in rows for name in re.findall(r"CIFAR_(\w+)", names)}
+    settings = Settings()
+    assert stated["MAX_BODY_BYTES"] == f"{settings.max_body_bytes // 2**20} MiB"
+    assert stated["DEADLINE_SECONDS"] == f"{settings.deadline_seconds:g}"
+    assert stated["DRAIN_SECONDS"] == f"{settings.drain_seconds:g}"
+    assert stated["ENGINE"] == f"`{settings.engine}`"
+    assert (stated["HOST"], stated["PORT"]) == (f"`{settings.host}`, `{settings.port}`",) * 2
+    assert stated["WEIGHTS"] == f"`{settings.weights.relative_to(ROOT)}`"
+    assert (stated["DATA"], settings.data) == ("none", None)
 
 
 def test_the_environment_beats_the_default_and_a_flag_beats_the_environment() -> None:
