@@ -185,10 +185,11 @@ class Batcher(Generic[Item, Prepared, Result]):
         self._run = await built
 
     async def close(self) -> None:
-        """Refuse what comes from now on, answer all that was admitted, end the threads. Idle work is given up."""
+        """Refuse what comes from now on, answer all that was admitted, end the threads. Idle work is given up, and so
+        is a thread that does not come to an end."""
         self._closing = True
         self._heavy.put(Signal.STOP)  # which the decode thread hands on, after the last item
-        await asyncio.to_thread(self._inference_thread.join)
+        await asyncio.to_thread(self._inference_thread.join, 2 * self._limits.deadline_seconds + 1)
 
     def _settle(
         self,

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 import torch
-from PIL import ExifTags, Image, PngImagePlugin
+from PIL import ExifTags, Image, ImageFile, PngImagePlugin
 from torch import Tensor
 
 from app.errors import BadRequest, BodyTooLarge, WrongSize
@@ -39,6 +39,9 @@ MAX_SCANS = 32
 bytes and take 20 ms."""
 OWN_FAULTS = (BadRequest, BodyTooLarge, WrongSize)
 """What `decode` raises: it concerns this picture and none beside it."""
+MAX_BMP_RLE_PIXELS = 1_000_000
+GREY_SCALES = {"L;2": 85, "L;4": 17}
+"""From few bits to eight, by Pillow's names of what a PNG holds."""
 METADATA = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
 """Where Pillow keeps what may hold an orientation. Most small pictures have none; looking closer takes 13 us each."""
 TURNS = {
@@ -90,6 +93,8 @@ def decode(data: bytes, resize: Resize | None = None, max_pixels: int = MAX_PIXE
                 _check_scans(data, picture, max_pixels)
                 # The decoder itself halves while both sides keep 4 x 32 pixels, which saves most of the time.
                 picture.draft(None, (4 * IMAGE_SIZE, 4 * IMAGE_SIZE))
+            _check_compression(picture)
+            _scale_transparency(picture)
             picture.load()
             if isinstance(picture.info.get("transparency"), str):  # a text that a PNG keeps under this name
                 del picture.info["transparency"]
@@ -145,6 +150,25 @@ def _check_scans(data: bytes, picture: Image.Image, max_pixels: int) -> None:
             "times. Save it anew, as a baseline JPEG.",
             detail={"width": picture.width, "height": picture.height, "scans": scans},
         )
+
+
+def _check_compression(picture: ImageFile.ImageFile) -> None:
+    """Pillow reads compressed BMPs pixel by pixel in Python."""
+    if picture.tile and picture.tile[0].codec_name == "bmp_rle" and picture.width * picture.height > MAX_BMP_RLE_PIXELS:
+        raise BodyTooLarge(
+            f"The picture is a compressed BMP of {picture.width} x {picture.height}; accepted of these are at most "
+            f"{MAX_BMP_RLE_PIXELS:,} pixels. Save it as PNG.",
+            detail={"width": picture.width, "height": picture.height, "max_pixels": MAX_BMP_RLE_PIXELS},
+        )
+
+
+def _scale_transparency(picture: ImageFile.ImageFile) -> None:
+    """To 8 bits, as Pillow does with the pixels. Of colours of 16 bits only the higher eight count, as there."""
+    transparent, mode = picture.info.get("transparency"), picture.tile[0].args if picture.tile else None
+    if isinstance(transparent, int) and mode in GREY_SCALES:
+        picture.info["transparency"] = transparent * GREY_SCALES[mode]
+    elif isinstance(transparent, tuple) and mode == "RGB;16B":
+        picture.info["transparency"] = tuple(value >> 8 for value in transparent)
 
 
 def _set_upright(picture: Image.Image) -> Image.Image:

@@ -17,7 +17,7 @@ from app.errors import SettingsError
 from app.logs import AccessLog
 from app.routes import admin, batch, health, metrics, open_inference, pages, predict
 from app.routes.fast_lane import Application
-from app.service import Service, load_aside
+from app.service import Service, check_replaces, load_aside
 from app.settings import Settings
 from app.statistics import Counts, Traffic
 
@@ -27,8 +27,11 @@ Every error has the same body, `ErrorBody`; every answer has the header `X-Reque
 has a well-formed one."""
 
 
-def create_app(settings: Settings) -> FastAPI:
+def create_app(settings: Settings, classes: tuple[str, ...] | None = None) -> FastAPI:
     """The application. Reads the weights file at once; builds and warms the network when the lifespan starts.
+
+    Args:
+        classes: That the weights have to be for; None takes any.
 
     Raises:
         StartError: the weights file, the device or the engine cannot be used.
@@ -38,7 +41,10 @@ def create_app(settings: Settings) -> FastAPI:
     except ValueError as error:
         raise SettingsError(str(error)) from None
     engine.check(settings.engine, device)
-    service = Service(settings, load_aside(settings.weights), device)
+    checkpoint = load_aside(settings.weights)
+    if classes is not None:
+        check_replaces(checkpoint, classes)
+    service = Service(settings, checkpoint, device)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:

@@ -57,6 +57,8 @@ class Ready(NamedTuple):
     """The one that it found to be the fastest, with the machine to itself."""
     weights: str
     """The digest of what it serves."""
+    classes: tuple[str, ...]
+    """That it answers with."""
 
 
 class Reloaded(NamedTuple):
@@ -195,6 +197,8 @@ class Supervisor:
         self._gone = Counts()
         self._weights: str | None = None
         """The digest of what the process serves that said so last."""
+        self._classes: tuple[str, ...] | None = None
+        """What the first process answered with, and all others have to."""
         self._check_at = time.monotonic() + CHECK_SECONDS
         self._start_at = 0.0
         """No process before that."""
@@ -260,7 +264,7 @@ class Supervisor:
     def _start(self) -> None:
         own, its = self._context.Pipe()
         with self._bind() as listener, its:
-            arguments = (self._settings, listener, its, not self._announced)
+            arguments = (self._settings, listener, its, self._classes)
             process = self._context.Process(target=_work, args=arguments)
             process.start()
         self._workers.append(Worker(process, own))
@@ -295,7 +299,8 @@ class Supervisor:
             worker.end.close()  # it is ending
             return
         match message:
-            case Ready(engine, weights):
+            case Ready(engine, weights, classes):
+                self._classes = classes
                 self._settings = replace(self._settings, engine=engine)
                 self._greet(worker)
                 self._compare(weights)
@@ -354,8 +359,8 @@ class Supervisor:
             self._start_at = time.monotonic() + RETRY_SECONDS  # it would not go better at once
 
 
-def _work(settings: Settings, listener: socket.socket, end: Connection, announce: bool) -> None:
-    """In the new process."""
+def _work(settings: Settings, listener: socket.socket, end: Connection, classes: tuple[str, ...] | None) -> None:
+    """In the new process; `classes` are those of the others, if it is not the first."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()  # Ctrl-C goes to the supervisor alone, which hands it on
     if hasattr(signal, "SIGHUP"):
@@ -363,4 +368,4 @@ def _work(settings: Settings, listener: socket.socket, end: Connection, announce
     logs.configure(sys.stderr)
     from app.server import serve  # with torch, which the supervisor does without
 
-    raise SystemExit(serve(settings, listener, Link(end), announce=announce))
+    raise SystemExit(serve(settings, listener, Link(end), classes))

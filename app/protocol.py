@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
-from httptools import HttpParserUpgrade
+from httptools import HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from app.errors import BadRequest, HeadTooLarge, RequestError, TooSlow
@@ -93,9 +93,9 @@ class Steadfast:
     own client and `curl --http2` offer HTTP/2 with their first request.
     """
 
-    def __init__(self, parser: Any, take_head_without_offer: Callable[[], bytes | None]) -> None:
-        self._parser = parser
-        self._take_head_without_offer = take_head_without_offer
+    def __init__(self, protocol: "Protocol") -> None:
+        self._protocol = protocol
+        self._parser = HttpRequestParser(protocol)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._parser, name)
@@ -107,9 +107,10 @@ class Steadfast:
                 self._parser.feed_data(rest)
                 return
             except HttpParserUpgrade as offer:
-                if (head := self._take_head_without_offer()) is None:
+                if (head := self._protocol.take_head_without_offer()) is None:
                     return  # CONNECT, to which the application says no; what follows would be for the tunnel
                 rest = rest[offer.args[0] :]
+                self._parser = HttpRequestParser(self._protocol)  # after `close` the used one takes nothing more
                 self._parser.feed_data(head)
 
 
@@ -129,7 +130,7 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(cast(asyncio.Transport, Joining(transport)))
-        self.parser = cast(Any, Steadfast(self.parser, self.take_head_without_offer))
+        self.parser = cast(Any, Steadfast(self))
         self._refuse = cast(Any, self.config.app).refuse
         self._start_clock()
 
@@ -195,6 +196,8 @@ class Protocol(HttpToolsProtocol):
         if self.parser.should_upgrade() and method != b"CONNECT":
             lines = [b"%b %b HTTP/%b" % (method, self.url, self.parser.get_http_version().encode())]
             lines += [b"%b: %b" % header for header in self.headers if header[0] not in OFFER]
+            options = [option for name, value in self.headers if name == b"connection" for option in value.split(b",")]
+            lines += [b"connection: " + option for option in options if option.strip().lower() not in OFFER]
             self._head_without_offer = b"\r\n".join([*lines, b"\r\n"])
             return
         in_turn = self.cycle is None or self.cycle.response_complete  # not behind another of the same connection
@@ -222,7 +225,8 @@ class Protocol(HttpToolsProtocol):
 
     def send_400_response(self, _msg: str) -> None:
         """What uvicorn calls when bytes are no HTTP. It would say so in a text."""
-        self._reject(BadRequest("The bytes are no HTTP request. Send one of HTTP/1.1, and to this port without TLS."))
+        sentence = "The bytes are no HTTP request. Send one of HTTP/1.1, without TLS and with an address in ASCII."
+        self._reject(BadRequest(sentence))
 
     def _reject(self, error: RequestError) -> None:
         if self.cycle is not None and not (self.cycle.more_body or self.cycle.response_complete):

@@ -98,19 +98,24 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def serve(settings: Settings, listener: socket.socket, link: Link | None = None, *, announce: bool = True) -> int:
+def serve(
+    settings: Settings,
+    listener: socket.socket,
+    link: Link | None = None,
+    classes: tuple[str, ...] | None = None,
+) -> int:
     """Serve on `listener` until a signal says stop, and return the exit code.
 
     Args:
         link: To the supervisor, if this is one of several processes.
-        announce: Whether to print what is served, and where, when it is.
+        classes: Of other processes that serve already. Without them what is served, and where, is printed when it is.
     """
     # The inference thread gives the interpreter away at every step of torch, and would get it back from a busy event
     # loop only after Python's 5 ms. Measured with tests/soak.py: 445 -> 636 answers/s with torch, 967 -> 1,049 with
     # OpenVINO, which has one step.
     sys.setswitchinterval(0.0005)
     try:
-        app = create_app(settings)
+        app = create_app(settings, classes)
     except StartError as error:
         print(error, file=sys.stderr)
         return COULD_NOT_START
@@ -129,9 +134,9 @@ def serve(settings: Settings, listener: socket.socket, link: Link | None = None,
     def on_started() -> None:
         if link is not None:
             app.state.total, service.on_exchange = link.total, link.reloaded
-            ready = Ready(service.engine, service.checkpoint.sha256)
+            ready = Ready(service.engine, service.checkpoint.sha256, service.checkpoint.classes)
             link.open(ready, app.state.count, lambda: server.handle_exit(signal.SIGTERM, None))
-        if announce:
+        if classes is None:
             processes = f" in {settings.processes} processes" if settings.processes > 1 else ""
             print(f"Serving {service.describe()}{processes} on {url(listener)}", flush=True)
 

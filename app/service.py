@@ -116,7 +116,7 @@ class Service:
                 served = Served(await asyncio.to_thread(load_aside, self.settings.weights))
                 if served.checkpoint.sha256 == self.checkpoint.sha256:
                     return False
-                self._check_replaces(served.checkpoint)
+                check_replaces(served.checkpoint, self.checkpoint.classes)
                 await self._batcher.exchange(self._build(served, self.engine))
             except CheckpointError as error:
                 raise WeightsRefused(f"{error} The weights {self.checkpoint.sha256[:12]} go on serving.") from None
@@ -230,14 +230,6 @@ class Service:
             **report(evaluation, checkpoint.classes),
         }
 
-    def _check_replaces(self, checkpoint: Checkpoint) -> None:
-        """Clients may have kept the names or taken class_id at its word, and would misread the answers unnoticed."""
-        if checkpoint.classes != self.checkpoint.classes:
-            raise CheckpointError(
-                f"The weights file is for the classes {', '.join(checkpoint.classes)}; those that are served, for "
-                f"{', '.join(self.checkpoint.classes)}. Start a service of its own for it."
-            )
-
     def _start_evaluation(self) -> None:
         if self.settings.data is not None:
             threading.Thread(target=self._read_data, args=(self._served,), name="data", daemon=True).start()
@@ -312,6 +304,20 @@ class Service:
 def _is_light(picture: bytes, resize: Resize | None) -> bool:
     """Whether decoding is little work: at most 1,024 pixels of not much data. Resizing may begin with fifty million."""
     return resize is None and len(picture) <= LIGHT_BYTES
+
+
+def check_replaces(checkpoint: Checkpoint, classes: tuple[str, ...]) -> None:
+    """Whether it is for the `classes` that are served. Clients may have kept the names or taken class_id at its word,
+    and would misread other answers unnoticed.
+
+    Raises:
+        CheckpointError: it is for others.
+    """
+    if checkpoint.classes != classes:
+        raise CheckpointError(
+            f"The weights file is for the classes {', '.join(checkpoint.classes)}; those that are served, for "
+            f"{', '.join(classes)}. Start a service of its own for it."
+        )
 
 
 def load_aside(path: Path) -> Checkpoint:

@@ -234,14 +234,18 @@ def test_what_would_be_refused_whatever_it_holds_is_refused_by_its_head(
     assert isinstance(app, Application)
     portal = client.portal
     assert portal is not None
-    assert portal.call(app.refuse, "/predict", []) is None
+    assert portal.call(app.refuse, "/predict", [(b"content-length", b"9")]) is None
 
     def full() -> None:
         raise Overloaded("Too much.", retry_after_seconds=3)
 
     monkeypatch.setattr(app.state.service, "check_room", full)
-    assert portal.call(app.refuse, "/predict?top_k=1", []) is None  # the way through the framework, which says it too
-    answer = portal.call(app.refuse, "/predict", [(b"x-request-id", b"seven")])
+    little = b"content-length", b"16384"
+    # These go the way through the framework, which says it, too.
+    assert portal.call(app.refuse, "/predict?top_k=1", [little]) is None
+    assert portal.call(app.refuse, "/predict", [(b"content-length", b"16385")]) is None
+    assert portal.call(app.refuse, "/predict", []) is None
+    answer = portal.call(app.refuse, "/predict", [little, (b"x-request-id", b"seven")])
     assert answer is not None
     status, headers, body = portal.call(answer)
     assert (status, json.loads(body)["error"]) == (429, "Too much.")

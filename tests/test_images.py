@@ -114,6 +114,36 @@ def test_a_palette_with_transparency_lies_over_white() -> None:
     assert pixels_CHW[:, 1, 1].tolist() == [40, 50, 60]
 
 
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+@pytest.mark.parametrize(
+    ("bits", "colour_type", "pixel_row", "transparent", "expected"),
+    [
+        (2, 0, b"\x55" * 8, b"\0\1", (255, 255, 255)),
+        (4, 0, b"\x33" * 16, b"\0\3", (255, 255, 255)),
+        (4, 0, b"\x44" * 16, b"\0\3", (68, 68, 68)),
+        (16, 2, b"\x12\x34\x56\x78\x9a\xbc" * 32, b"\x12\x34\x56\x78\x9a\xbc", (255, 255, 255)),
+        (16, 2, bytes(6 * 32), b"\1\0" * 3, (0, 0, 0)),
+    ],
+)
+def test_a_transparent_colour_of_any_depth_lies_over_white(
+    bits: int, colour_type: int, pixel_row: bytes, transparent: bytes, expected: tuple[int, int, int]
+) -> None:
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 32, 32, bits, colour_type, 0, 0, 0)) + chunk(b"tRNS", transparent)
+    data = b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress((b"\0" + pixel_row) * 32)) + chunk(b"IEND", b"")
+    assert tuple(pixels(data)[:, 16, 16].tolist()) == expected
+
+
+def test_a_large_compressed_bmp_is_refused_before_it_is_decoded() -> None:
+    """Pillow would take some ten seconds."""
+    head = struct.pack("<IIIHHIIIIII", 40, 7000, 7000, 1, 8, 1, 2, 0, 0, 1, 0) + bytes(4) + b"\0\1"
+    data = struct.pack("<2sIHHI", b"BM", 14 + len(head), 0, 0, 58) + head
+    with pytest.raises(BodyTooLarge, match="compressed BMP of 7000 x 7000; accepted of these are at most 1,000,000"):
+        decode(data, "crop")
+
+
 def test_a_transparent_colour_without_alpha_channel_lies_over_white() -> None:
     data = encode(Image.new("RGB", (32, 32), (1, 2, 3)), transparency=(1, 2, 3))
     assert torch.equal(pixels(data), grey(255))

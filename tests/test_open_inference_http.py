@@ -16,6 +16,7 @@ from fastapi.testclient import TestClient
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
+from app.errors import DeadlineExceeded
 from app.main import create_app
 from app.open_inference import request as requests
 from app.routes import open_inference
@@ -219,7 +220,18 @@ async def test_who_leaves_before_the_answer_cancels_it() -> None:
 
     answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     with pytest.raises(ClientDisconnect):
-        await unless_left(receive, answer)
+        await unless_left(receive, answer, 60)
+    assert answer.cancelled()
+
+
+@pytest.mark.anyio
+async def test_who_waits_for_what_is_stuck_is_told_so() -> None:
+    async def receive() -> Message:
+        return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]
+
+    answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    with pytest.raises(DeadlineExceeded, match=r"took longer than 0\.1 seconds"):
+        await asyncio.wait_for(unless_left(receive, answer, 0.1), 60)
     assert answer.cancelled()
 
 
@@ -231,7 +243,7 @@ async def test_who_stays_gets_the_answer() -> None:
         answer.set_result(42)
         return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]
 
-    assert await unless_left(receive, answer) == 42
+    assert await unless_left(receive, answer, 60) == 42
 
 
 @pytest.mark.parametrize(("count", "aside"), [(1, False), (8, True)])

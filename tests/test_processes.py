@@ -204,6 +204,30 @@ def test_a_stuck_process_is_killed_and_replaced(weights: Path, png: bytes) -> No
         assert err.count("Another one takes its place.") == 1
 
 
+def test_a_process_is_not_replaced_by_one_that_answers_with_other_classes(tmp_path: Path, png: bytes) -> None:
+    path = tmp_path / "served.pth"
+    served = random_checkpoint()
+    checkpoint.save(served, path)
+    with running(path) as service:
+        checkpoint.save(replace(served, classes=served.classes[::-1]), path)
+        died, left = service.pids()
+        tried: set[int] = set()
+        os.kill(died, signal.SIGKILL)
+
+        def two_have_been_tried() -> bool:
+            tried.update(service.pids())
+            return len(tried - {died, left}) == 2
+
+        eventually(two_have_been_tried)
+        answers = [get(f"{service.url}/predict", png)[1]["probabilities"] for _ in range(CONNECTIONS)]
+        assert {tuple(answer) for answer in answers} == {served.classes}  # type: ignore[arg-type]
+        checkpoint.save(served, path)
+        service.wait_for_both()
+        service.supervisor.send_signal(signal.SIGTERM)
+        _, err = service.supervisor.communicate(timeout=SECONDS)
+        assert "The weights file is for the classes truck, ship" in err
+
+
 def test_a_process_that_cannot_be_replaced_at_once_is_replaced_later(weights: Path, png: bytes) -> None:
     with running(weights, program=["-c", NO_ROOM]) as service:
         died, left = service.pids()
@@ -377,7 +401,7 @@ def test_a_message_that_comes_in_pieces_is_read_whole() -> None:
     gone: list[bool] = []
 
     def tell() -> None:
-        assert own.recv() == Ready("torch", "0123")
+        assert own.recv() == Ready("torch", "0123", ("a", "b"))
         assert own.recv() == Ask()
         message = bytes(ForkingPickler.dumps(Total(Counts(lines_dropped=7))))
         os.write(own.fileno(), struct.pack("!i", len(message)))
@@ -386,7 +410,7 @@ def test_a_message_that_comes_in_pieces_is_read_whole() -> None:
 
     async def ask() -> Counts:
         link = Link(its)
-        link.open(Ready("torch", "0123"), Counts, lambda: gone.append(True))
+        link.open(Ready("torch", "0123", ("a", "b")), Counts, lambda: gone.append(True))
         return await asyncio.wait_for(link.total(), SECONDS)
 
     with own, its, ThreadPoolExecutor(1) as pool:
@@ -401,7 +425,7 @@ def test_a_process_whose_supervisor_is_gone_speaks_for_itself() -> None:
 
     async def ask() -> tuple[Counts, Counts]:
         link = Link(its)
-        link.open(Ready("torch", "0123"), lambda: Counts(lines_dropped=3), lambda: gone.append(True))
+        link.open(Ready("torch", "0123", ("a", "b")), lambda: Counts(lines_dropped=3), lambda: gone.append(True))
         waiting = asyncio.create_task(link.total())
         await asyncio.sleep(0)
         own.close()

@@ -312,6 +312,18 @@ async def test_an_offer_of_another_protocol_is_not_taken_up(offered: bytes, full
     assert application.called == (0 if full else 8)
 
 
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+@pytest.mark.parametrize("connection", [b"Upgrade, close", b"close\r\nconnection: upgrade"])
+async def test_an_offer_of_who_wants_no_more_is_answered_and_he_is_let_go(connection: bytes, version: bytes) -> None:
+    async with connected(Application()) as (reader, writer):
+        offer = b"connection: %b\r\nupgrade: h2c\r\n" % connection
+        writer.write((POST % (b"7", offer)).replace(b"1.1", version))
+        status, head, body = await answer(reader)
+        assert (status, body) == (200, b"5")
+        assert b"connection: close" in head
+        assert await asyncio.wait_for(reader.read(), SECONDS) == b""
+
+
 async def test_many_offers_at_once_are_answered_one_by_one() -> None:
     count = 1500  # one within the other they would be deeper than Python goes
     async with connected(Application()) as (reader, writer):

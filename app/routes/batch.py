@@ -63,7 +63,7 @@ async def _answers(request: Request, service: Service, resize: Resize | None) ->
     """The rows of each picture or of several, or an error in the place of one picture."""
     headers = headers_of(request)
     kind, content_type = content_kind(headers)
-    most = service.settings.max_pictures
+    most, deadline_seconds = service.settings.max_pictures, service.settings.deadline_seconds
     refusal = BodyTooLarge(
         f"The request has more than {most:,} pictures, which is what is accepted at a time. Send several requests.",
         detail={"max_pictures": most},
@@ -76,12 +76,13 @@ async def _answers(request: Request, service: Service, resize: Resize | None) ->
             )
         if not fields:
             raise BadRequest("The form has no field; expected is a field `files` for each picture.")
-        return await unless_left(request.receive, service.predict_pictures([content for _, content in fields], resize))
+        pictures = service.predict_pictures([content for _, content in fields], resize)
+        return await unless_left(request.receive, pictures, deadline_seconds)
     if kind == "application/octet-stream":
         body = await service.intake.read(headers, request.receive)
         if len(body) > most * IMAGE_BYTES:
             raise refusal
-        return [*await unless_left(request.receive, service.predict_pixels(check_raw(body)))]
+        return [*await unless_left(request.receive, service.predict_pixels(check_raw(body)), deadline_seconds)]
     raise UnsupportedMedia(
         f"The body has the content type {kind!r}. Accepted are multipart/form-data with a field `files` for each "
         "picture (curl -F files=@1.png -F files=@2.png), or raw pixels as application/octet-stream."

@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from app.boundary import DEFECT, LEFT, UNMATCHED, Ledger, request_id_of, server_timing
 from app.errors import RequestError
-from app.exchange import Headers, RawReply, Reply, refusal
+from app.exchange import LIGHT_BYTES, Headers, RawReply, Reply, refusal
 from app.service import Service
 
 logger = logging.getLogger(__name__)
@@ -35,15 +35,18 @@ class Application(FastAPI):
     def refuse(self, path: str, headers: Iterable[tuple[bytes, bytes]]) -> Callable[[], RawReply] | None:
         """What a POST request in the lane is told at its end while nothing more is admitted; None if it may come in.
 
-        What it holds makes no difference, so the server asks before it makes a task of it.
+        What it holds makes no difference, so the server asks before it makes a task of it. The body is then taken in
+        for nothing; one that may be long comes in the usual way, with its limits.
         """
-        if path not in self._lanes:
+        known = dict(headers)
+        length = known.get(b"content-length", b"")
+        if path not in self._lanes or not length.isdigit() or int(length) > LIGHT_BYTES:
             return None
         try:
             self._service.check_room()
             return None
         except RequestError as error:
-            started_at, reason, request_id = monotonic(), error.reason, request_id_of(dict(headers))
+            started_at, reason, request_id = monotonic(), error.reason, request_id_of(known)
             reply = refusal(error, request_id)
 
         def answer() -> RawReply:

@@ -243,14 +243,14 @@ def _encoding(headers: Headers) -> str | None:
 
 async def _probabilities(receive: Receive, service: Service, inference: Inference, resize: Resize | None) -> Verdict:
     """The rows of all pictures of the request; if one of them cannot be read, the request fails and says which."""
+    deadline_seconds = service.settings.deadline_seconds
     answers: list[Verdict | BaseException]
     if inference.pixels is not None:
         future = service.predict_pixels(check_raw(inference.pixels), inference.timeout_seconds)
-        answers = [*await unless_left(receive, future)]
+        answers = [*await unless_left(receive, future, deadline_seconds)]
     else:
-        answers = await unless_left(
-            receive, service.predict_pictures(inference.pictures, resize, inference.timeout_seconds)
-        )
+        pictures = service.predict_pictures(inference.pictures, resize, inference.timeout_seconds)
+        answers = await unless_left(receive, pictures, deadline_seconds)
     rows: Rows = []
     checkpoint = service.checkpoint
     for index, answer in enumerate(answers):

@@ -68,7 +68,7 @@ async def respond(
 ) -> Reply:
     """The answer to a request whose parameters are known."""
     future = service.predict(await _read_picture(headers, receive, service.intake), resize)
-    verdict = await unless_left(receive, future)
+    verdict = await unless_left(receive, future, service.settings.deadline_seconds)
     answer = scores(verdict.rows[0], verdict.checkpoint, top_k)
     answer["model"] = model_info(verdict.checkpoint)
     return Reply(to_json(answer), timing=future.timing)
