@@ -114,8 +114,15 @@ def test_a_palette_with_transparency_lies_over_white() -> None:
     assert pixels_CHW[:, 1, 1].tolist() == [40, 50, 60]
 
 
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
 def chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def header_chunk(width: int, height: int, bits: int, colour_type: int) -> bytes:
+    return chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0))
 
 
 @pytest.mark.parametrize(
@@ -131,8 +138,8 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 def test_a_transparent_colour_of_any_depth_lies_over_white(
     bits: int, colour_type: int, pixel_row: bytes, transparent: bytes, expected: tuple[int, int, int]
 ) -> None:
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 32, 32, bits, colour_type, 0, 0, 0)) + chunk(b"tRNS", transparent)
-    data = b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress((b"\0" + pixel_row) * 32)) + chunk(b"IEND", b"")
+    head = SIGNATURE + header_chunk(32, 32, bits, colour_type) + chunk(b"tRNS", transparent)
+    data = head + chunk(b"IDAT", zlib.compress((b"\0" + pixel_row) * 32)) + chunk(b"IEND", b"")
     assert tuple(pixels(data)[:, 16, 16].tolist()) == expected
 
 
@@ -226,9 +233,7 @@ def test_a_big_jpeg_scaled_by_the_decoder_looks_the_same() -> None:
 
 
 def png_header(width: int, height: int) -> bytes:
-    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    checksum = struct.pack(">I", zlib.crc32(header))
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + checksum + struct.pack(">I", 10**9) + b"IDAT"
+    return SIGNATURE + header_chunk(width, height, 8, 2) + struct.pack(">I", 10**9) + b"IDAT"
 
 
 @pytest.mark.parametrize("resize", [None, "crop"])
@@ -312,8 +317,7 @@ def with_chunk(kind: bytes, content: bytes) -> bytes:
     """A PNG with one chunk more, as its checksum says intact."""
     plain = encode(drawing())
     place = plain.index(b"IDAT") - 4
-    chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-    return plain[:place] + chunk + plain[place:]
+    return plain[:place] + chunk(kind, content) + plain[place:]
 
 
 @pytest.mark.parametrize("keyword", [b"exif", b"xmp", b"XML:com.adobe.xmp", b"Raw profile type exif", b"transparency"])
