@@ -38,14 +38,16 @@ class Application(FastAPI):
         What it holds makes no difference, so the server asks before it makes a task of it. The body is then taken in
         for nothing; one that may be long comes in the usual way, with its limits.
         """
-        known = dict(headers)
-        length = known.get(b"content-length", b"")
-        if path not in self._lanes or not length.isdigit() or int(length) > LIGHT_BYTES:
+        if path not in self._lanes:
             return None
         try:
             self._service.check_room()
             return None
         except RequestError as error:
+            known = dict(headers)
+            length = known.get(b"content-length", b"")
+            if not length.isdigit() or int(length) > LIGHT_BYTES:
+                return None
             started_at, reason, request_id = monotonic(), error.reason, request_id_of(known)
             reply = refusal(error, request_id)
 
