@@ -120,3 +120,9 @@ def test_the_runs_are_real_and_repeat(tmp_path: Path) -> None:
     assert {row["ingredient"] for row in rows[0]} == {"", "flip", "shift", "jpeg", "cutout"}
     assert all(min(row["validation_accuracy"], row["jpeg_accuracy"]) > 0.8 for row in rows[0])
     assert [json.loads(line) for line in (tmp_path / "a").read_text().splitlines()] == rows[0]
+
+
+def test_what_is_no_log_is_named(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(ValueError, match=r"notes\.txt is no log: expected is a JSON object in each line"):
+        read_rows(tmp_path / "notes.txt")

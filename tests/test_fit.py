@@ -21,7 +21,9 @@ from training.distill import Teachers
 from training.fit import (
     AHEAD,
     Row,
+    Workers,
     _augmented,
+    _check_same,
     fit,
     initialize,
     learning_rate_factor,
@@ -174,6 +176,24 @@ def test_a_state_of_before_a_field_was_there_resumes(tmp_path: Path) -> None:
     low = dataclasses.replace(DEBUG, network="cifar_net", low_resolution=0.5)
     with pytest.raises(TrainingError, match="another value of: network, low_resolution"):
         train(low, split, state_file=state_file, resume=True)
+
+
+def test_what_is_no_state_is_a_sentence(tmp_path: Path) -> None:
+    contents: list[Any] = [[1, 2], {"network": {}}]
+    for content in contents:
+        torch.save(content, tmp_path / "state.pt")
+        with pytest.raises(TrainingError, match=r"state\.pt is damaged or cut short"):
+            train(DEBUG, stripes(40), state_file=tmp_path / "state.pt", resume=True)
+
+
+def test_processes_go_on_from_the_same_epoch_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(counts: list[int], own: int) -> None:
+        counts[:] = [own, 0]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    _check_same(0, Workers(rank=0, count=2))
+    with pytest.raises(TrainingError, match="would go on after 3, 0 epochs"):
+        _check_same(3, Workers(rank=0, count=2))
 
 
 @pytest.mark.parametrize("kept", [0, 1000, -100])

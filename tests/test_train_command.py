@@ -138,6 +138,7 @@ def test_a_run_on_all_images_takes_over_the_calibration_of_one_with_held_out_ima
     ("flags", "sentence"),
     [
         (["--network", "cifar_net"], "is of a network net for the classes plane, car"),
+        (["--epochs", "3", "--cutout", "2"], "is of a run with another value of: cutout, epochs. Name one"),
         (["--validation", "0.1"], "A run with --validation makes its own calibration"),
         (["--calibration", "runs/plain/cifar_net.pth"], "has no calibration; name one that a run with --validation"),
     ],
@@ -393,7 +394,12 @@ def test_the_commands_leave_what_the_card_is_made_of(finished_folder: Path, monk
     monkeypatch.chdir(finished_folder)
     train, held_out = ["train", "--recipe", "debug", "--data", "."], ["--validation", "0.1"]
     held = "runs/held/cifar_net.pth"
+    Path("weights").mkdir()
+    of_others = [Path(f"weights/net.{name}") for name in ("validation.log.jsonl", "robustness.json", "unfamiliar.json")]
+    for file in of_others:
+        file.write_text("of other weights")
     assert cli.main([*train, "--name", "final", "--calibration", held, "--out", "weights/net.pth"]) == 0
+    assert [file.exists() for file in of_others] == [True, False, False]
     robustness = ["robustness", "--weights", held, "--data", ".", *held_out, "--out", "weights/net.robustness.json"]
     assert cli.main(robustness) == 0
     assert cli.main(["card", "--folder", "weights"]) == 0

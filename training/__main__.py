@@ -18,6 +18,7 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import sys
 import time
 from importlib import metadata
@@ -111,7 +112,7 @@ def train_command(options: argparse.Namespace) -> None:
         trained={
             "recipe": options.recipe,
             **dataclasses.asdict(recipe),
-            "command": "python -m training " + " ".join(sys.argv[1:]),
+            "command": "python -m training " + shlex.join(sys.argv[1:]),
             "images": f"{len(train):,} of {train.name}",
             "data_sha256": train.digest,
             "teachers": introduce(teachers),
@@ -134,10 +135,11 @@ def train_command(options: argparse.Namespace) -> None:
     save(checkpoint, weights)
     if options.out:
         save(checkpoint, options.out)
-        # For the model card, with the log of the run that the calibration is from; none may be left of another run.
+        # For the model card, with the log of the run that the calibration is from; nothing may be left of another run.
         write_rows(options.out.with_suffix(".log.jsonl"), rows)
         validation_log = options.out.with_suffix(".validation.log.jsonl")
-        validation_log.unlink(missing_ok=True)
+        for left in (validation_log, *map(options.out.with_suffix, (".robustness.json", ".unfamiliar.json"))):
+            left.unlink(missing_ok=True)
         if options.calibration and (validated := read_rows(options.calibration.parent / "log.jsonl")):
             write_rows(validation_log, validated)
         weights = options.out
@@ -186,6 +188,12 @@ def _calibration(file: Path, recipe: Recipe, classes: tuple[str, ...]) -> Calibr
         raise ValueError(
             f"The calibration in {file} is of a network {found.architecture} for the classes "
             f"{', '.join(found.classes)}; this run trains {recipe.network} for {', '.join(classes)}."
+        )
+    kept = vars(recipe).keys() - {"seed", "validation", "precision", "report_every"}
+    if other := sorted(name for name in kept if found.trained.get(name, vars(recipe)[name]) != vars(recipe)[name]):
+        raise ValueError(
+            f"The calibration in {file} is of a run with another value of: {', '.join(other)}. Name one of the same "
+            "recipe with --validation 0.1."
         )
     if found.calibration.set_threshold is None:
         raise ValueError(f"The file {file} has no calibration; name one that a run with --validation 0.1 has written.")

@@ -34,6 +34,7 @@ CHANNELS = 3
 WHITENING_IMAGES = 5000
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 KEPT_BYTES = 2**31 - 1
+KEPT_BYTES_BEFORE = 32 * 2**20  # the most that older versions accept; without any they would keep nothing
 LOW_RESOLUTIONS = (20, 26)
 AHEAD = {"cuda": 10_000}
 """So many images are augmented together on a device, in whole batches: a GPU needs that many to be busy. On a CPU, one
@@ -73,16 +74,18 @@ def keep_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+        if not mallopt(M_MMAP_THRESHOLD, KEPT_BYTES):
+            mallopt(M_MMAP_THRESHOLD, KEPT_BYTES_BEFORE)
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def initialize(network: Normalized, recipe: Recipe, pixels_NCHW: Tensor) -> None:
     """Set what a network knows of its data before it learns: the normalisation, as the recipe says, and whitening."""
     if recipe.normalization == "data":
-        std, mean = torch.std_mean(pixels_NCHW.double() / 255, dim=(0, 2, 3))
-        network.mean.copy_(mean)
-        network.std.copy_(std.clamp_min(1 / 255))  # of a channel without content it is 0
+        for channel in range(CHANNELS):
+            std, mean = torch.std_mean(pixels_NCHW[:, channel].double() / 255)  # of all at once that takes gigabytes
+            network.mean[channel] = mean
+            network.std[channel] = std.clamp_min(1 / 255)  # of a channel without content it is 0
     if isinstance(network, CifarNet):
         network.set_whitening(pixels_NCHW[:WHITENING_IMAGES])
 
@@ -183,8 +186,9 @@ def fit(
     origin = {**vars(recipe), "images": train.digest, "teachers": introduction}
     if resume and state_file is not None and state_file.exists():
         rows = _load_state(state_file, origin, network, optimizers)
-        if workers.is_first and on_epoch is not None:  # in case it stopped between state and log
-            on_epoch(rows)
+    _check_same(len(rows), workers)
+    if rows and workers.is_first and on_epoch is not None:  # in case it stopped between state and log
+        on_epoch(rows)
 
     def learn(shown_NCHW: Tensor, pixels_NCHW: Tensor, labels_NK: Tensor, scale: Tensor) -> Tensor:
         """The loss of a batch, summed over its images, after having learned from `scale` times that.
@@ -250,6 +254,19 @@ def _augmented(
         yield from zip(pixels_NCHW.split(sizes), mixed_NK.split(sizes), strict=True)
 
 
+def _check_same(epochs: int, workers: Workers) -> None:
+    """Whether all processes go on from the same epoch."""
+    if workers.count == 1:
+        return
+    counts: list[int] = [0] * workers.count
+    dist.all_gather_object(counts, epochs)
+    if len(set(counts)) > 1:
+        raise TrainingError(
+            f"The processes would go on after {', '.join(map(str, counts))} epochs: not all of them find the state of "
+            "the run. Have their machines share the folder runs/."
+        )
+
+
 def _save_state(
     file: Path, origin: dict[str, Any], network: nn.Module, optimizers: list[Optimizer], rows: list[Row]
 ) -> None:
@@ -265,7 +282,9 @@ def _save_state(
 def _load_state(file: Path, origin: dict[str, Any], network: nn.Module, optimizers: list[Optimizer]) -> list[Row]:
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError):
+        if not {"origin", "network", "optimizers", "rows"} <= state.keys():
+            raise EOFError
+    except (RuntimeError, EOFError, AttributeError, pickle.UnpicklingError):
         raise TrainingError(f"{file} is damaged or cut short; start a new run under another --name.") from None
     before = vars(Recipe()) | state.get("origin", {})  # which may be of before a field was there
     if changed := [name for name, value in origin.items() if before.get(name) != value]:

@@ -13,8 +13,15 @@ from training import plots
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The JSON objects in `file`, one a line; none where there is no file yet."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    """The JSON objects in `file`, one a line; none where there is no file yet.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    try:
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    except ValueError:
+        raise ValueError(f"{file} is no log: expected is a JSON object in each line. Name another file.") from None
 
 
 def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
