@@ -25,5 +25,5 @@ ENV PATH=/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 CIFAR_HOST=0.0.0.0
 USER 65534:65534
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=30s CMD ["python", "-c", \
-    "import os, urllib.request as r; r.urlopen('http://127.0.0.1:' + os.environ.get('CIFAR_PORT', '8000') + '/healthz')"]
+    "import http.client, os; c = http.client.HTTPConnection('127.0.0.1', int(os.environ.get('CIFAR_PORT', '8000')), timeout=3); c.request('GET', '/healthz'); raise SystemExit(c.getresponse().status != 200)"]
 ENTRYPOINT ["python", "-m", "app"]

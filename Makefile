@@ -3,6 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
+# What a rule that failed has left is not taken for done; and two rules would install into one .venv at once.
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
 .PHONY: help serve test bench train clean
 
 help: ## list the commands

@@ -1,6 +1,7 @@
 """What several test files share: small checkpoints of random weights, pictures drawn by code, a running service."""
 
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from app.checkpoint import CIFAR10_CLASSES, Checkpoint
 from app.main import create_app
 from app.report import Evaluation, evaluate_probabilities
 from app.settings import Settings
+
+os.environ["no_proxy"] = "*"  # urllib would ask a proxy even for what is on this machine
 
 
 def random_checkpoint(architecture: str = "net", evaluation: Evaluation | None = None) -> Checkpoint:

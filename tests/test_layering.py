@@ -44,6 +44,7 @@ CORE = [
     "recorded",
     "batching",
     "entries",
+    "service",
     "admission",
     "steps",
     "statistics",
