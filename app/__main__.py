@@ -25,7 +25,7 @@ def bind(settings: Settings) -> socket.socket:
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
-        except BaseException:
+        except OSError:
             listener.close()
             raise
     except (OSError, UnicodeError) as error:  # the latter of a name that cannot be one
