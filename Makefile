@@ -50,18 +50,19 @@ clean: ## remove .venv and caches
 	@touch $@ .venv/.service .venv/.training
 
 # Four runs, each of which goes on where it stopped; one that has ended is not run again. CIFAR-10 is fetched if no data
-# set is named and none is there.
+# set is named, and ./data has no folder but that of an earlier fetch, which may be incomplete.
 TRAIN := $(BIN)/python -m training train --resume
 TEACHERS := runs/teacher-0/cifar_net.pth runs/teacher-1/cifar_net.pth
+DATA := $(if $(CIFAR_DATA)$(filter-out data/cifar-10-batches-py/,$(wildcard data/*/)),,data/.complete)
 
 data/.complete: | .venv/.training
 	$(BIN)/python -m training download
 	@touch $@
 
-runs/teacher-0/cifar_net.pth: | .venv/.training $(if $(CIFAR_DATA),,data/.complete)
+runs/teacher-0/cifar_net.pth: | .venv/.training $(DATA)
 	$(TRAIN) --name teacher-0 --recipe teacher --cutmix 0.3
 
-runs/teacher-1/cifar_net.pth: | .venv/.training $(if $(CIFAR_DATA),,data/.complete)
+runs/teacher-1/cifar_net.pth: | .venv/.training $(DATA)
 	$(TRAIN) --name teacher-1 --recipe teacher --seed 1
 
 runs/validation/cifar_net.pth: $(TEACHERS)

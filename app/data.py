@@ -68,6 +68,24 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels_N)
 
+    def labelled_for(self, classes: tuple[str, ...]) -> "Split":
+        """The same images, with labels that are indices into `classes`: folders are in alphabetical order, others may
+        be in any.
+
+        Raises:
+            DataError: `classes` are others than those of the images.
+        """
+        if self.classes == classes:
+            return self
+        if sorted(self.classes) != sorted(classes):
+            raise DataError(
+                f"The weights know the classes {', '.join(classes)}; the images ({self.name}) have the classes "
+                f"{', '.join(self.classes)}. Use images of the classes that the weights were trained for, or train new "
+                "weights on these."
+            )
+        places_K = torch.tensor([classes.index(name) for name in self.classes])
+        return replace(self, classes=classes, labels_N=places_K[self.labels_N])
+
     @cached_property
     def digest(self) -> str:
         """sha256 over the pixels, image after image as (C, H, W), then the labels as 64-bit little-endian integers.

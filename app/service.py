@@ -287,16 +287,9 @@ class Service:
     def _read_data(self, served: Served) -> None:
         assert self.settings.data is not None
         try:
-            split = data.read_test(self.settings.data)
+            split = data.read_test(self.settings.data).labelled_for(served.checkpoint.classes)
         except DataError as error:
             logger.error("The weights are not evaluated here. %s", error)
-            return
-        if split.classes != served.checkpoint.classes:
-            logger.error(
-                "The weights are not evaluated here. The data set has the classes %s; the weights were trained for %s.",
-                ", ".join(split.classes),
-                ", ".join(served.checkpoint.classes),
-            )
             return
         self._batcher.run_when_idle(self._evaluate(served, split, split.digest))
 

@@ -110,8 +110,16 @@ def test_other_classes_are_refused() -> None:
     official = ("airplane", "automobile", *CIFAR10_CLASSES[2:])
     with pytest.raises(DataError, match=r"know the classes plane, car, .* have the classes airplane, automobile, "):
         evaluate(checkpoint(), dataclasses.replace(split(), classes=official))
-    with pytest.raises(DataError, match="in the same order"):
-        evaluate(checkpoint(), dataclasses.replace(split(), classes=CIFAR10_CLASSES[::-1]))
+
+
+def test_the_same_classes_in_another_order_are_the_same() -> None:
+    """Folders are in alphabetical order, CIFAR-10's classes are not."""
+    known, order_K = split(), torch.tensor([CIFAR10_CLASSES.index(name) for name in sorted(CIFAR10_CLASSES)])
+    sorted_labels_N = order_K.argsort()[known.labels_N]
+    reordered = dataclasses.replace(known, classes=tuple(sorted(CIFAR10_CLASSES)), labels_N=sorted_labels_N)
+    assert [reordered.classes[label] for label in sorted_labels_N] == [CIFAR10_CLASSES[n] for n in known.labels_N]
+    assert evaluate(checkpoint(), reordered).confusion_KK.equal(evaluate(checkpoint(), known).confusion_KK)
+    assert not sorted_labels_N.equal(known.labels_N)
 
 
 def test_the_table_shows_the_figures_of_the_report() -> None:

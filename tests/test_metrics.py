@@ -131,7 +131,7 @@ def refuse(_folder: Path) -> Split:
         (refuse, "The weights are not evaluated here. There is no folder anywhere."),
         (
             lambda _folder: split(classes=("cat", "dog")),
-            "The data set has the classes cat, dog; the weights were",
+            "the images (made test) have the classes cat, dog. Use images",
         ),
     ],
 )

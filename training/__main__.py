@@ -42,7 +42,7 @@ from training.card import write_card
 from training.config import RECIPES, Recipe, add_flags, override
 from training.data import download, hold_out, locate
 from training.distill import Teachers, introduce
-from training.evaluate import evaluate, format_report, predict, require_same_classes
+from training.evaluate import evaluate, format_report, predict
 from training.fit import fit, initialize, join_workers
 from training.log import RunLog, read_rows, write_rows
 from training.summary import summarize
@@ -231,27 +231,25 @@ def _split(options: argparse.Namespace, weights: Checkpoint | None = None) -> Sp
     """The images to measure or show: the test images, or with --validation those a run held out.
 
     Raises:
-        DataError, ValueError: as `_require_unseen`.
+        DataError, ValueError: as `_for_weights`.
     """
     folder, share = locate(options.data, os.environ), options.validation
     split = hold_out(data.read(folder)[0], share)[1] if share else data.read_test(folder)
-    if weights is not None:
-        _require_unseen(weights, split, share)
-    return split
+    return split if weights is None else _for_weights(weights, split, share)
 
 
-def _require_unseen(weights: Checkpoint, split: Split, share: float) -> None:
-    """Check that `weights` can be measured on `split`, the test images or `share` of the training images.
+def _for_weights(weights: Checkpoint, split: Split, share: float) -> Split:
+    """`split`, the test images or `share` of the training images, labelled as `weights` answer.
 
     Raises:
         DataError, ValueError: They are for other classes, or have seen some of the images.
     """
-    require_same_classes(weights, split)
     if (held_out := weights.trained.get("validation", 0.0)) < share:
         raise ValueError(
             f"These weights were trained with a share of {held_out} of the images held out, so --validation "
             f"{share} would measure images that they have seen. Name the weights of a run with --validation {share}."
         )
+    return split.labelled_for(weights.classes)
 
 
 def evaluate_command(options: argparse.Namespace) -> None:
@@ -281,7 +279,7 @@ def unfamiliar_command(options: argparse.Namespace) -> None:
     train, split = data.read(locate(options.data, os.environ))
     if options.validation:
         train, split = hold_out(train, options.validation)
-    _require_unseen(checkpoint, split, options.validation)
+    split = _for_weights(checkpoint, split, options.validation)
     found = compare(checkpoint, train, split, options.count, choose_device(options.device))
     _put_out({"weights": _identify(options.weights, checkpoint), **found}, format_comparison(found), options)
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from app.calibration import UNCALIBRATED, Calibration
 from app.checkpoint import Checkpoint
 from app.data import Split
-from app.errors import DataError
 from app.report import Evaluation, evaluate_probabilities
 
 BATCH_SIZE = 250
@@ -62,20 +61,6 @@ def predict(
     return calibration.probabilities(forward(network, pixels_NCHW, batch_size, device, dtype))
 
 
-def require_same_classes(checkpoint: Checkpoint, split: Split) -> None:
-    """Check that what the network answers can be compared with the labels.
-
-    Raises:
-        DataError: The classes of the images are not those of the checkpoint.
-    """
-    if split.classes != checkpoint.classes:
-        raise DataError(
-            f"The weights know the classes {', '.join(checkpoint.classes)}; the images ({split.name}) have the classes "
-            f"{', '.join(split.classes)}. Both must be the same, in the same order: use the data that the weights were "
-            "trained on, or train new weights on this data."
-        )
-
-
 def evaluate(
     checkpoint: Checkpoint, split: Split, device: torch.device | str = "cpu", batch_size: int = BATCH_SIZE
 ) -> Evaluation:
@@ -85,7 +70,7 @@ def evaluate(
         DataError: The classes of the images are not those of the checkpoint.
         ValueError: `batch_size` is less than 1.
     """
-    require_same_classes(checkpoint, split)
+    split = split.labelled_for(checkpoint.classes)
     logits_NK = forward(checkpoint.network(), split.pixels_NCHW, batch_size, device).double()
     return evaluate_probabilities(
         checkpoint.calibration.probabilities(logits_NK),
