@@ -11,12 +11,11 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import pytest
 from conftest import random_checkpoint, random_evaluation
-from test_start import SECONDS, get, serving
+from running import SECONDS, Outcome, eventually, get, post, serving
 
 from app import checkpoint
 from app.model import IMAGE_BYTES
@@ -28,28 +27,6 @@ def slow_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "slow.pth"
     checkpoint.save(random_checkpoint("cifar_net"), path)
     return path
-
-
-class Outcome(NamedTuple):
-    begun_at: float
-    status: int
-    """0 if the connection was refused or closed without an answer."""
-    headers: dict[str, str]
-    body: bytes
-
-
-def post(url: str, path: str, body: bytes) -> Outcome:
-    begun_at = time.monotonic()
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=SECONDS)
-    try:
-        connection.request("POST", path, body, {"content-type": "application/octet-stream"})
-        response = connection.getresponse()
-        headers = {name.lower(): value for name, value in response.getheaders()}
-        return Outcome(begun_at, response.status, headers, response.read())
-    except (ConnectionError, http.client.RemoteDisconnected):
-        return Outcome(begun_at, 0, {}, b"")
-    finally:
-        connection.close()
 
 
 def pictures_run(url: str) -> int:
@@ -73,8 +50,7 @@ def test_no_forward_pass_is_spent_on_clients_that_have_left(slow_weights: Path) 
     ):
         address = (urlsplit(url).hostname, urlsplit(url).port)
         many = pool.submit(post, url, "/predict/batch", bytes(1024 * IMAGE_BYTES))
-        while pictures_run(url) == 0:  # the first of its batches has run; the others keep the network busy
-            time.sleep(0.001)
+        eventually(lambda: pictures_run(url) > 0)  # a batch of them; the others keep the network busy
         clients = [socket.create_connection(address, timeout=SECONDS) for _ in range(20)]
         for client in clients:
             client.sendall(raw_request(bytes(2 * IMAGE_BYTES)))
@@ -93,8 +69,7 @@ def test_a_single_picture_overtakes_the_many_of_another_request(slow_weights: Pa
         ThreadPoolExecutor(1) as pool,
     ):
         many = pool.submit(post, url, "/predict/batch", bytes(1024 * IMAGE_BYTES))
-        while pictures_run(url) == 0:
-            time.sleep(0.001)
+        eventually(lambda: pictures_run(url) > 0)
         assert post(url, "/predict", png).status == 200
         assert pictures_run(url) < 1024
         assert many.result().status == 200
@@ -236,9 +211,7 @@ def test_sighup_has_the_weights_read_anew_and_a_bad_file_is_a_line_in_the_log(
         given.state_dict["fc3.bias"].fill_(1.0)
         new = checkpoint.save(given, path)[:12]
         process.send_signal(signal.SIGHUP)
-        deadline = time.monotonic() + SECONDS
-        while served(url, png) != new:
-            assert time.monotonic() < deadline
+        eventually(lambda: served(url, png) == new)
         process.send_signal(signal.SIGTERM)
         assert process.wait(SECONDS) == 0
 

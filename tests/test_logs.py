@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from fastapi.testclient import TestClient
-from test_start import SECONDS, get, serving
+from running import SECONDS, get, serving
 
 from app import logs
 from app.logs import QUIET, AccessLog, JsonFormatter, Patient

@@ -1,7 +1,6 @@
 """GET /metrics/per-class: from the checkpoint, or measured on a data set."""
 
 import dataclasses
-import time
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 from conftest import drawing, encode, random_checkpoint, random_evaluation
 from fastapi.testclient import TestClient
+from running import eventually
 
 from app import checkpoint, data
 from app.calibration import Calibration
@@ -35,14 +35,11 @@ def settings_with_data(settings: Settings) -> Settings:
     return Settings(weights=settings.weights, device="cpu", threads=1, data=Path("anywhere"))
 
 
-def eventually(client: TestClient, source: str) -> dict[str, Any]:
+def report_from(client: TestClient, source: str) -> dict[str, Any]:
     """The report as soon as it is from there."""
-    for _ in range(1000):
-        body: dict[str, Any] = client.get("/metrics/per-class").json()
-        if body.get("source") == source:
-            return body
-        time.sleep(0.01)
-    raise AssertionError(f"no report with the source {source!r} within 10 seconds")
+    eventually(lambda: client.get("/metrics/per-class").json().get("source") == source)
+    body: dict[str, Any] = client.get("/metrics/per-class").json()
+    return body
 
 
 def test_the_report_in_the_checkpoint_is_the_answer(client: TestClient, weights: Path) -> None:
@@ -79,7 +76,7 @@ def test_with_data_the_loaded_weights_are_measured(
     monkeypatch.setattr(data, "read_test", lambda _folder: split())
     with TestClient(create_app(settings_with_data(settings))) as client:
         assert client.post("/predict", content=png).status_code == 200
-        body = eventually(client, "measured")
+        body = report_from(client, "measured")
     assert body["dataset"] == {"name": "made test", "sha256": split().digest, "images": 50}
     predicted_N = checkpoint.load(weights).network()(split().pixels_NCHW).argmax(dim=1)
     assert body["correct"] == pytest.approx(int((predicted_N == split().labels_N).sum()), abs=2)  # bfloat16 may tip one
@@ -93,7 +90,7 @@ def test_what_is_measured_is_calibrated(settings: Settings, tmp_path: Path, monk
     monkeypatch.setattr(data, "read_test", lambda _folder: split())
     with_data = settings_with_data(dataclasses.replace(settings, weights=tmp_path / "calibrated.pth"))
     with TestClient(create_app(with_data)) as client:
-        body = eventually(client, "measured")
+        body = report_from(client, "measured")
     logits_NK = given.network()(split().pixels_NCHW)
     expected = evaluate_probabilities(
         calibration.probabilities(logits_NK),
@@ -140,11 +137,7 @@ def test_data_that_cannot_be_used_are_a_line_in_the_log_and_the_checkpoint_answe
 ) -> None:
     monkeypatch.setattr(data, "read_test", read)
     with TestClient(create_app(settings_with_data(settings))) as client:
-        for _ in range(1000):
-            if sentence in caplog.text:
-                break
-            time.sleep(0.01)
-        assert sentence in caplog.text
+        eventually(lambda: sentence in caplog.text)
         assert client.get("/metrics/per-class").json()["source"] == "checkpoint"
 
 
@@ -157,4 +150,4 @@ def test_a_folder_of_pictures_is_read_and_measured(tmp_path: Path) -> None:
     classes = tuple(sorted(CIFAR10_CLASSES))  # the order in which folders are read
     checkpoint.save(dataclasses.replace(random_checkpoint(), classes=classes), path)
     with TestClient(create_app(Settings(weights=path, device="cpu", threads=1, data=tmp_path))) as client:
-        assert eventually(client, "measured")["dataset"]["images"] == 10
+        assert report_from(client, "measured")["dataset"]["images"] == 10

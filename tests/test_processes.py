@@ -15,7 +15,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -27,8 +27,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from conftest import random_checkpoint, random_evaluation
-from test_live import Outcome, post
-from test_start import ROOT, SECONDS, command, environment, get, refusal, serving
+from running import ROOT, SECONDS, Outcome, command, environment, eventually, get, post, refusal, serving
 
 from app import checkpoint
 from app.__main__ import bind
@@ -102,13 +101,6 @@ class Running(NamedTuple):
         """Of the weights behind the answers over many connections: that all of them meet one process is improbable."""
         answers = [get(f"{self.url}/predict", png)[1]["model"] for _ in range(CONNECTIONS)]
         return {str(model["sha256"]) for model in answers}  # type: ignore[index]
-
-
-def eventually(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """`python -m app` as a person or a container starts it: real processes, real sockets, real signals."""
 
 import dataclasses
-import json
 import os
 import pickle
 import re
@@ -10,77 +9,16 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import random_checkpoint
+from running import ROOT, SECONDS, command, environment, eventually, get, refusal, serving
 
 from app import checkpoint, self_test
 from app.batching import BROKEN_BATCHES
 from app.server import BROKEN
-
-ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 60
-
-
-def command(*arguments: str, program: Sequence[str] = ("-m", "app")) -> list[str]:
-    fixed = ["--port", "0", "--threads", "1", "--processes", "1", "--device", "cpu", "--engine", "torch"]
-    return [sys.executable, *program, *fixed, *arguments]
-
-
-def environment(**variables: str) -> dict[str, str]:
-    """Without access lines, because nobody reads the pipe they would go to until it is full."""
-    known = {name: value for name, value in os.environ.items() if not name.startswith("CIFAR_")}
-    return {**known, "CIFAR_ACCESS_LOG": "off", **variables}
-
-
-@contextmanager
-def serving(
-    *arguments: str, program: Sequence[str] = ("-m", "app"), **variables: str
-) -> Iterator[tuple["subprocess.Popen[str]", str, str]]:
-    """A running service, its address, and the line it printed."""
-    process = subprocess.Popen(
-        command(*arguments, program=program),
-        cwd=ROOT,
-        env=environment(**variables),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()  # empty when the process ends, so this waits for no longer than it lives
-        found = re.search(r"http://\S+", line)
-        assert found, process.communicate(timeout=SECONDS)
-        yield process, found[0], line
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def get(url: str, data: bytes | None = None) -> tuple[int, dict[str, object]]:
-    request = urllib.request.Request(url, data, {"content-type": "image/png"})
-    try:
-        with urllib.request.urlopen(request, timeout=SECONDS) as response:
-            return response.status, json.load(response)
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, json.load(error)
-
-
-def refusal(*arguments: str, **variables: str) -> str:
-    ran = subprocess.run(
-        command(*arguments), cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=SECONDS
-    )
-    assert ran.returncode == 1
-    assert ran.stdout == ""
-    assert ran.stderr.count("\n") == 1
-    return ran.stderr.strip()
 
 
 def test_it_serves_says_so_and_ends_cleanly(weights: Path, png: bytes) -> None:
@@ -135,10 +73,7 @@ sys.exit(command.main([], os.environ))
 def test_after_sigterm_it_is_not_ready_but_serves_and_a_second_signal_ends_it(weights: Path, png: bytes) -> None:
     with serving("--drain-seconds", "600", "--weights", str(weights)) as (process, url, _):
         process.send_signal(signal.SIGTERM)
-        for _ in range(1000):
-            if get(f"{url}/readyz")[0] == 503:
-                break
-            time.sleep(0.01)  # until the process has seen the signal
+        eventually(lambda: get(f"{url}/readyz")[0] == 503)
         for _ in range(10):  # half a second, some ticks of the server: it would have closed by now if it meant to
             assert get(f"{url}/readyz")[0] == 503
             assert get(f"{url}/predict", png)[0] == 200
@@ -164,10 +99,7 @@ def test_a_hang_up_before_the_port_is_open_does_not_end_it(weights: Path) -> Non
         text=True,
     )
     try:
-        until = time.monotonic() + SECONDS
-        while not ignores_hang_up(process.pid):
-            assert time.monotonic() < until
-            assert process.poll() is None
+        eventually(lambda: ignores_hang_up(process.pid))
         process.send_signal(signal.SIGHUP)
         assert process.stdout is not None
         assert process.stdout.readline().startswith("Serving ")

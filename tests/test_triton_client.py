@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import drawing, encode
-from test_start import serving
+from running import serving
 from tritonclient import http
 from tritonclient.http import aio
 from tritonclient.utils import InferenceServerException
