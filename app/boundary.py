@@ -70,7 +70,9 @@ class Boundary:
             await self.app(scope, receive, send)
             return
         started_at = monotonic()
-        status = LEFT
+        status, method = LEFT, scope["method"]
+        if method == "HEAD":  # for all that has a GET (RFC 9110, section 9.3.2); the server leaves the body out
+            scope = {**scope, "method": "GET"}
         # What is served whole is a few KB; the framework's refusals of odd ranges have no body, or one of their own.
         scope["headers"] = [header for header in scope["headers"] if header[0] != b"range"]
         state = scope.setdefault("state", {})
@@ -92,15 +94,15 @@ class Boundary:
         except RequestError as error:
             await error_response(scope, error)(scope, receive, send_with_id)
         except Exception:  # whatever it is, it is ours: the client gets a sentence, the log the traceback
-            where = (state["request_id"], scope["method"], self._route(scope))
+            where = (state["request_id"], method, self._route(scope))
             logger.exception("Request %s, %s %s:", *where, extra={"request_id": where[0]})
             if status != LEFT:
                 raise
             await error_response(scope, RequestError(DEFECT))(scope, receive, send_with_id)
         finally:
-            method = scope["method"] if scope["method"] in METHODS else "OTHER"
             seconds = monotonic() - started_at
-            self.ledger.record(self._route(scope), method, status, seconds, state["request_id"], state.get("refusal"))
+            counted = method if method in METHODS else "OTHER"
+            self.ledger.record(self._route(scope), counted, status, seconds, state["request_id"], state.get("refusal"))
 
     def _route(self, scope: Scope) -> str:
         """The template of the path: itself, or the one with parameters that was found, or a mounted application's."""
@@ -158,9 +160,12 @@ def _translate(request: Request, error: HTTPException) -> RequestError:
     if error.status_code == HTTPStatus.NOT_FOUND:
         return NotFound(f"There is nothing at {request.url.path}. The page /docs lists what there is.")
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        allowed = (error.headers or {}).get("Allow", "another method")
+        methods = (error.headers or {}).get("Allow", "").split(", ")
+        allowed = ", ".join(sorted({*methods, "HEAD"} if "GET" in methods else methods))
         sentence = f"{request.url.path} does not take {request.method}; it takes {allowed}."
-        return _with_status(405, "method_not_allowed", sentence)
+        refused = _with_status(405, "method_not_allowed", sentence)
+        refused.headers = {"Allow": allowed}
+        return refused
     return _with_status(error.status_code, "other", f"{error.detail}.".replace("..", "."))
 
 

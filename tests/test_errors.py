@@ -79,7 +79,7 @@ def form(*fields: tuple[str, bytes], end: bytes = b"--x--\r\n") -> bytes:
         ("/predict?top_k=many", b"", "image/png", 422, "The parameter top_k is 'many'; accepted is a whole number."),
         ("/nowhere", b"", "image/png", 404, "There is nothing at /nowhere. The page /docs lists what there is."),
         ("/static/nothing.js", b"", "image/png", 405, "does not take POST"),
-        ("/healthz", b"", "image/png", 405, "/healthz does not take POST; it takes GET."),
+        ("/healthz", b"", "image/png", 405, "/healthz does not take POST; it takes GET, HEAD."),
     ],
 )
 def test_refusals(client: TestClient, path: str, body: bytes, content_type: str, status: int, sentence: str) -> None:
@@ -94,6 +94,7 @@ def test_wrong_method_names_the_right_one(client: TestClient) -> None:
     response = client.get("/predict")
     refused(response, 405, "/predict does not take GET; it takes POST.")
     assert response.headers["allow"] == "POST"
+    assert client.post("/healthz").headers["allow"] == "GET, HEAD"
 
 
 def test_a_compressed_body_is_refused(client: TestClient, png: bytes) -> None:

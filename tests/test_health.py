@@ -17,7 +17,9 @@ def test_alive_and_ready(client: TestClient) -> None:
     assert (client.get("/readyz").status_code, client.get("/readyz").json()) == (200, {"status": "ready"})
 
 
-@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/", "/docs"])
+@pytest.mark.parametrize(
+    "path", ["/healthz", "/readyz", "/metrics", "/metrics/per-class", "/v2", "/openapi.json", "/", "/docs"]
+)
 def test_the_head_alone(client: TestClient, path: str) -> None:
     whole, head = client.get(path), client.head(path)
     assert (head.status_code, head.content) == (200, b"")

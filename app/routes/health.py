@@ -8,14 +8,12 @@ from app.schemas import Health, refusals
 router = APIRouter(tags=["health"])
 
 
-@router.head("/healthz", include_in_schema=False)
 @router.get("/healthz", summary="The process answers", response_description="It is alive.")
 async def healthz() -> Health:
     """For liveness probes: says nothing about the network."""
     return Health(status="ok")
 
 
-@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", summary="Requests are welcome", responses=refusals(503), response_description="They are.")
 async def readyz(service: ServiceDep) -> Health:
     """For readiness probes. The port opens only when the network is warm; a stopping service is not ready."""

@@ -13,7 +13,6 @@ from app.schemas import Report, refusals
 router = APIRouter(tags=["metrics"])
 
 
-@router.head("/metrics", include_in_schema=False)
 @router.get(
     "/metrics",
     summary="What the service has done",

@@ -10,11 +10,11 @@ STATIC = Path(__file__).resolve().parent.parent / "static"
 router = APIRouter(include_in_schema=False)
 
 
-@router.api_route("/", methods=["GET", "HEAD"])
+@router.get("/")
 async def index() -> FileResponse:
     return FileResponse(STATIC / "index.html")
 
 
-@router.api_route("/docs", methods=["GET", "HEAD"])
+@router.get("/docs")
 async def docs() -> FileResponse:
     return FileResponse(STATIC / "docs.html")
