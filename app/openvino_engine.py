@@ -102,4 +102,13 @@ def _operand(value: Any) -> Any:
 
 
 def _max_pool(x: Any, side: int) -> Any:
+    """The maximum, and a convolution's bias after it, which gives the same.
+
+    In float32, OpenVINO has a convolution do what comes after its maximum before that: right for functions that rise,
+    not for GELU, which falls below -0.75. What adds something is left in its place, and so is what follows it.
+    """
+    if (parent := x.get_node() if isinstance(x, openvino.Output) else x).get_type_name() == "Add":
+        convolved, bias = parent.input_values()
+        if convolved.get_node().get_type_name() == "Convolution":
+            return ops.add(_max_pool(convolved, side), bias)
     return ops.max_pool(x, [side] * 2, [1, 1], [0] * 2, [0] * 2, [side] * 2).output(0)

@@ -253,7 +253,14 @@ class Service:
         )
         yield
         yield from served.predictor.warm_up()
-        self_test.check(served.predictor.predict, served.checkpoint.self_test_NK)
+        try:
+            self_test.check(served.predictor.predict, served.checkpoint.self_test_NK)
+        except CheckpointError as error:
+            tried = served.predictor.engine.name
+            if engine_name != "auto" or tried == "torch":
+                raise
+            logger.warning("With the engine %s: %s The engine is torch.", tried, error)
+            return (yield from self._build(served, "torch"))
         return partial(self._run, served)
 
     def _run(self, served: Served, items: Sequence[Pixels]) -> list[Verdict]:

@@ -85,6 +85,18 @@ def test_an_engine_says_what_the_float32_network_says(network: model.Normalized,
     torch.testing.assert_close(given_NK.softmax(1), expected_NK.softmax(1), atol=tolerance, rtol=0)
 
 
+@needs_openvino
+def test_openvino_in_float32_is_exact_on_machines_that_serve_in_bfloat16_too(network: model.Normalized) -> None:
+    """Where it serves in bfloat16, nothing else here would see what it makes of GELU after a maximum in float32."""
+    from app.openvino_engine import OpenVinoEngine, trace
+
+    pixels_NCHW = pictures(200, seed=2)
+    body, head = model.split(network)
+    with torch.inference_mode():
+        given_NK = head(OpenVinoEngine(trace(body), torch.float32, threads=1)(pixels_NCHW))
+    torch.testing.assert_close(given_NK.softmax(1), network(pixels_NCHW).softmax(1), atol=1e-4, rtol=0)
+
+
 def test_float16_as_on_a_gpu_is_closer(network: model.Normalized) -> None:
     pixels_NCHW = pictures(40, seed=2)
     body, head = model.split(network)

@@ -15,7 +15,7 @@ from fastapi.testclient import TestClient
 from httpx2 import Response
 from torch import nn
 
-from app import checkpoint, data, model, self_test
+from app import checkpoint, data, engine, model, self_test
 from app.checkpoint import CIFAR10_CLASSES
 from app.data import Split
 from app.errors import CheckpointError, NotReady, SettingsError, WeightsRefused
@@ -322,6 +322,31 @@ def test_an_engine_that_computes_wrongly_is_refused_and_the_old_weights_go_on(
     assert client.get("/readyz").status_code == 200
     monkeypatch.undo()
     assert reload(client).json()["changed"]  # the same file, when nothing is mixed up
+
+
+@pytest.fixture
+def wrong_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fastest engine mixes up its features."""
+    found = pytest.importorskip("app.openvino_engine", reason="OpenVINO is not installed").OpenVinoEngine
+    compute = found.__call__
+    monkeypatch.setattr(found, "__call__", lambda self, pixels_NCHW: compute(self, pixels_NCHW).flip(1))
+    monkeypatch.setattr(engine, "_cost", lambda each, _batch: 1.0 if each.name == "openvino" else 2.0)
+
+
+@pytest.mark.usefixtures("wrong_openvino")
+def test_an_engine_that_is_faster_but_wrong_is_not_taken(png: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    app = create_app(Settings(weights=SHIPPED, device="cpu", threads=1))
+    with TestClient(app) as client:
+        assert app.state.service.engine == "torch"
+        assert client.post("/predict", content=png).status_code == 200
+    assert "With the engine openvino: The network computes wrongly here: it gives a drawing" in caplog.text
+
+
+@pytest.mark.usefixtures("wrong_openvino")
+def test_an_engine_that_was_asked_for_is_not_replaced_by_another() -> None:
+    app = create_app(Settings(weights=SHIPPED, device="cpu", engine="openvino", threads=1))
+    with pytest.raises(CheckpointError, match="The network computes wrongly here"), TestClient(app):
+        pass
 
 
 def test_the_self_test_allows_for_rounding_and_for_nothing_more() -> None:

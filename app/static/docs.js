@@ -62,8 +62,11 @@ function body(name, schema) {
   return element("section", heading, element("p", ...prose(schema.description)), table(["field", "type", "meaning"], fields));
 }
 
-const api = await (await fetch("openapi.json")).json();
 const docs = document.getElementById("docs");
+const api = await fetch("openapi.json").then((response) => response.json()).catch((error) => {
+  docs.append(element("p", "The description could not be loaded. Reload this page when the service runs."));
+  throw error;
+});
 docs.append(...api.info.description.split("\n\n").map((text) => element("p", ...prose(text))));
 for (const [path, operations] of Object.entries(api.paths))
   for (const [method, spec] of Object.entries(operations)) docs.append(operation(path, method, spec));

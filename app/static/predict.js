@@ -42,10 +42,11 @@ function showError(sentence) {
 }
 
 async function classify(picture) {
+  if (button.ariaDisabled === "true") return;
   const body = new FormData();
   body.append("file", picture);
   const resize = $("resize").value;
-  button.disabled = true;
+  button.ariaDisabled = "true";  // not `disabled`, which would take the focus from it
   $("error").hidden = true;
   try {
     const response = await fetch("predict" + (resize && `?resize=${resize}`), { method: "POST", body });
@@ -55,7 +56,7 @@ async function classify(picture) {
   } catch {
     showError("The service did not answer. Is it still running?");
   } finally {
-    button.disabled = false;
+    button.ariaDisabled = "false";
   }
 }
 
@@ -80,7 +81,7 @@ document.addEventListener("dragleave", () => document.body.classList.remove("dro
 document.addEventListener("drop", (event) => {
   event.preventDefault();
   document.body.classList.remove("dropping");
-  if (event.dataTransfer.files.length === 0 || button.disabled) return;
+  if (event.dataTransfer.files.length === 0) return;
   $("file").files = event.dataTransfer.files;
   classify(event.dataTransfer.files[0]);
 });
