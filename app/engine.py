@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 REPETITIONS = 5
 CENTRE = 128.0
 """What is taken from pixels, 0 to 255, to have small numbers of both signs."""
+LEVEL = 8.0
+"""GELU leaves it as it is, and bfloat16 holds it exactly."""
 
 
 class Engine(Protocol):
@@ -132,7 +134,7 @@ def serving_dtype(device: torch.device) -> torch.dtype:
     """float16 where an NVIDIA GPU has the units for bfloat16: as fast, and with eight times its digits.
 
     What training needs bfloat16's range for, gradients, is not here. The largest error of a probability on 5,000
-    validation images was 0.004, against 0.015 in bfloat16 with all that `round_weights` does.
+    validation images was 0.004, against 0.012 in bfloat16 with all that `round_weights` does.
     """
     dtype = choose_dtype(device)
     return torch.float16 if device.type == "cuda" and dtype == torch.bfloat16 else dtype
@@ -157,10 +159,11 @@ def _cost(engine: Engine, batch: int) -> float:
 
 def round_weights(network: Normalized) -> None:
     """Prepare a network for bfloat16, so that what it answers is hardly changed."""
-    first, *others = (layer for layer in network.modules() if isinstance(layer, nn.Conv2d))
+    first, second, *others = (layer for layer in network.modules() if isinstance(layer, nn.Conv2d))
     keep_pixels(network, first)
-    for layer in others:
+    for layer in (second, *others):
         round_kernels(layer)
+    keep_bias(first, second)
 
 
 @torch.no_grad()
@@ -201,6 +204,29 @@ def round_kernels(layer: nn.Conv2d) -> None:
         rounded.append(wanted_OI.bfloat16().float())
         error_OI = wanted_OI - rounded[-1]
     layer.weight.copy_(torch.stack(rounded, 2).view_as(layer.weight))
+
+
+@torch.no_grad()
+def keep_bias(before: nn.Conv2d, layer: nn.Conv2d) -> None:
+    """Have a convolution add its bias with twice the digits of bfloat16.
+
+    All of the picture feels its error alike, so that nothing makes up for it, and the second layer has the largest
+    ones: with them rounded, the largest error of a probability was 0.031 on 10,000 images, and is 0.015 so. The layer
+    before gets one more channel, which is always `LEVEL`, also after ReLU or GELU and a maximum; of that, the middle of
+    each kernel, which never lies in the padding, takes what rounding took from the bias.
+    """
+    assert layer.bias is not None
+    assert before.bias is not None
+    rounded_O = layer.bias.bfloat16().float()
+    level_OIHW = torch.zeros_like(layer.weight[:, :1])
+    middle = [size // 2 for size in layer.kernel_size]
+    level_OIHW[:, 0, middle[0], middle[1]] = (layer.bias - rounded_O) / LEVEL
+    layer.weight = nn.Parameter(torch.cat([layer.weight, level_OIHW], dim=1))
+    layer.bias.copy_(rounded_O)
+    layer.in_channels += 1
+    before.weight = nn.Parameter(torch.cat([before.weight, torch.zeros_like(before.weight[:1])]))
+    before.bias = nn.Parameter(torch.cat([before.bias, before.bias.new_tensor([LEVEL])]))
+    before.out_channels += 1
 
 
 def _to_own_dtype(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:

@@ -15,7 +15,7 @@ from app.model import IMAGE_SIZE
 NEIGHBOURS_TOLERANCE = 0.02
 """How far two runs of one picture may differ; the kernels for one picture and for several round differently."""
 TOLERANCE = 0.05
-"""How far a probability may be from the one in float32. In bfloat16 it was up to 0.01 on these drawings and 0.030 on
+"""How far a probability may be from the one in float32. In bfloat16 it was up to 0.01 on these drawings and 0.015 on
 all test images; with the kernels of any one layer shuffled, half or more."""
 
 

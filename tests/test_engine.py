@@ -187,6 +187,28 @@ def test_the_first_layer_loses_nothing_of_the_pixels(network: model.Normalized) 
     assert (found - expected).abs().max() < 0.1 * (plain - expected).abs().max()
 
 
+def test_a_bias_is_right_to_sixteen_binary_digits(network: model.Normalized) -> None:
+    kept = copy.deepcopy(network)
+    (before, layer), (_, plain) = (
+        [each for each in of.modules() if isinstance(each, nn.Conv2d)][:2] for of in (kept, network)
+    )
+    for each in (layer, plain):
+        assert each.bias is not None
+        each.bias.data += 3  # so that there is something to round
+    engine.keep_bias(before, layer)
+    pixels_NCHW = pictures(20)
+    with torch.no_grad():
+        inputs_NCHW = F.gelu(before(network.normalize(pixels_NCHW)))
+        assert (inputs_NCHW[:, -1] == engine.LEVEL).all()
+        expected_NCHW = plain(inputs_NCHW[:, :-1])
+        found_NCHW = layer(inputs_NCHW)
+        without_NCHW = F.conv2d(inputs_NCHW[:, :-1], plain.weight, layer.bias, padding=plain.padding)
+    assert layer.bias is not None
+    assert layer.bias.equal(layer.bias.bfloat16().float())
+    torch.testing.assert_close(found_NCHW, expected_NCHW, atol=1e-5, rtol=1e-5)
+    assert (without_NCHW - expected_NCHW).abs().max() > 1e-3
+
+
 @needs_openvino
 @pytest.mark.parametrize("fastest", ["torch", "openvino"])
 def test_auto_takes_the_faster(fastest: str, monkeypatch: pytest.MonkeyPatch) -> None:
