@@ -6,10 +6,11 @@ import torch
 from training.muon import Muon, orthogonalize
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16), (8, 8)])
-def test_singular_values_end_near_one_and_directions_stay(shape: tuple[int, int]) -> None:
+def test_singular_values_end_near_one_and_directions_stay(shape: tuple[int, int], dtype: torch.dtype) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    result = orthogonalize(matrix)
+    result = orthogonalize(matrix, dtype=dtype)
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     assert values.max() / values.min() > 1.5
     after = torch.linalg.svdvals(result)
