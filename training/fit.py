@@ -173,8 +173,8 @@ def fit(
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # recorded steps and exchanged gradients are of the current one
     dtype = choose_dtype(device) if recipe.precision == "auto" else torch.float32
-    exact = dtype == torch.float32
-    memory_format = torch.contiguous_format if exact else torch.channels_last
+    channels_last = recipe.precision == "auto" and device.type != "mps"  # in float32, too, a fifth faster on two cores
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
     for module in (network, teachers) if teachers else (network,):
         module.to(device)
         module.to(memory_format=memory_format)
@@ -195,7 +195,7 @@ def fit(
 
         What the network is shown may be smaller than the pixels, which teachers are asked about.
         """
-        with torch.autocast(device.type, dtype, enabled=not exact):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits_NK = model(shown_NCHW.contiguous(memory_format=memory_format))
             answers_NK = teachers(pixels_NCHW.contiguous(memory_format=memory_format)) if teachers else None
         loss_sum = loss(logits_NK.float(), labels_NK, answers_NK, recipe)
