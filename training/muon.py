@@ -15,9 +15,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 
 
-def orthogonalize(
-    matrix_MN: Tensor, steps: int = NEWTON_SCHULZ_STEPS, dtype: torch.dtype = torch.bfloat16
-) -> Tensor:
+def orthogonalize(matrix_MN: Tensor, steps: int = NEWTON_SCHULZ_STEPS, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Bring all singular values of a matrix near 1, by a quintic Newton-Schulz iteration in `dtype`.
 
     The coefficients trade accuracy for speed: the values end between about 0.7 and 1.2, which is enough here.
