@@ -10,6 +10,7 @@ from torch import Tensor
 from app import checkpoint, data
 from app.checkpoint import Checkpoint
 from app.predictor import Predictor
+from app.settings import available_cpus
 from training.data import hold_out
 from training.evaluate import predict
 
@@ -67,7 +68,7 @@ def test_every_engine_agrees_with_float32_on_the_test_file(
 ) -> None:
     if find_spec(engine) is None:
         pytest.skip(f"{engine} is not installed")
-    predictor = Predictor(trained, torch.device("cpu"), engine_name=engine, threads=1, max_batch=50)
+    predictor = Predictor(trained, torch.device("cpu"), engine_name=engine, threads=available_cpus(), max_batch=50)
     given_NK = predictor.predict(splits[1].pixels_NCHW)
     assert (given_NK.argmax(1) == expected_NK.argmax(1)).double().mean() >= 0.998
     assert (given_NK - expected_NK).abs().max() <= 0.02  # bfloat16 keeps 8 bits
