@@ -34,7 +34,7 @@ clean: ## remove .venv and caches
 		|| { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv .venv
 
-# OpenVINO doubles the speed on a CPU; where it has no wheel the service runs on torch alone.
+# OpenVINO is up to twice as fast on a CPU; where it has no wheel the service runs on torch alone.
 .venv/.service: .venv/bin/python pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[openvino]' \
 		|| $(BIN)/pip install --quiet --disable-pip-version-check -e .
