@@ -149,8 +149,10 @@ def install(app: FastAPI, paths: Set[str], ledger: Ledger) -> None:
     app.add_middleware(Boundary, paths=paths, ledger=ledger)
 
 
-def _with_status(status: int, reason: str, sentence: str, detail: object = None) -> RequestError:
-    error = RequestError(sentence, detail=detail)
+def _with_status(
+    status: int, reason: str, sentence: str, detail: object = None, headers: dict[str, str] | None = None
+) -> RequestError:
+    error = RequestError(sentence, detail=detail, headers=headers)
     error.status = status
     error.reason = reason
     return error
@@ -163,9 +165,7 @@ def _translate(request: Request, error: HTTPException) -> RequestError:
         methods = (error.headers or {}).get("Allow", "").split(", ")
         allowed = ", ".join(sorted({*methods, "HEAD"} if "GET" in methods else methods))
         sentence = f"{request.url.path} does not take {request.method}; it takes {allowed}."
-        refused = _with_status(405, "method_not_allowed", sentence)
-        refused.headers = {"Allow": allowed}
-        return refused
+        return _with_status(405, "method_not_allowed", sentence, headers={"Allow": allowed})
     return _with_status(error.status_code, "other", f"{error.detail}.".replace("..", "."))
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from training import muon
 from training.muon import Muon, orthogonalize
 
 
@@ -18,6 +19,18 @@ def test_singular_values_end_near_one_and_directions_stay(shape: tuple[int, int]
     assert after.max() < 1.3
     # The nearest semi-orthogonal matrix is U V^T; the iteration keeps U and V.
     assert torch.nn.functional.cosine_similarity(result.flatten(), (left @ right).flatten(), dim=0) > 0.97
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_step_computes_in_what_the_hardware_has(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(muon, "choose_dtype", lambda _device: dtype)
+    weight = torch.nn.Parameter(torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(1)))
+    weight.grad = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(2))
+    scaled, update = weight.detach() * (8**0.5 / weight.detach().norm()), (1 + 0.6) * weight.grad.flatten(1)
+    Muon([weight], learning_rate=1.0).step()
+    turns = {each: orthogonalize(update, dtype=each).view_as(weight) for each in (torch.bfloat16, torch.float32)}
+    assert not torch.allclose(turns[torch.bfloat16], turns[torch.float32], atol=1e-4)
+    torch.testing.assert_close(scaled - weight.detach(), turns.pop(dtype), atol=1e-6, rtol=1e-5)
 
 
 def test_a_step_keeps_the_norm_and_goes_downhill() -> None:

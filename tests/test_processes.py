@@ -388,7 +388,8 @@ def test_what_is_wrong_is_said_once(tmp_path: Path) -> None:
 
 
 def test_a_message_that_comes_in_pieces_is_read_whole() -> None:
-    uvloop = pytest.importorskip("uvloop")  # which makes the pipe one that does not wait
+    import uvloop  # which makes the pipe one that does not wait
+
     own, its = multiprocessing.Pipe()
     gone: list[bool] = []
 
