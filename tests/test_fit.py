@@ -196,6 +196,16 @@ def test_processes_go_on_from_the_same_epoch_or_not_at_all(monkeypatch: pytest.M
         _check_same(3, Workers(rank=0, count=2))
 
 
+@pytest.mark.parametrize(
+    ("images", "batch_size", "sentence"),
+    [(40, 15, "15 images cannot be shared evenly by 2 processes"), (3, 2, "3 images make batches of 1, too few for 2")],
+)
+def test_batches_that_the_processes_cannot_share_are_refused(images: int, batch_size: int, sentence: str) -> None:
+    recipe = dataclasses.replace(DEBUG, batch_size=batch_size)
+    with pytest.raises(TrainingError, match=sentence):
+        train(recipe, stripes(images), workers=Workers(rank=1, count=2))
+
+
 @pytest.mark.parametrize("kept", [0, 1000, -100])
 def test_a_state_cut_short_is_a_sentence(tmp_path: Path, kept: int) -> None:
     state_file, split = tmp_path / "state.pt", stripes(40)
@@ -332,6 +342,13 @@ def test_batches_are_augmented_alike_however_many_together(monkeypatch: pytest.M
     monkeypatch.setitem(AHEAD, "cpu", 2 * recipe.batch_size)
     together, _ = train(recipe, split)
     assert same(one_by_one, together)
+
+
+@pytest.mark.parametrize("precision", ["auto", "float32"])
+def test_float32_means_all_of_its_digits(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precision == "float32")  # the opposite, and put back
+    train(dataclasses.replace(DEBUG, epochs=1, precision=precision), stripes(16))  # type: ignore[arg-type]
+    assert torch.backends.cudnn.allow_tf32 == (precision == "auto")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

@@ -32,7 +32,7 @@ from app import data, model
 from app.calibration import Calibration
 from app.checkpoint import Checkpoint, load, save, write_atomically
 from app.data import Split
-from app.device import choose_device, choose_dtype, describe
+from app.device import choose_device, describe
 from app.errors import AppError
 from app.report import report
 from training import plots, robustness
@@ -43,7 +43,7 @@ from training.config import RECIPES, Recipe, add_flags, override
 from training.data import download, hold_out, locate
 from training.distill import Teachers, introduce
 from training.evaluate import evaluate, format_report, predict
-from training.fit import fit, initialize, join_workers
+from training.fit import compute_dtype, fit, initialize, join_workers
 from training.log import RunLog, read_rows, write_rows
 from training.summary import summarize
 from training.unfamiliar import compare, format_comparison
@@ -57,6 +57,7 @@ def train_command(options: argparse.Namespace) -> None:
     flags = {field.name: getattr(options, field.name) for field in dataclasses.fields(Recipe)}
     recipe = override(RECIPES[options.recipe], flags)
     device = choose_device(_local_gpu(options.device))
+    dtype = compute_dtype(recipe, device)
     if options.threads:
         torch.set_num_threads(options.threads)
     workers = join_workers(device)
@@ -64,7 +65,8 @@ def train_command(options: argparse.Namespace) -> None:
 
     if options.resume and not options.name:
         raise ValueError("Which run is to be resumed? Give the --name of its folder under runs/.")
-    run = RUNS / (options.name or f"{options.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+    # With the process's number: a script may start several in one second.
+    run = RUNS / (options.name or f"{options.recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     if workers.is_first and not options.resume and (run / "state.pt").exists():
         raise ValueError(f"{run} already holds a run; add --resume to continue it, or choose another one with --name.")
     train, test = data.read(locate(options.data, os.environ))
@@ -83,7 +85,6 @@ def train_command(options: argparse.Namespace) -> None:
     if log:
         if options.resume and not (run / "state.pt").exists():
             log.say(f"{run} holds no run yet; this one begins at the beginning.")
-        dtype = choose_dtype(device) if recipe.precision == "auto" else torch.float32
         log.say(f"Recipe {options.recipe}: " + ", ".join(f"{name} {value}" for name, value in vars(recipe).items()))
         log.say(f"{len(train):,} images of {train.name} on {describe(device)}, {str(dtype).removeprefix('torch.')}")
 
@@ -94,7 +95,7 @@ def train_command(options: argparse.Namespace) -> None:
         device=device,
         teachers=Teachers(teachers, train.classes) if teachers else None,
         workers=workers,
-        validate=(lambda network: _validate(network, held_out, device)) if held_out else None,
+        validate=(lambda network: _validate(network, held_out, device, dtype)) if held_out else None,
         on_epoch=log.epoch if log else None,
         state_file=run / "state.pt",
         resume=options.resume,
@@ -119,7 +120,7 @@ def train_command(options: argparse.Namespace) -> None:
             "seconds": round(sum(row["train_seconds"] for row in rows), 1),
             "processes": workers.count,
             "device": describe(device),
-            "precision": str(choose_dtype(device) if recipe.precision == "auto" else torch.float32),
+            "precision": str(dtype),
             "versions": {name: metadata.version(name) for name in ("torch", "torchvision")},
             "python": platform.python_version(),
             "finished_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -216,9 +217,9 @@ def _local_gpu(asked: str | None) -> str | None:
     return f"cuda:{local_rank}" if ours else asked
 
 
-def _validate(network: nn.Module, held_out: Split, device: torch.device) -> dict[str, float]:
+def _validate(network: nn.Module, held_out: Split, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     network.eval()
-    probabilities_NK = predict(network, held_out.pixels_NCHW, device=device, dtype=choose_dtype(device)).double()
+    probabilities_NK = predict(network, held_out.pixels_NCHW, device=device, dtype=dtype).double()
     true_N = probabilities_NK.gather(1, held_out.labels_N[:, None])
     right_N = probabilities_NK.argmax(dim=1) == held_out.labels_N
     return {

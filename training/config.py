@@ -63,7 +63,8 @@ class Recipe:
     """Share of the epochs, at the beginning, in which the network sees pictures shrunk to 20x20 and then to 26x26,
     which takes it two fifths and two thirds of the time (progressive learning; Tan & Le 2021, arXiv:2104.00298)."""
     precision: Literal["auto", "float32"] = "auto"
-    """auto: channels_last, and bfloat16 autocast where the hardware has the instructions."""
+    """auto: channels_last, and bfloat16 autocast where the hardware has the instructions. float32: all of its digits,
+    on NVIDIA's GPUs, too."""
     report_every: int = 0
     """Print the running loss every so many steps, as the tutorial does; 0 for once an epoch."""
 

@@ -79,6 +79,11 @@ def keep_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
+def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """Of what costs time in a step."""
+    return choose_dtype(device) if recipe.precision == "auto" else torch.float32
+
+
 def initialize(network: Normalized, recipe: Recipe, pixels_NCHW: Tensor) -> None:
     """Set what a network knows of its data before it learns: the normalisation, as the recipe says, and whitening."""
     if recipe.normalization == "data":
@@ -169,16 +174,23 @@ def fit(
             f"A batch of {recipe.batch_size} images cannot be shared evenly by {workers.count} processes; "
             f"choose --batch-size as a multiple of {workers.count}."
         )
+    steps = max(1, round(len(train) / recipe.batch_size))
+    if len(train) // steps < workers.count:
+        raise TrainingError(
+            f"{len(train):,} images make batches of {len(train) // steps}, too few for {workers.count} processes; "
+            "start fewer of them, or choose a larger --batch-size."
+        )
     keep_memory()
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # recorded steps and exchanged gradients are of the current one
-    dtype = choose_dtype(device) if recipe.precision == "auto" else torch.float32
+    dtype = compute_dtype(recipe, device)
     channels_last = recipe.precision == "auto" and device.type != "mps"  # in float32, too, a fifth faster on two cores
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     for module in (network, teachers) if teachers else (network,):
         module.to(device)
         module.to(memory_format=memory_format)
     torch.backends.cudnn.benchmark = True  # steps are alike, so that trying NVIDIA's algorithms once pays
+    torch.backends.cudnn.allow_tf32 = recipe.precision == "auto"
     model: nn.Module = DistributedDataParallel(network) if workers.count > 1 else network
     optimizers = optimizers_for(network, recipe)
     introduction = teachers.introduction if teachers else "none"
@@ -208,7 +220,6 @@ def fit(
     take_step: Step = Recorded(learn, warm_up=3) if device.type == "cuda" and workers.count == 1 else learn
     images_NCHW = train.pixels_NCHW.to(device)
     labels_NK = F.one_hot(train.labels_N, len(train.classes)).float().to(device)
-    steps = max(1, round(len(train) / recipe.batch_size))
     for epoch in range(len(rows), recipe.epochs):
         model.train()
         generator = epoch_generator(recipe.seed, epoch)
