@@ -108,9 +108,10 @@ class Intake:
                     return whole
                 return await self._join(message, receive)
         except TimeoutError:
+            # The connection stays: what is still to come is read and dropped, for if it were met with a reset, its
+            # client might never see the answer.
             raise TooSlow(
-                f"The body was not complete within {self._seconds:g} seconds. Send it faster, or a smaller one.",
-                headers={"Connection": "close"},
+                f"The body was not complete within {self._seconds:g} seconds. Send it faster, or a smaller one."
             ) from None
 
     async def _join(self, message: Message, receive: Receive) -> bytes:

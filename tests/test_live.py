@@ -9,7 +9,7 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -35,6 +35,11 @@ def pictures_run(url: str) -> int:
     count = stats[0]["inference_count"]
     assert isinstance(count, int)
     return count
+
+
+def metrics(url: str) -> str:
+    with urllib.request.urlopen(f"{url}/metrics", timeout=SECONDS) as response:
+        return str(response.read(), "utf-8")
 
 
 def raw_request(body: bytes) -> bytes:
@@ -88,8 +93,7 @@ def test_bytes_that_are_no_request_are_told_so_in_the_shape_of_every_error(weigh
         assert (response.status, response.headers["content-type"]) == (400, "application/json")
         assert body["error"].startswith("The bytes are no HTTP request.")
         assert body["request_id"] == response.headers["x-request-id"]
-        with urllib.request.urlopen(f"{url}/metrics", timeout=SECONDS) as metrics:
-            lines = metrics.read().decode().splitlines()
+        lines = metrics(url).splitlines()
         assert 'cifar_requests_total{method="OTHER",route="unmatched",status="400"} 1.0' in lines
         assert 'cifar_refusals_total{reason="bad_request"} 1.0' in lines
 
@@ -146,6 +150,22 @@ def test_who_waits_longer_than_the_deadline_is_told_so(slow_weights: Path, png: 
             outcomes = list(pool.map(lambda _: post(url, "/predict/batch", bytes(1024 * IMAGE_BYTES)), range(4)))
         assert 504 in {outcome.status for outcome in outcomes} <= {200, 429, 504}
         assert post(url, "/predict", png).status == 200
+
+
+def test_who_sends_a_body_too_slowly_is_told_so_at_its_end_and_may_go_on(weights: Path, png: bytes) -> None:
+    with serving("--weights", str(weights), "--deadline-seconds", "0.2") as (_, url, _):
+        with closing(http.client.HTTPConnection(urlsplit(url).netloc, timeout=SECONDS)) as connection:
+            connection.putrequest("POST", "/predict")
+            connection.putheader("content-length", str(len(png)))
+            connection.endheaders(png[:1])
+            eventually(lambda: 'route="/predict",status="408"' in metrics(url))
+            for start in range(1, len(png), 100):
+                connection.send(png[start : start + 100])
+            response = connection.getresponse()
+            assert response.status == 408
+            assert "not complete within 0.2 seconds" in json.load(response)["error"]
+            connection.request("POST", "/predict", png, {"content-type": "image/png"})
+            assert connection.getresponse().status == 200
 
 
 def test_after_sigterm_all_that_comes_within_the_grace_is_answered(slow_weights: Path, png: bytes) -> None:
