@@ -153,19 +153,21 @@ def test_who_waits_longer_than_the_deadline_is_told_so(slow_weights: Path, png: 
 
 
 def test_who_sends_a_body_too_slowly_is_told_so_at_its_end_and_may_go_on(weights: Path, png: bytes) -> None:
-    with serving("--weights", str(weights), "--deadline-seconds", "0.2") as (_, url, _):
-        with closing(http.client.HTTPConnection(urlsplit(url).netloc, timeout=SECONDS)) as connection:
-            connection.putrequest("POST", "/predict")
-            connection.putheader("content-length", str(len(png)))
-            connection.endheaders(png[:1])
-            eventually(lambda: 'route="/predict",status="408"' in metrics(url))
-            for start in range(1, len(png), 100):
-                connection.send(png[start : start + 100])
-            response = connection.getresponse()
-            assert response.status == 408
-            assert "not complete within 0.2 seconds" in json.load(response)["error"]
-            connection.request("POST", "/predict", png, {"content-type": "image/png"})
-            assert connection.getresponse().status == 200
+    with (
+        serving("--weights", str(weights), "--deadline-seconds", "0.2") as (_, url, _),
+        closing(http.client.HTTPConnection(urlsplit(url).netloc, timeout=SECONDS)) as connection,
+    ):
+        connection.putrequest("POST", "/predict")
+        connection.putheader("content-length", str(len(png)))
+        connection.endheaders(png[:1])
+        eventually(lambda: 'route="/predict",status="408"' in metrics(url))
+        for start in range(1, len(png), 100):
+            connection.send(png[start : start + 100])
+        response = connection.getresponse()
+        assert response.status == 408
+        assert "not complete within 0.2 seconds" in json.load(response)["error"]
+        connection.request("POST", "/predict", png, {"content-type": "image/png"})
+        assert connection.getresponse().status == 200
 
 
 def test_after_sigterm_all_that_comes_within_the_grace_is_answered(slow_weights: Path, png: bytes) -> None:
