@@ -5,8 +5,10 @@ import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI
+from pydantic.json_schema import models_json_schema
 from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
@@ -15,6 +17,7 @@ from app.boundary import Ledger
 from app.device import choose_device
 from app.errors import SettingsError
 from app.logs import AccessLog
+from app.open_inference.schemas import InferenceRequest
 from app.routes import admin, batch, health, metrics, open_inference, pages, predict
 from app.routes.fast_lane import Application
 from app.service import Service, check_replaces, load_aside
@@ -96,4 +99,18 @@ def create_app(settings: Settings, classes: tuple[str, ...] | None = None) -> Fa
         paths |= {route.path for route in routes.router.routes if isinstance(route, Route)}
     app.mount("/static", StaticFiles(directory=pages.STATIC), name="static")
     boundary.install(app, paths, ledger)
+    _describe_request(app)
     return app
+
+
+def _describe_request(app: FastAPI) -> None:
+    """Put the one body of a request that is JSON into the description: the framework does not read it, for we do."""
+    described = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = described()
+        _, bodies = models_json_schema([(InferenceRequest, "validation")], ref_template="#/components/schemas/{model}")
+        document["components"]["schemas"].update(bodies["$defs"])
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,12 +1,15 @@
 """The documentation says everything: each field, each parameter, each status that is really answered."""
 
+import base64
+import json
+import re
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
 from app.images import Resize
-from app.open_inference.schemas import InferenceResponse
+from app.open_inference.schemas import InferenceRequest, InferenceResponse
 from app.routes.predict import RAW
 from app.schemas import ErrorBody
 
@@ -74,6 +77,21 @@ def test_the_schemas_of_the_inference_protocol_leave_nothing_out(client: TestCli
     inference = {"Inference-Header-Content-Length": "0", "Accept": "application/json", **octets}
     answer = client.post("/v2/models/cifar/infer", content=png, headers=inference).json()
     assert InferenceResponse.model_validate(answer).model_dump(exclude_unset=True) == answer
+    request = {
+        "id": "42",
+        "parameters": {"timeout": 10**7, "binary_data_output": False},
+        "inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(png).decode()]}],
+        "outputs": [{"name": "probabilities", "parameters": {"classification": 3, "binary_data": False}}],
+    }
+    assert InferenceRequest.model_validate(request).model_dump(exclude_unset=True) == request
+    assert client.post("/v2/models/cifar/infer", json=request).json()["outputs"][0]["shape"] == [1, 3]
+    size = {"parameters": {"binary_data_size": len(png) + 4}}
+    binary = {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], **size}]}
+    assert InferenceRequest.model_validate(binary).model_dump(exclude_unset=True) == binary
+    head = json.dumps(binary).encode()
+    body = head + len(png).to_bytes(4, "little") + png
+    length = {"Inference-Header-Content-Length": str(len(head))}
+    assert client.post("/v2/models/cifar/infer", content=body, headers=length).status_code == 200
     for described, bare in [
         ("/v2/models/cifar", "/v2/models/cifar/versions/1"),
         ("/v2/models/cifar/config", "/v2/models/cifar/versions/1/config"),
@@ -81,6 +99,12 @@ def test_the_schemas_of_the_inference_protocol_leave_nothing_out(client: TestCli
         ("/v2/models/stats", "/v2/models/cifar/stats"),
     ]:
         assert client.get(described).json() == client.get(bare).json()
+
+
+def test_what_is_referred_to_is_there(openapi: dict[str, Any]) -> None:
+    names = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(openapi)))
+    assert "InferenceRequest" in names
+    assert names <= openapi["components"]["schemas"].keys()
 
 
 def test_every_field_and_parameter_is_described(openapi: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
-"""The JSON bodies of the protocol's answers, each field described. This is what /docs shows; nothing here computes."""
+"""The protocol's JSON bodies, each field described. This is what /docs shows; nothing here computes."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -122,6 +122,54 @@ class IndexEntry(BaseModel):
     version: str = Field(description="Of the model.", examples=["1"])
     state: str = Field(description="`READY` or `UNAVAILABLE`.")
     reason: str = Field(description="Why it is unavailable; empty otherwise.")
+
+
+class InputParameters(BaseModel):
+    """Where the elements are."""
+
+    binary_data_size: int = Field(description="So many bytes follow the JSON, in place of `data`.")
+
+
+class InputTensor(BaseModel):
+    """Pictures."""
+
+    name: Literal["pixels", "image"] = Field(description="`pixels` are raw, red first; `image` is encoded pictures.")
+    datatype: Literal["UINT8", "BYTES"] = Field(description="`UINT8` of pixels, `BYTES` of encoded pictures.")
+    shape: list[int] = Field(description="[N, 32, 32, 3] or [N].", examples=[[1, 32, 32, 3]])
+    data: list[Any] = Field([], description="Pixels in row-major order, flat or nested; encoded pictures in base64.")
+    parameters: InputParameters | None = Field(None, description="If its elements follow the JSON.")
+
+
+class OutputParameters(BaseModel):
+    """How an output is to be given."""
+
+    binary_data: bool = Field(False, description="After the JSON.")
+    classification: int = Field(
+        0, ge=0, description="Of `probabilities`: so many classes as text, the most probable first."
+    )
+
+
+class RequestedOutput(BaseModel):
+    """An output that is asked for."""
+
+    name: str = Field(description=f"One of {', '.join(f'`{name}`' for name in OUTPUT_NAMES)}.")
+    parameters: OutputParameters | None = Field(None, description="How it is to be given.")
+
+
+class RequestParameters(BaseModel):
+    """Of all of the request."""
+
+    timeout: int = Field(0, ge=0, description="Microseconds that it may wait; 0 is the deadline of the service.")
+    binary_data_output: bool = Field(False, description="All outputs after the JSON.")
+
+
+class InferenceRequest(BaseModel):
+    """Pictures to classify."""
+
+    id: str = Field("", description="Comes back in the answer.")
+    parameters: RequestParameters | None = Field(None, description="Of all of the request.")
+    inputs: list[InputTensor] = Field(description="Exactly one.", min_length=1, max_length=1)
+    outputs: list[RequestedOutput] = Field([], description="Those asked for; without any, all.")
 
 
 class OutputTensor(BaseModel):

@@ -46,7 +46,7 @@ BODY = {
     "gzip or deflate.",
     "content": {
         JSON.decode(): {
-            "schema": {"type": "object"},
+            "schema": {"$ref": "#/components/schemas/InferenceRequest"},
             "example": {
                 "id": "42",
                 "inputs": [{"name": "image", "shape": [1], "datatype": "BYTES", "data": ["iVBORw0KGgo..."]}],

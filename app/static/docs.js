@@ -27,6 +27,7 @@ function type(schema) {
   if (schema.enum) return schema.enum.join(" | ");
   if (schema.anyOf) return schema.anyOf.flatMap((each, index) => (index ? [" | ", type(each)] : [type(each)]));
   if (schema.type === "array") return ["list of ", type(schema.items ?? schema.prefixItems?.[0])].flat();
+  if (schema.properties) return ["fields ", Object.keys(schema.properties).map((field) => element("code", field))].flat();
   return schema.format ?? schema.type ?? "any";
 }
 
@@ -44,7 +45,7 @@ function operation(path, method, spec) {
     parts.push(
       element("h3", "Body"),
       element("p", ...prose(spec.requestBody.description)),
-      element("p", "Content types: ", Object.keys(spec.requestBody.content).join(", "), "."),
+      table(["content type", "body"], Object.entries(spec.requestBody.content).map(([kind, of]) => [kind, type(of.schema)])),
     );
   const answers = Object.entries(spec.responses).map(([status, answer]) => [
     status, type(answer.content?.["application/json"]?.schema), prose(answer.description),
