@@ -27,6 +27,10 @@ LIGHT_BYTES = 16 * 1024
 """Five times a picture's raw pixels. One of the usual 2 KB takes 0.1 ms to decode."""
 
 
+MAX_DIGITS = 20
+"""Of a length; that many say more than there is memory, and Python reads 4,300 at most."""
+
+
 class Reply(NamedTuple):
     """An answer, whole."""
 
@@ -63,6 +67,12 @@ def text(headers: Headers, name: bytes, default: str = "") -> str:
     return headers[name].decode("latin-1") if name in headers else default
 
 
+def announced_bytes(headers: Headers) -> int | None:
+    """Of the body, if its head says how many."""
+    length = headers.get(b"content-length", b"")
+    return int(length) if length.isdigit() and len(length) < MAX_DIGITS else None
+
+
 def refusal(error: RequestError, request_id: str) -> Reply:
     """The answer that an error is: its sentence, its status and its headers."""
     headers = {**error.headers}
@@ -97,8 +107,7 @@ class Intake:
             TooSlow: It was not whole in time.
             ClientDisconnect: The client has left before its end.
         """
-        length = headers.get(b"content-length", b"")
-        self._check(int(length) if length.isdigit() else 0)
+        self._check(announced_bytes(headers) or 0)
         try:
             async with asyncio.timeout(self._seconds):
                 message = await receive()

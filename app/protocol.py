@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 from httptools import HttpParserUpgrade, HttpRequestParser
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from app.errors import BadRequest, HeadTooLarge, RequestError, TooSlow
 from app.exchange import LIGHT_BYTES, RawReply
@@ -81,9 +82,9 @@ class Joining:
         self._transport.close()
 
     def _flush(self) -> None:
-        if self._parts:
+        if self._parts and not self._transport.is_closing():  # else the client has left since
             self._transport.write(b"".join(self._parts))
-            self._parts.clear()
+        self._parts.clear()
 
 
 class Steadfast:
@@ -121,6 +122,8 @@ class Protocol(HttpToolsProtocol):
     _refusal: Callable[[], RawReply] | None = None
     _refuse: Callable[[str, Iterable[tuple[bytes, bytes]]], Callable[[], RawReply] | None]
     _head_without_offer: bytes | None = None
+    _running: RequestResponseCycle | None = None
+    """The request that the application has; uvicorn's `cycle` is the last one that has come, which may be behind it."""
     _undigested_bytes = 0
     """What has come since a head was whole or some of a body was there."""
 
@@ -179,6 +182,9 @@ class Protocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
         self._unset_keepalive_if_required()  # which uvicorn does only if the connection was closed, not reset
 
     def shutdown(self) -> None:
@@ -205,6 +211,11 @@ class Protocol(HttpToolsProtocol):
             self._refusal = self._refuse(self.url.decode("latin-1"), self.headers)
         if self._refusal is None:
             super().on_headers_complete()
+        self.headers = []  # for what may follow the body, which is not the head's (RFC 9110, section 6.5.1)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_body(self, body: bytes) -> None:
         self._undigested_bytes = 0
@@ -229,6 +240,9 @@ class Protocol(HttpToolsProtocol):
         self._reject(BadRequest(sentence))
 
     def _reject(self, error: RequestError) -> None:
+        if self.pipeline and self.cycle.more_body:  # what is broken is behind a request that is still to be answered
+            self.pipeline.popleft()
+            self.cycle = self.pipeline[0][0] if self.pipeline else cast(RequestResponseCycle, self._running)
         if self.cycle is not None and not (self.cycle.more_body or self.cycle.response_complete):
             self.cycle.keep_alive = False  # the request before it is answered first, and nothing after that
             self.flow.pause_reading()

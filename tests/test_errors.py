@@ -145,6 +145,11 @@ def test_a_body_of_just_the_limit_is_read(client: TestClient, chunked: bool) -> 
     )
 
 
+def test_a_length_may_begin_with_zeros_without_end(client: TestClient, png: bytes) -> None:
+    headers = {"content-type": "image/png", "content-length": "0" * 5000 + str(len(png))}
+    assert client.post("/predict", content=png, headers=headers).status_code == 200
+
+
 def test_too_many_pixels(settings: Settings) -> None:
     app = create_app(Settings(weights=settings.weights, device="cpu", threads=1, max_pixels=1024))
     with TestClient(app) as client:
@@ -246,6 +251,7 @@ def test_what_would_be_refused_whatever_it_holds_is_refused_by_its_head(
     assert portal.call(app.refuse, "/predict?top_k=1", [little]) is None
     assert portal.call(app.refuse, "/predict", [(b"content-length", b"16385")]) is None
     assert portal.call(app.refuse, "/predict", []) is None
+    assert portal.call(app.refuse, "/predict", [(b"content-length", b"0" * 5000)]) is None
     answer = portal.call(app.refuse, "/predict", [little, (b"x-request-id", b"seven")])
     assert answer is not None
     status, headers, body = portal.call(answer)

@@ -2,6 +2,8 @@
 
 import random
 import struct
+import subprocess
+import sys
 import zlib
 from typing import get_args
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from conftest import drawing, encode
 from PIL import Image, PngImagePlugin
+from running import ROOT
 from torch import Tensor
 
 from app.errors import BadRequest, BodyTooLarge, RequestError, WrongSize
@@ -254,12 +257,70 @@ def without_palette(png: bytes) -> bytes:
     return png[:start] + png[start + 12 + length :]
 
 
-def test_texts_that_inflate_without_end_are_refused() -> None:
-    texts = PngImagePlugin.PngInfo()
-    for name in ("a", "b"):
-        texts.add_text(name, "x" * 1_000_000, zip=True)
-    with pytest.raises(BadRequest):
-        pixels(encode(drawing(), "PNG", pnginfo=texts))
+def texts(count: int, *, zip: bool) -> bytes:
+    """A PNG with so many megabytes of text."""
+    info = PngImagePlugin.PngInfo()
+    for name in range(count):
+        info.add_text(str(name), "x" * 1_000_000, zip=zip)
+    return encode(drawing(), "PNG", pnginfo=info)
+
+
+@pytest.mark.parametrize("zip", [False, True])
+def test_texts_without_end_are_refused(zip: bool) -> None:
+    assert torch.equal(pixels(texts(1, zip=zip)), as_tensor(drawing()))
+    with pytest.raises(BodyTooLarge, match="The PNG has more than 1 MB of text beside its pixels"):
+        pixels(texts(2, zip=zip))
+
+
+def segment(marker: int, content: bytes = b"") -> bytes:
+    return struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
+
+
+def with_pieces(format: str, at: int, piece: bytes, count: int) -> bytes:
+    plain = encode(drawing(), format)
+    return plain[:at] + piece * count + plain[at:]
+
+
+@pytest.mark.parametrize(
+    ("format", "at", "piece"),
+    [
+        ("JPEG", 2, segment(0xE1, b"Exif\0\0" + b"x" * 2000)),  # of which Pillow makes one, adding each to all before
+        ("JPEG", 2, segment(0xFE)),
+        ("JPEG", 2, b"\xff"),
+        ("JPEG", 20, b"\0"),
+        ("PNG", 33, chunk(b"tEXt", b"a\0b")),
+        ("PNG", 33, chunk(b"abCd", b"")),
+        ("PNG", 33, chunk(b"IDAT", b"")),
+        ("GIF", 13 + 3 * 256, b"\x21\xfe\x01x\0"),
+    ],
+    ids=["exif", "comments", "fill bytes", "no marker", "texts", "unknown chunks", "empty chunks", "blocks"],
+)
+def test_pieces_without_end_are_refused_and_some_are_not(format: str, at: int, piece: bytes) -> None:
+    assert torch.equal(pixels(with_pieces(format, at, piece, 100)), pixels(encode(drawing(), format)))
+    with pytest.raises(BodyTooLarge, match="The picture is in too many pieces"):
+        pixels(with_pieces(format, at, piece, 70_000))
+
+
+def test_metadata_of_megabytes_are_read_over() -> None:
+    """As phones write them for the depth of a photo."""
+    data = with_pieces("JPEG", 2, segment(0xE1, b"http://ns.adobe.com/xmp/extension/\0" + b"x" * 65_000), 120)
+    assert torch.equal(pixels(data), pixels(encode(drawing(), "JPEG")))
+
+
+def test_a_table_of_more_colours_than_there_can_be_is_damaged() -> None:
+    data = bytearray(encode(drawing().quantize(256), "BMP"))
+    pixels(bytes(data))
+    data[46:50] = struct.pack("<I", 257)
+    with pytest.raises(BadRequest, match="not a readable picture"):
+        pixels(bytes(data))
+
+
+def test_odd_metadata_are_nothing_to_warn_of() -> None:
+    entry = struct.pack("<HHII", 0x8298, 2, 1000, 1_000_000)  # a text that lies beyond the end
+    exif = b"II*\0\x08\0\0\0" + struct.pack("<H", 1) + entry + b"\0\0\0\0"
+    code = "import sys; from app.images import decode; decode(sys.stdin.buffer.read())"
+    ran = subprocess.run([sys.executable, "-c", code], input=with_chunk(b"eXIf", exif), capture_output=True, cwd=ROOT)
+    assert (ran.returncode, ran.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 
 from app import multipart
 from app.errors import BadRequest
-from app.multipart import read_field
+from app.multipart import read_field, read_fields
 
 CONTENT = bytes(range(256)) * 3 + b"\r\n--b\r\n--boundaries\r\n\r\n"
 TYPE = "multipart/form-data; boundary=boundary"
@@ -66,6 +66,27 @@ def test_what_is_wrong_stays_wrong(body: bytes) -> None:
         read_field(body, TYPE, "file")
 
 
-def test_names_without_end_are_refused() -> None:
-    with pytest.raises(BadRequest, match=r"a Content-Disposition of 4,0.. bytes; accepted are at most 1,024"):
-        read_field(form(CURL.replace(b'name="file"', b'name="file"' + b";a" * 2000, 1)), TYPE, "file")
+@pytest.mark.parametrize(
+    "disposition",
+    [NAMED + b"; a=" + b"a" * 1000, NAMED + b'; a="' + b";" * 20 + b'"'],
+    ids=["long", "with many semicolons"],
+)
+def test_names_without_end_are_refused(disposition: bytes) -> None:
+    with pytest.raises(
+        BadRequest, match=r"The Content-Disposition of a part of the form has [\d,]+ bytes, with \d+ semi"
+    ):
+        read_field(form(disposition), TYPE, "file")
+
+
+def test_a_content_type_without_end_is_refused() -> None:
+    with pytest.raises(BadRequest, match=r"The Content-Type has 2,0.. bytes, with 2,000 semicolons; accepted are at"):
+        read_field(form(NAMED), TYPE + ";" * 1999, "file")
+
+
+def test_a_part_has_one_name() -> None:
+    with pytest.raises(BadRequest, match="more than one Content-Disposition"):
+        read_field(form(NAMED + b"\r\n" + NAMED), TYPE, "file")
+    assert read_fields(form(NAMED, end=b"\r\n" + form(OTHER)), TYPE, 2, BadRequest("")) == [
+        ("file", CONTENT),
+        ("more", CONTENT),
+    ]

@@ -7,6 +7,7 @@ import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import Any
 
 import pytest
 import uvicorn
@@ -15,7 +16,7 @@ from uvicorn.server import ServerState
 
 from app.errors import RequestError
 from app.exchange import LIGHT_BYTES, RawReply
-from app.protocol import MAX_HEAD_BYTES, Protocol, Turnstile
+from app.protocol import MAX_HEAD_BYTES, Joining, Protocol, Turnstile
 
 pytestmark = pytest.mark.anyio
 POST = b"POST / HTTP/1.1\r\ncontent-length: 5\r\nx-request-id: %b\r\n%b\r\nhello"
@@ -233,6 +234,84 @@ async def test_what_is_no_request_is_not_answered_before_the_request_that_it_fol
         application.gate.set()
         assert [(await answer(reader))[2] for _ in range(2)] == [b"5", b"5"]
         assert await asyncio.wait_for(reader.read(), SECONDS) == b""
+
+
+@pytest.mark.parametrize("before", [1, 2])
+async def test_a_broken_body_takes_no_answer_from_the_requests_before_it(before: int) -> None:
+    application = Application()
+    application.gate.clear()
+    async with connected(application) as (reader, writer):
+        writer.write(before * (POST % (b"7", b"")) + CHUNKS[0] + b"no length\r\n")
+        while not application.called:
+            await asyncio.sleep(0)
+        application.gate.set()
+        assert [(await answer(reader))[2] for _ in range(before)] == before * [b"5"]
+        assert await asyncio.wait_for(reader.read(), SECONDS) == b""
+    assert application.called == before
+
+
+class Patient(Application):
+    """Answers when the client has left."""
+
+    left = False
+
+    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
+        self.called += 1
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.left = True
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"hi"})
+
+
+@pytest.mark.parametrize("requests", [1, 3])
+async def test_who_leaves_ends_all_that_he_asked(requests: int, caplog: pytest.LogCaptureFixture) -> None:
+    application = Patient()
+    async with connected(application) as (_, writer):
+        writer.write(requests * (POST % (b"7", b"")))
+        while not application.called:
+            await asyncio.sleep(0)
+        writer.close()
+        async with asyncio.timeout(SECONDS):
+            while not application.left:
+                await asyncio.sleep(0.001)
+    assert application.called == 1
+    assert not caplog.records
+
+
+async def test_nothing_is_written_to_a_client_that_has_left_since() -> None:
+    class Transport(asyncio.Transport):
+        closing = False
+        written = b""
+
+        def is_closing(self) -> bool:
+            return self.closing
+
+        def write(self, data: Any) -> None:
+            self.written += data
+
+    transport = Transport()
+    joining = Joining(transport)
+    for closing in (False, True):
+        joining.write(b"answer")
+        transport.closing = closing
+        await asyncio.sleep(0)
+        assert transport.written == b"answer"
+
+
+async def test_what_follows_a_body_is_no_header() -> None:
+    """At once, as later: the application has the very list that the parser fills."""
+    seen = []
+
+    class Looking(Application):
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            seen.append(scope["headers"])
+            await super().__call__(scope, receive, send)
+
+    async with connected(Looking()) as (reader, writer):
+        writer.write(CHUNKS[0] + CHUNKS[1] + b"0\r\ncontent-encoding: gzip\r\n\r\n")
+        assert (await answer(reader))[2] == b"5"
+    assert seen == [[(b"transfer-encoding", b"chunked")]]
 
 
 class Hasty(Application):

@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from app.boundary import DEFECT, LEFT, UNMATCHED, Ledger, request_id_of, server_timing
 from app.errors import RequestError
-from app.exchange import LIGHT_BYTES, Headers, RawReply, Reply, refusal
+from app.exchange import LIGHT_BYTES, Headers, RawReply, Reply, announced_bytes, refusal
 from app.service import Service
 
 logger = logging.getLogger(__name__)
@@ -45,8 +45,8 @@ class Application(FastAPI):
             return None
         except RequestError as error:
             known = dict(headers)
-            length = known.get(b"content-length", b"")
-            if not length.isdigit() or int(length) > LIGHT_BYTES:
+            length = announced_bytes(known)
+            if length is None or length > LIGHT_BYTES:
                 return None
             started_at, reason, request_id = monotonic(), error.reason, request_id_of(known)
             reply = refusal(error, request_id)
