@@ -9,6 +9,7 @@ import random
 import re
 from collections.abc import Set
 from http import HTTPStatus
+from reprlib import repr as show  # a sentence should not repeat all of what was sent
 from time import monotonic
 from typing import Any
 
@@ -171,7 +172,9 @@ def _translate(request: Request, error: HTTPException) -> RequestError:
 
 def _explain(problems: Any) -> RequestError:
     """A sentence for each parameter that was not accepted."""
-    sentences = [f"The parameter {p['loc'][-1]} is {p.get('input')!r}; accepted is {_accepted(p)}." for p in problems]
+    sentences = [
+        f"The parameter {p['loc'][-1]} is {show(p.get('input'))}; accepted is {_accepted(p)}." for p in problems
+    ]
     detail = [{"parameter": p["loc"][-1], "given": p.get("input"), "problem": p["msg"]} for p in problems]
     return _with_status(422, "invalid_parameter", " ".join(sentences), detail)
 
@@ -181,6 +184,8 @@ def _accepted(problem: Any) -> str:
     match problem["type"]:
         case "int_parsing":
             return "a whole number"
+        case "int_parsing_size":
+            return "a number of fewer digits"
         case "greater_than_equal":
             return f"a number of at least {problem['ctx']['ge']}"
         case "literal_error":

@@ -236,7 +236,10 @@ class Protocol(HttpToolsProtocol):
 
     def send_400_response(self, _msg: str) -> None:
         """What uvicorn calls when bytes are no HTTP. It would say so in a text."""
-        sentence = "The bytes are no HTTP request. Send one of HTTP/1.1, without TLS and with an address in ASCII."
+        sentence = (
+            "The bytes are no HTTP request, or one that breaks its rules. Send one of HTTP/1.1: without TLS, the path "
+            "in ASCII, at most one Content-Length, and each chunk as long as it says."
+        )
         self._reject(BadRequest(sentence))
 
     def _reject(self, error: RequestError) -> None:

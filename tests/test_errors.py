@@ -76,6 +76,7 @@ def form(*fields: tuple[str, bytes], end: bytes = b"--x--\r\n") -> bytes:
             422,
             "The parameter top_k is '0'; accepted is a number of at least 1.",
         ),
+        ("/predict?top_k=" + "9" * 5000, b"", "image/png", 422, "9...9999"),
         ("/predict?top_k=many", b"", "image/png", 422, "The parameter top_k is 'many'; accepted is a whole number."),
         ("/nowhere", b"", "image/png", 404, "There is nothing at /nowhere. The page /docs lists what there is."),
         ("/static/nothing.js", b"", "image/png", 405, "does not take POST"),

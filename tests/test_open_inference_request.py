@@ -95,6 +95,11 @@ def test_id_and_timeout() -> None:
     assert read({"inputs": [pixels()], "parameters": {"timeout": 10**320}}).timeout_seconds == 2**63 / 1e6
 
 
+def test_null_is_nothing() -> None:
+    nothing = {"id": None, "outputs": None, "parameters": {"timeout": None, "binary_data_output": None}}
+    assert read({"inputs": [pixels(parameters=None)], **nothing}) == read({"inputs": [pixels()]})
+
+
 def test_what_the_protocol_does_not_name_is_ignored() -> None:
     assert read({"inputs": [pixels(surplus=1)], "surplus": {}, "parameters": {"sequence_id": 7}}).pixels == bytearray(
         IMAGE
@@ -114,12 +119,12 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "extra input": ({"inputs": [pixels(), pixels(name="image")]}, r"inputs \['pixels', 'image'\]; expected is exactly"),
     "dtype": ({"inputs": [pixels(datatype="FP32")]}, "'pixels' has the datatype 'FP32'; expected is 'UINT8'"),
     "no dtype": ({"inputs": [pixels(datatype=None)]}, "'pixels' has the datatype None; expected is 'UINT8'"),
-    "layout": ({"inputs": [pixels(shape=[1, 3, 32, 32])]}, r"\[1, 3, 32, 32\]; expected is \[-1, 32, 32, 3\]"),
-    "rank": ({"inputs": [pixels(shape=[32, 32, 3])]}, r"'pixels' has the shape \[32, 32, 3\]; expected is \[-1, 32"),
-    "shape no list": ({"inputs": [pixels(shape=3072)]}, r"'pixels' has the shape 3072; expected is \[-1, 32, 32, 3\]"),
-    "shape empty": ({"inputs": [pixels(shape=[])]}, r"'pixels' has the shape \[\]; expected is \[-1, 32, 32, 3\]"),
+    "layout": ({"inputs": [pixels(shape=[1, 3, 32, 32])]}, r"\[1, 3, 32, 32\]; expected is \[N, 32, 32, 3\]"),
+    "rank": ({"inputs": [pixels(shape=[32, 32, 3])]}, r"'pixels' has the shape \[32, 32, 3\]; expected is \[N, 32"),
+    "shape no list": ({"inputs": [pixels(shape=3072)]}, r"'pixels' has the shape 3072; expected is \[N, 32, 32, 3\]"),
+    "shape empty": ({"inputs": [pixels(shape=[])]}, r"'pixels' has the shape \[\]; expected is \[N, 32, 32, 3\]"),
     "shape of text": ({"inputs": [pixels(shape=["1", 32, 32, 3])]}, r"has the shape \['1', 32, 32, 3\]"),
-    "none": ({"inputs": [pixels(shape=[0, 32, 32, 3])]}, r"has the shape \[0, 32, 32, 3\]; .* at least one image"),
+    "none": ({"inputs": [pixels(shape=[0, 32, 32, 3])]}, r"has the shape \[0, 32, 32, 3\]; .* at least one"),
     "too few": ({"inputs": [pixels(list(IMAGE[1:]))]}, "'pixels' has 3,071 elements in `data`; expected are 3,072"),
     "too many": ({"inputs": [pixels([*IMAGE, 0])]}, "'pixels' has 3,073 elements in `data`; expected are 3,072"),
     "nested otherwise": ({"inputs": [pixels(CHANNELS_FIRST)]}, "'pixels' has its `data` nested otherwise"),

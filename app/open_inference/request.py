@@ -60,7 +60,7 @@ def decode(body: bytes, json_length: str | None, *, binary: bool, max_pictures: 
             detail={"max_pictures": max_pictures},
         )
     pixels, pictures = _content(spec, tensor, count, memoryview(body)[length:])
-    request_id = request.get("id", "")
+    request_id = _given(request, "id", "")
     if not isinstance(request_id, str):
         raise BadRequest(f"The `id` of the request is {show(request_id)}; expected is text.")
     return Inference(
@@ -106,15 +106,21 @@ def _parameters(holder: dict[str, Any], owner: str) -> dict[str, Any]:
     return parameters
 
 
+def _given(holder: dict[str, Any], name: str, default: Any) -> Any:
+    """Null is what some clients send for nothing."""
+    value = holder.get(name)
+    return default if value is None else value
+
+
 def _flag(parameters: dict[str, Any], name: str, owner: str, default: bool = False) -> bool:
-    value = parameters.get(name, default)
+    value = _given(parameters, name, default)
     if not isinstance(value, bool):
         raise BadRequest(f"{owner} has the parameter `{name}` {show(value)}; expected is true or false.")
     return value
 
 
 def _number(parameters: dict[str, Any], name: str, owner: str) -> int:
-    value = parameters.get(name, 0)
+    value = _given(parameters, name, 0)
     if type(value) is not int or value < 0:
         raise BadRequest(f"{owner} has the parameter `{name}` {show(value)}; expected is a whole number from 0.")
     return value
@@ -147,11 +153,11 @@ def _only_input(request: dict[str, Any]) -> tuple[TensorSpec, dict[str, Any], in
             f"Input {spec.name!r} has the datatype {show(tensor.get('datatype'))}; expected is {spec.datatype!r}."
         )
     shape = tensor.get("shape")
-    if not isinstance(shape, list) or not shape or not all(type(size) is int for size in shape):
-        raise BadRequest(f"Input {spec.name!r} has the shape {show(shape)}; expected is {list(spec.shape)}.")
-    if tuple(shape[1:]) != spec.shape[1:] or shape[0] < 1:
+    numbers = isinstance(shape, list) and all(type(size) is int for size in shape)
+    if not numbers or not shape or tuple(shape[1:]) != spec.shape[1:] or shape[0] < 1:
+        expected = ", ".join(map(str, ("N", *spec.shape[1:])))
         raise BadRequest(
-            f"Input {spec.name!r} has the shape {show(shape)}; expected is {list(spec.shape)} with at least one image."
+            f"Input {spec.name!r} has the shape {show(shape)}; expected is [{expected}] for N pictures, at least one."
         )
     return spec, tensor, shape[0]
 
