@@ -83,14 +83,6 @@ def test_an_impossible_batch_size_is_refused(batch_size: int) -> None:
         predict(BatchSizes().eval(), split().pixels_NCHW, batch_size)
 
 
-def test_bfloat16_is_close_to_float32() -> None:
-    exact_NK = predict(checkpoint().network(), split().pixels_NCHW)
-    fast_NK = predict(checkpoint().network(), split().pixels_NCHW, dtype=torch.bfloat16)
-    assert fast_NK.dtype == torch.float32
-    assert not torch.equal(fast_NK, exact_NK)
-    torch.testing.assert_close(fast_NK, exact_NK, atol=0.02, rtol=0)
-
-
 def test_the_calibration_of_the_checkpoint_is_applied() -> None:
     logits_NK = checkpoint().network()(split().pixels_NCHW)
     figures = evaluate(checkpoint(temperature=0.25), split())

@@ -69,16 +69,14 @@ def train_command(options: argparse.Namespace) -> None:
     run = RUNS / (options.name or f"{options.recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     if workers.is_first and not options.resume and (run / "state.pt").exists():
         raise ValueError(f"{run} already holds a run; add --resume to continue it, or choose another one with --name.")
-    train, test = data.read(locate(options.data, os.environ))
+    images, test = data.read(locate(options.data, os.environ))
     if options.calibration and recipe.validation:
         raise ValueError("A run with --validation makes its own calibration; leave out --calibration, or --validation.")
-    if options.calibration and options.calibration.exists():
-        _calibration(options.calibration, recipe, train.classes)  # better known before the training than after it
-    held_out = None
-    if recipe.validation:
-        train, held_out = hold_out(train, recipe.validation)
+    teachers = _teachers(options.teacher, recipe, images)
+    if options.calibration and options.calibration.exists():  # better known before the training than after it
+        _calibration(options.calibration, recipe, images, teachers)
+    train, held_out = hold_out(images, recipe.validation) if recipe.validation else (images, None)
 
-    teachers = _teachers(options.teacher, recipe)
     network = model.build(recipe.network, num_classes=len(train.classes))
     initialize(network, recipe, train.pixels_NCHW)
     log = RunLog(run) if workers.is_first else None
@@ -95,7 +93,7 @@ def train_command(options: argparse.Namespace) -> None:
         device=device,
         teachers=Teachers(teachers, train.classes) if teachers else None,
         workers=workers,
-        validate=(lambda network: _validate(network, held_out, device, dtype)) if held_out else None,
+        validate=(lambda network: _validate(network, held_out, device)) if held_out else None,
         on_epoch=log.epoch if log else None,
         state_file=run / "state.pt",
         resume=options.resume,
@@ -126,7 +124,7 @@ def train_command(options: argparse.Namespace) -> None:
             "finished_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         },
     )
-    taken_over = _calibration(options.calibration, recipe, train.classes) if options.calibration else None
+    taken_over = _calibration(options.calibration, recipe, images, teachers) if options.calibration else None
     calibrated = complete(untested, held_out, taken_over, device)
     log.say(_describe(calibrated.calibration))
     # The one reading of the test images, after everything is decided; none at all when images were held out.
@@ -150,8 +148,8 @@ def train_command(options: argparse.Namespace) -> None:
     log.say(f"Wrote {weights}. Serve it with: CIFAR_WEIGHTS={weights} make serve")
 
 
-def _teachers(files: list[Path], recipe: Recipe) -> list[Checkpoint]:
-    """Those that a recipe with distillation learns from.
+def _teachers(files: list[Path], recipe: Recipe, images: Split) -> list[Checkpoint]:
+    """Those that a recipe with distillation learns from, of the training images `images`.
 
     Raises:
         CheckpointError, ValueError: a file cannot be used, or files and recipe do not fit.
@@ -165,15 +163,21 @@ def _teachers(files: list[Path], recipe: Recipe) -> list[Checkpoint]:
         raise ValueError("The recipe has distillation 0; leave out --teacher, or give it a share, --distillation 0.7.")
     teachers = [load(file) for file in files]
     for file, teacher in zip(files, teachers, strict=True):
-        if teacher.trained.get("validation", 0.0) < recipe.validation:
+        if recipe.validation and not _held_out_too(teacher, images, recipe.validation):
             raise ValueError(
-                f"The teacher {file} has seen images that this run holds out, and would pass them on. Name one "
-                f"that was trained with --validation {recipe.validation}."
+                f"The teacher {file} may have seen images that this run holds out, and would pass them on. Name one "
+                f"that was trained on the same images with --validation {recipe.validation}."
             )
     return teachers
 
 
-def _calibration(file: Path, recipe: Recipe, classes: tuple[str, ...]) -> Calibration:
+def _held_out_too(weights: Checkpoint, images: Split, share: float) -> bool:
+    """Whether `weights` have seen none of the images that `share` holds out of `images`, as far as their file tells."""
+    own = weights.trained.get("validation", 0.0)
+    return own >= share and weights.trained.get("data_sha256") == hold_out(images, own)[0].digest
+
+
+def _calibration(file: Path, recipe: Recipe, images: Split, teachers: list[Checkpoint]) -> Calibration:
     """What a run with --validation found, for a run on all images, which has none to calibrate on.
 
     Raises:
@@ -185,19 +189,21 @@ def _calibration(file: Path, recipe: Recipe, classes: tuple[str, ...]) -> Calibr
             "same command with --resume, which only writes the weights."
         )
     found = load(file)
-    if (found.architecture, found.classes) != (recipe.network, classes):
+    if (found.architecture, found.classes) != (recipe.network, images.classes):
         raise ValueError(
             f"The calibration in {file} is of a network {found.architecture} for the classes "
-            f"{', '.join(found.classes)}; this run trains {recipe.network} for {', '.join(classes)}."
-        )
-    kept = vars(recipe).keys() - {"seed", "validation", "precision", "report_every"}
-    if other := sorted(name for name in kept if found.trained.get(name, vars(recipe)[name]) != vars(recipe)[name]):
-        raise ValueError(
-            f"The calibration in {file} is of a run with another value of: {', '.join(other)}. Name one of the same "
-            "recipe with --validation 0.1."
+            f"{', '.join(found.classes)}; this run trains {recipe.network} for {', '.join(images.classes)}."
         )
     if found.calibration.set_threshold is None:
         raise ValueError(f"The file {file} has no calibration; name one that a run with --validation 0.1 has written.")
+    others = hold_out(images, found.trained["validation"])[0]
+    wanted = vars(recipe) | {"teachers": introduce(teachers), "data_sha256": others.digest}
+    kept = wanted.keys() - {"seed", "validation", "precision", "report_every"}
+    if other := sorted(name for name in kept if found.trained.get(name) != wanted[name]):
+        raise ValueError(
+            f"The calibration in {file} is of a run with another value of: {', '.join(other)}. Name one of the same "
+            "recipe, images and teachers with --validation 0.1."
+        )
     return found.calibration
 
 
@@ -217,9 +223,9 @@ def _local_gpu(asked: str | None) -> str | None:
     return f"cuda:{local_rank}" if ours else asked
 
 
-def _validate(network: nn.Module, held_out: Split, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+def _validate(network: nn.Module, held_out: Split, device: torch.device) -> dict[str, float]:
     network.eval()
-    probabilities_NK = predict(network, held_out.pixels_NCHW, device=device, dtype=dtype).double()
+    probabilities_NK = predict(network, held_out.pixels_NCHW, device=device).double()
     true_N = probabilities_NK.gather(1, held_out.labels_N[:, None])
     right_N = probabilities_NK.argmax(dim=1) == held_out.labels_N
     return {
@@ -235,22 +241,23 @@ def _split(options: argparse.Namespace, weights: Checkpoint | None = None) -> Sp
         DataError, ValueError: as `_for_weights`.
     """
     folder, share = locate(options.data, os.environ), options.validation
-    split = hold_out(data.read(folder)[0], share)[1] if share else data.read_test(folder)
-    return split if weights is None else _for_weights(weights, split, share)
+    split = _held_out(weights, data.read(folder)[0], share)[1] if share else data.read_test(folder)
+    return split if weights is None else split.labelled_for(weights.classes)
 
 
-def _for_weights(weights: Checkpoint, split: Split, share: float) -> Split:
-    """`split`, the test images or `share` of the training images, labelled as `weights` answer.
+def _held_out(weights: Checkpoint | None, images: Split, share: float) -> tuple[Split, Split]:
+    """As `hold_out`, to measure `weights`.
 
     Raises:
-        DataError, ValueError: They are for other classes, or have seen some of the images.
+        ValueError: they may have seen some of the images.
     """
-    if (held_out := weights.trained.get("validation", 0.0)) < share:
+    parts = hold_out(images, share)
+    if weights is not None and not _held_out_too(weights, images, share):
         raise ValueError(
-            f"These weights were trained with a share of {held_out} of the images held out, so --validation "
-            f"{share} would measure images that they have seen. Name the weights of a run with --validation {share}."
+            f"These weights may have seen some of the images that --validation {share} holds out. Name the weights of "
+            f"a run with --validation {share} on the same images."
         )
-    return split.labelled_for(weights.classes)
+    return parts
 
 
 def evaluate_command(options: argparse.Namespace) -> None:
@@ -279,8 +286,8 @@ def unfamiliar_command(options: argparse.Namespace) -> None:
     checkpoint = load(options.weights)
     train, split = data.read(locate(options.data, os.environ))
     if options.validation:
-        train, split = hold_out(train, options.validation)
-    split = _for_weights(checkpoint, split, options.validation)
+        train, split = _held_out(checkpoint, train, options.validation)
+    split = split.labelled_for(checkpoint.classes)
     found = compare(checkpoint, train, split, options.count, choose_device(options.device))
     _put_out({"weights": _identify(options.weights, checkpoint), **found}, format_comparison(found), options)
 
@@ -308,7 +315,7 @@ def ablate_command(options: argparse.Namespace) -> None:
         options.seeds,
         options.out,
         device=choose_device(options.device),
-        teachers=_teachers(options.teacher, dataclasses.replace(recipe, validation=VALIDATION)),
+        teachers=_teachers(options.teacher, dataclasses.replace(recipe, validation=VALIDATION), train),
         on_row=lambda row: print(
             f"seed {row['seed']}, {row['setting']}: {row['validation_accuracy']:.2%}, "
             f"as JPEG {row['jpeg_accuracy']:.2%}",

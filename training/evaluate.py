@@ -23,14 +23,12 @@ def forward(
     pixels_NCHW: Tensor,
     batch_size: int = BATCH_SIZE,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """What a network gives for uint8 pixels (N, C, H, W): logits (N, K), or features; float32 on the CPU.
+    """What a network gives for uint8 pixels (N, C, H, W): logits (N, K), or features; float32, on the CPU.
 
     Args:
         network: In evaluation mode; it is moved to `device`.
         batch_size: How many images at a time; it need not divide their number. Answers depend on it by rounding only.
-        dtype: What the network computes in; bfloat16 is faster where the hardware has it, and less exact.
 
     Raises:
         ValueError: `batch_size` is less than 1.
@@ -40,10 +38,9 @@ def forward(
         raise ValueError(f"The batch size {batch_size} is not possible; give at least 1.")
     network.to(device)
     # By default NVIDIA's convolutions round float32 to 10 bits (TF32), and may differ from run to run.
-    exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-    with exact, torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         parts = [
-            network(part_NCHW.to(device, memory_format=torch.channels_last)).float()  # what convolutions are fastest in
+            network(part_NCHW.to(device, memory_format=torch.channels_last))  # what convolutions are fastest in
             for part_NCHW in torch.split(pixels_NCHW, batch_size)
         ]
     return torch.cat(parts).cpu()
@@ -54,11 +51,10 @@ def predict(
     pixels_NCHW: Tensor,
     batch_size: int = BATCH_SIZE,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
     calibration: Calibration = UNCALIBRATED,
 ) -> Tensor:
     """Probabilities (N, K), float32 on the CPU, of uint8 pixels (N, C, H, W). The arguments are those of `forward`."""
-    return calibration.probabilities(forward(network, pixels_NCHW, batch_size, device, dtype))
+    return calibration.probabilities(forward(network, pixels_NCHW, batch_size, device))
 
 
 def evaluate(
