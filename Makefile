@@ -9,7 +9,7 @@ BIN := .venv/bin
 .PHONY: help serve test bench train clean
 
 help: ## list the commands
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 serve: .venv/.service ## serve weights/cifar_net.pth, or CIFAR_WEIGHTS, on http://127.0.0.1:8000
 	$(BIN)/python -m app
@@ -36,8 +36,8 @@ clean: ## remove .venv and caches
 
 # OpenVINO is up to twice as fast on a CPU; where it has no wheel the service runs on torch alone.
 .venv/.service: .venv/bin/python pyproject.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[openvino]' \
-		|| $(BIN)/pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[openvino]' || { echo "Without OpenVINO:"; \
+		$(BIN)/pip install --quiet --disable-pip-version-check -e .; }
 	@touch $@
 
 .venv/.training: .venv/bin/python pyproject.toml
@@ -45,8 +45,8 @@ clean: ## remove .venv and caches
 	@touch $@
 
 .venv/.dev: .venv/bin/python pyproject.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[openvino,training,dev]' \
-		|| $(BIN)/pip install --quiet --disable-pip-version-check -e '.[training,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[openvino,training,dev]' || { echo "Without OpenVINO:"; \
+		$(BIN)/pip install --quiet --disable-pip-version-check -e '.[training,dev]'; }
 	@touch $@ .venv/.service .venv/.training
 
 # Four runs, each of which goes on where it stopped; one that has ended is not run again. CIFAR-10 is fetched if no data

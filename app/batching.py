@@ -315,7 +315,6 @@ class Batcher(Generic[Item, Prepared, Result]):
         execution = Execution(
             timings=[entry.future.timing for entry in wanted],
             pictures=pictures,
-            forward_passes=math.ceil(pictures / self._limits.max_batch),
             seconds=end - start,
         )
         return outcomes, execution

@@ -2,7 +2,7 @@
 
 import torch
 
-DEVICES = ("cuda", "mps", "cpu")
+from app.settings import DEVICES, device_name
 
 
 def choose_device(name: str | None = None) -> torch.device:
@@ -14,9 +14,10 @@ def choose_device(name: str | None = None) -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name is None:
         return torch.device(next(kind for kind in DEVICES if available[kind]))
-    kind, colon, index = name.partition(":")
-    if kind not in DEVICES or (colon and not (kind == "cuda" and index.isdigit())):
-        raise ValueError(f"The device {name!r} is unknown; accepted are cuda, cuda:0, cuda:1, ..., mps and cpu.")
+    try:
+        kind, _, index = device_name(name).partition(":")
+    except ValueError as accepted:
+        raise ValueError(f"The device {name!r} is unknown; accepted is {accepted}.") from None
     if not available[kind] or (kind == "cuda" and int(index or 0) >= torch.cuda.device_count()):
         usable = ", ".join(kind for kind in DEVICES if available[kind])
         raise ValueError(f"The device {name!r} is not available on this machine; it has: {usable}.")

@@ -47,7 +47,8 @@ class Entry(Generic[Item, Prepared, Result]):
             self.prepared = prepare(self.item)
         except Exception as error:  # any of it fails this item alone
             return error
-        self.prepare_seconds = monotonic() - start
+        finally:  # for nothing, too, it had to be waited for
+            self.prepare_seconds = monotonic() - start
         return None
 
     def refusal(self) -> Exception | None:

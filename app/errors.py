@@ -21,6 +21,7 @@
         |-- UnsupportedMedia   415
         |-- WrongSize          422
         |-- Overloaded         429
+        |-- HeadTooLarge       431
         |-- NotOffered         501
         |-- NotReady           503
         `-- DeadlineExceeded   504

@@ -67,6 +67,12 @@ def text(headers: Headers, name: bytes, default: str = "") -> str:
     return headers[name].decode("latin-1") if name in headers else default
 
 
+def encoding_of(headers: Headers) -> str | None:
+    """What the body is compressed with, in small letters."""
+    encoding = text(headers, b"content-encoding").strip().lower()
+    return None if encoding in ("", "identity") else encoding
+
+
 def announced_bytes(headers: Headers) -> int | None:
     """Of the body, if its head says how many."""
     length = headers.get(b"content-length", b"")

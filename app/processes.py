@@ -109,15 +109,18 @@ class Link:
         self._end.send(ready)
 
     async def total(self) -> Counts:
-        """What all processes have counted; this one, if the supervisor is gone. Who asks before another one has his
-        answer shares it."""
+        """What all processes have counted; this one, if the supervisor is gone or stopped. Who asks before another one
+        has his answer shares it."""
         if self._asked is None:
             try:
                 self._end.send(Ask())
             except OSError:
                 return self._count()
             self._asked = asyncio.get_running_loop().create_future()
-        return await asyncio.shield(self._asked)
+        try:
+            return await asyncio.wait_for(asyncio.shield(self._asked), 2 * TELL_SECONDS)
+        except TimeoutError:
+            return self._count()
 
     def reloaded(self, weights: str) -> None:
         """Have the other processes exchange their weights, too."""
@@ -172,7 +175,8 @@ class Worker:
 
     def signal(self, sent: int) -> None:
         with suppress(ProcessLookupError):
-            os.kill(self.process.ident or 0, sent)
+            assert self.process.pid is not None
+            os.kill(self.process.pid, sent)
 
 
 class Supervisor:

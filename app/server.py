@@ -31,7 +31,7 @@ class Server(uvicorn.Server):
     """uvicorn alone closes its socket at the first signal, which fails what a load balancer still sends.
 
     Here SIGTERM first makes /readyz answer 503 while everything else goes on, and closes after `drain_seconds`. Ctrl-C
-    or a second signal closes at once. Either way what was admitted is answered, and the exit code is 0.
+    or a second signal closes at once. However many come, what was admitted is answered, and the exit code is 0.
 
     SIGHUP has the weights file read anew. When nothing can be answered any more it stops, and the exit code is not 0.
 
@@ -44,6 +44,8 @@ class Server(uvicorn.Server):
         self._service = service
         self._on_started = on_started
         self._close_at = math.inf
+        self._reloads: set[asyncio.Task[None]] = set()
+        """Kept, or they might be collected before their end."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         try:
@@ -68,19 +70,21 @@ class Server(uvicorn.Server):
         self._on_started()
 
     def handle_exit(self, sig: int, _frame: FrameType | None) -> None:
-        if sig == signal.SIGTERM and self.started and not self._service.draining:
-            self._close_at = time.monotonic() + self._service.settings.drain_seconds
-        elif self.should_exit:
-            self.force_exit = True
-        else:
+        if self._service.draining or sig != signal.SIGTERM or not self.started:
             self.should_exit = True
+        else:
+            self._close_at = time.monotonic() + self._service.settings.drain_seconds
+        if self._service.draining:
+            return
         self._service.draining = True
         # Clients that keep a connection for their next request learn to take another one before this is closed.
         for headers in (self.config.encoded_headers, self.server_state.default_headers):  # the next ones, and now
             headers.append((b"connection", b"close"))
 
     def _hang_up(self) -> None:
-        self._reloading = asyncio.create_task(self._reload())  # kept, or it might be collected before its end
+        reload = asyncio.create_task(self._reload())
+        self._reloads.add(reload)
+        reload.add_done_callback(self._reloads.discard)
 
     async def _reload(self) -> None:
         try:

@@ -1,4 +1,5 @@
-"""What the routes serve: one loaded network behind a batcher, and its report. Knows nothing of HTTP."""
+"""What the routes serve: one loaded network behind a batcher, and its report. Of HTTP it knows how much of
+bodies may come in."""
 
 import asyncio
 import ctypes
@@ -200,7 +201,7 @@ class Service:
     ) -> "asyncio.Future[list[Verdict]]":
         """The rows of many pictures of raw pixels, in groups that have to be joined; all from the same weights.
 
-        Each group is one full batch: whole requests would hold up everything else for as long as they take.
+        Each group is a usual batch: whole requests would hold up everything else for as long as they take.
 
         Raises:
             Overloaded, NotReady: as `predict_pictures`.

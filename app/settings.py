@@ -98,7 +98,7 @@ def location(value: str) -> Path:
 
 def device_name(value: str) -> str:
     kind, colon, index = value.partition(":")
-    if kind not in DEVICES or (colon and not (kind == "cuda" and index.isdigit())):
+    if kind not in DEVICES or (colon and not (kind == "cuda" and index.isascii() and index.isdigit())):
         raise ValueError("cuda, cuda:0, cuda:1, ..., mps or cpu")
     return value
 

@@ -64,7 +64,6 @@ class Execution:
     timings: Sequence[Timing]
     """One for each item."""
     pictures: int
-    forward_passes: int
     seconds: float
     """That the thread was busy with it."""
 
@@ -82,8 +81,6 @@ class Statistics:
     batches: Histogram = field(default_factory=lambda: Histogram(PICTURES))
     """Pictures that ran together."""
     pictures: int = 0
-    forward_passes: int = 0
-    """Fewer than pictures when requests run together."""
     last_at: float = 0.0
     """Seconds since 1970 when a batch last ended; 0 before the first."""
 
@@ -94,14 +91,12 @@ class Statistics:
         self.run.extend(run)
         self.batches.add(execution.pictures)
         self.pictures += execution.pictures
-        self.forward_passes += execution.forward_passes
         self.last_at = now
 
     def merge(self, other: "Statistics") -> None:
         for name in ("success", "fail", "queue", "prepare", "run", "batches"):
             getattr(self, name).merge(getattr(other, name))
         self.pictures += other.pictures
-        self.forward_passes += other.forward_passes
         self.last_at = max(self.last_at, other.last_at)
 
 

@@ -91,9 +91,9 @@ def test_the_statistics_in_nanoseconds() -> None:
     known = Statistics()
     known.success.add(0.5)
     timings = [Timing(queue_seconds=queue, prepare_seconds=0.001, run_seconds=0.002) for queue in (0.05, 0.1, 0.1)]
-    known.record(Execution(timings=timings, pictures=5, forward_passes=2, seconds=1.0), now=1000.5)
+    known.record(Execution(timings=timings, pictures=5, seconds=1.0), now=1000.5)
     (model,) = spec.statistics(known)["model_stats"]
-    assert (model["inference_count"], model["execution_count"], model["last_inference"]) == (5, 2, 1_000_500)
+    assert (model["inference_count"], model["execution_count"], model["last_inference"]) == (5, 1, 1_000_500)
     assert model["inference_stats"]["success"] == {"count": 1, "ns": 500_000_000}
     assert model["inference_stats"]["queue"] == {"count": 3, "ns": 250_000_000}
     assert model["inference_stats"]["compute_input"] == {"count": 3, "ns": 3_000_000}

@@ -437,7 +437,7 @@ def test_counts_add_up_and_travel() -> None:
         counts.traffic.seconds["/predict", "POST", 200].add(seconds)
         counts.traffic.refusals["overloaded"] += pictures
         timing = Timing(seconds, seconds, seconds)
-        execution = Execution(timings=[timing], pictures=pictures, forward_passes=1, seconds=seconds)
+        execution = Execution(timings=[timing], pictures=pictures, seconds=seconds)
         counts.statistics.record(execution, now=seconds)
         counts.predictions.record([[0.1, 0.9]] * pictures, ("cat", "dog"))
         return counts
@@ -448,7 +448,7 @@ def test_counts_add_up_and_travel() -> None:
     assert (total.pids, total.waiting, total.ready, total.lines_dropped) == ((2, 5), 7, False, 2)
     assert total.traffic.seconds["/predict", "POST", 200].sum == 4.0
     assert total.traffic.refusals == {"overloaded": 7}
-    assert (total.statistics.pictures, total.statistics.forward_passes, total.statistics.last_at) == (7, 2, 3.0)
+    assert (total.statistics.pictures, total.statistics.batches.count, total.statistics.last_at) == (7, 2, 3.0)
     assert (total.statistics.queue.count, total.statistics.queue.sum) == (2, 4.0)
     assert total.statistics.batches.sum == 7
     assert total.predictions.classes == {"dog": 7}

@@ -85,7 +85,7 @@ class Duration(BaseModel):
 
 
 class InferenceStatistics(BaseModel):
-    """Where the time of requests went. A request is a picture, or up to a full batch of raw pixels."""
+    """Where the time of requests went. A request is a picture, or up to a usual batch of raw pixels."""
 
     success: Duration = Field(description="From its admission to its result.")
     fail: Duration = Field(description="The same of those without a result.")

@@ -85,7 +85,7 @@ def _configure(spec: TensorSpec) -> dict[str, Any]:
 def statistics(known: Statistics) -> dict[str, Any]:
     """The answer of GET v2/models/stats, of everything that was answered over any route.
 
-    A request is what was admitted as one: a picture, or up to a full batch of raw pixels.
+    A request is what was admitted as one: a picture, or up to a usual batch of raw pixels.
     """
     none = Histogram()
     totals = {
@@ -103,7 +103,7 @@ def statistics(known: Statistics) -> dict[str, Any]:
         "version": MODEL_VERSION,
         "last_inference": round(known.last_at * 1e3),
         "inference_count": known.pictures,
-        "execution_count": known.forward_passes,
+        "execution_count": known.batches.count,
         "inference_stats": {name: {"count": of.count, "ns": round(of.sum * 1e9)} for name, of in totals.items()},
         "batch_stats": [],
     }

@@ -14,7 +14,7 @@ from starlette.types import Receive
 from app import compression
 from app.compression import ENCODINGS
 from app.errors import BadRequest, NotOffered, UnsupportedMedia
-from app.exchange import JSON, Headers, Reply, headers_of, text
+from app.exchange import JSON, Headers, Reply, encoding_of, headers_of, text
 from app.images import OWN_FAULTS, Resize, check_raw
 from app.open_inference import request as requests
 from app.open_inference import response as responses
@@ -230,10 +230,8 @@ async def respond(headers: Headers, receive: Receive, service: Service, resize: 
 
 def _encoding(headers: Headers) -> str | None:
     """What the body is compressed with."""
-    encoding = text(headers, b"content-encoding", "identity").strip().lower()
-    if encoding in ("identity", ""):
-        return None
-    if encoding not in ENCODINGS:
+    encoding = encoding_of(headers)
+    if encoding is not None and encoding not in ENCODINGS:
         raise UnsupportedMedia(
             f"The body has the content encoding {encoding!r}; accepted are {' and '.join(ENCODINGS)}.",
             headers={"Accept-Encoding": ", ".join(ENCODINGS)},

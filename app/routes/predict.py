@@ -10,7 +10,7 @@ from starlette.types import Receive
 from app.calibration import UNFAMILIAR
 from app.checkpoint import Checkpoint
 from app.errors import BadRequest, UnsupportedMedia
-from app.exchange import Headers, Intake, Reply, headers_of, text
+from app.exchange import Headers, Intake, Reply, encoding_of, headers_of, text
 from app.images import Resize
 from app.multipart import read_field
 from app.predictor import Estimate
@@ -80,8 +80,7 @@ def content_kind(headers: Headers) -> tuple[str, str]:
     Raises:
         UnsupportedMedia: The body is compressed.
     """
-    encoding = text(headers, b"content-encoding", "identity").strip().lower()
-    if encoding != "identity":
+    if (encoding := encoding_of(headers)) is not None:
         raise UnsupportedMedia(f"The body has the content encoding {encoding!r}; send it without any.")
     content_type = text(headers, b"content-type", "application/octet-stream")
     return content_type.partition(";")[0].strip().lower(), content_type
