@@ -46,7 +46,7 @@ class Scores(BaseModel):
     )
     unfamiliar: bool | None = Field(
         description="Whether `familiarity` is below 0.05: then the picture may well show something else, and the "
-        "probabilities mean little. One in twenty pictures of the right kind is called so, too."
+        "probabilities mean little. One in twenty of the held-out images is called so, too, of JPEGs some more."
     )
 
 

@@ -29,7 +29,7 @@ import pytest
 from conftest import random_checkpoint, random_evaluation
 from running import ROOT, SECONDS, Outcome, command, environment, eventually, get, post, refusal, serving
 
-from app import checkpoint
+from app import checkpoint, processes
 from app.__main__ import bind
 from app.errors import SettingsError
 from app.model import IMAGE_BYTES
@@ -429,6 +429,19 @@ def test_a_process_whose_supervisor_is_gone_speaks_for_itself() -> None:
     with its:
         assert [counts.lines_dropped for counts in asyncio.run(ask())] == [3, 3]
     assert gone == [True]
+
+
+def test_a_process_whose_supervisor_says_nothing_speaks_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "TELL_SECONDS", 0.01)
+    own, its = multiprocessing.Pipe()
+
+    async def ask() -> list[Counts]:
+        link = Link(its)
+        link.open(Ready("torch", "0123", ("a", "b")), lambda: Counts(lines_dropped=3), lambda: None)
+        return [await asyncio.wait_for(link.total(), SECONDS) for _ in range(2)]
+
+    with own, its:
+        assert [counts.lines_dropped for counts in asyncio.run(ask())] == [3, 3]
 
 
 def test_counts_add_up_and_travel() -> None:
