@@ -36,7 +36,7 @@ class Entry(Generic[Item, Prepared, Result]):
     run: Run[Prepared, Result]
     light: bool = field(kw_only=True)
     bulk: bool = field(kw_only=True)
-    admitted_at: float = field(init=False, default_factory=lambda: monotonic())
+    admitted_at: float = field(init=False, default_factory=lambda: monotonic())  # by name: tests turn the clock
     prepared: Prepared | None = field(init=False, default=None)
     prepare_seconds: float = field(init=False, default=0.0)
 

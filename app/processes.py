@@ -189,8 +189,8 @@ class Supervisor:
     def __init__(self, settings: Settings, listener: socket.socket) -> None:
         self._settings = replace(settings, threads=max(1, settings.threads // settings.processes))
         self._family, self._address = listener.family, listener.getsockname()
-        listener.close()
         self._reserved = self._bind()  # keeps others off the address while nobody listens; gets no connection itself
+        listener.close()
         # With it, others may bind to an address where nobody listens yet. Those that connections come to need it, or
         # the next start would have to wait for a minute.
         self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
