@@ -4,7 +4,7 @@ Shape letters: N images, K classes, B bins. Probabilities, accuracies and interv
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,8 +34,8 @@ class Evaluation:
     """Mean over images of the sum over classes of (probability - truth)**2; between 0 and 2."""
     ece: float
     """Expected calibration error, see `calibration_error`."""
-    bins_B3: Tensor = field(default_factory=lambda: torch.zeros(0, 3, dtype=torch.float64))
-    """Count, mean confidence and accuracy of each of its bins: the reliability diagram. None in files of old."""
+    bins_B3: Tensor
+    """Count, mean confidence and accuracy of each of its bins: the reliability diagram."""
     uncalibrated_nll: float
     """The same three before calibration."""
     uncalibrated_brier: float

@@ -71,7 +71,7 @@ def test_a_run_is_a_line_and_is_not_run_again(tmp_path: Path, monkeypatch: pytes
     assert [seed for seed, *_ in trained] == [6, 6, 6]
     assert everything == read_rows(file) == rows + seen
     trained.clear()
-    longer = ablate(greys(), dataclasses.replace(recipe, epochs=4), [0], file, device=CPU)
+    longer = ablate(greys(), dataclasses.replace(recipe, epochs=4), [0, 0], file, device=CPU)
     assert len(trained) == 3
     assert len(longer) == 12
 
@@ -122,7 +122,8 @@ def test_the_runs_are_real_and_repeat(tmp_path: Path) -> None:
     assert [json.loads(line) for line in (tmp_path / "a").read_text().splitlines()] == rows[0]
 
 
-def test_what_is_no_log_is_named(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("hello")
+@pytest.mark.parametrize("content", ["hello", "{}\n[1]"])
+def test_what_is_no_log_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "notes.txt").write_text(content)
     with pytest.raises(ValueError, match=r"notes\.txt is no log: expected is a JSON object in each line"):
         read_rows(tmp_path / "notes.txt")

@@ -38,6 +38,15 @@ def test_few_images_that_are_all_right_make_nobody_certain() -> None:
     assert doubtful < 0.8
 
 
+def test_images_seen_twice_are_no_more_evidence() -> None:
+    logits_NK = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
+    labels_N = logits_NK.argmax(dim=1)
+    once = fit_probabilities(logits_NK, labels_N)
+    twice = fit_probabilities(logits_NK.repeat(2, 1), labels_N.repeat(2), views=2)
+    surest = [found.probabilities(logits_NK).max().item() for found in (once, twice)]
+    assert surest[1] == pytest.approx(surest[0], abs=1e-6)
+
+
 def test_images_that_tell_nothing_have_a_finite_temperature() -> None:
     logits_NK = torch.randn(10, 10, generator=torch.Generator().manual_seed(0))
     found = fit_probabilities(logits_NK, logits_NK.argmin(dim=1))
@@ -107,7 +116,7 @@ def test_half_of_the_held_out_images_are_more_familiar_than_the_median() -> None
     assert found.images == "held out, as they are and as JPEG of quality 75"
     assert (found.count, found.digest) == (60, held_out.digest)
     logits_NK = given.network()(torch.cat([held_out.pixels_NCHW, jpeg(75, held_out.pixels_NCHW)]))
-    expected = fit_probabilities(logits_NK, held_out.labels_N.repeat(2))
+    expected = fit_probabilities(logits_NK, held_out.labels_N.repeat(2), views=2)
     assert found.temperature == pytest.approx(expected.temperature, rel=1e-3)
     assert found.curvature == pytest.approx(expected.curvature, abs=1e-3)
     assert found.energy_quantiles is not None

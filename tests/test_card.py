@@ -6,10 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import random_checkpoint, random_evaluation
 
+from app import model
 from app.calibration import Calibration
-from app.checkpoint import load, save
+from app.checkpoint import Checkpoint, load, save
 from training.card import write_card
 from training.log import write_rows
 
@@ -91,7 +93,15 @@ def test_robustness_brings_the_figure_on_exact_pixels(folder: Path) -> None:
     assert "validation (5,000 held-out training images)" in sentence
     assert "by the weights `abcdefabcdef`, which were trained on 45,000 of CIFAR-10 training" in sentence
     assert "| JPEG quality 75 | 87.50% | 2.50 |" in text
-    assert "from 91.6 % to 80.7 %" in text
+    assert "measured apart from these files: three public ResNets" in text
+
+
+@pytest.mark.parametrize("kind", ["robustness", "unfamiliar"])
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_a_damaged_file_beside_the_weights_is_named(folder: Path, kind: str, content: str) -> None:
+    (folder / f"a.{kind}.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"a\.{kind}\.json is damaged: .* `python -m training {kind} --out "):
+        write_card(folder)
 
 
 def test_other_pictures_have_a_row_each(folder: Path) -> None:
@@ -128,9 +138,9 @@ def test_the_ablation_has_mean_and_standard_deviation_over_seeds(folder: Path) -
     text = card(folder)
     assert "| the whole recipe | 3 | 82.00 ± 2.00 |  | 41.00 ± 1.00 |  |" in text
     assert "| flip False | 3 | 79.50 ± 0.50 | -2.50 | 39.75 ± 0.25 | -1.25 |" in text
-    assert "shortened to 8 epochs" in text
+    assert "With `--epochs 8`, on a CPU:" in text
     assert "| the whole recipe | 1 | 90.00 |  | 40.00 |  |" in text
-    assert "Taught by a net. On a CPU, which" in text
+    assert text.count("The recipe shortened") == text.count("Taught by a net. Each device") == 1
 
 
 def test_an_ingredient_is_compared_on_its_own_device(folder: Path) -> None:
@@ -155,6 +165,34 @@ def test_of_own_pictures_nothing_is_said_that_is_true_of_cifar10_only(folder: Pa
     text = card(folder)
     for word in ("Krizhevsky", "ResNet", "ten classes"):
         assert word not in text
+
+
+def named(folder: Path, names: list[str]) -> str:
+    """The card of weights that know these classes."""
+    known = Checkpoint(
+        architecture="net",
+        arguments={"num_classes": len(names)},
+        state_dict=model.build("net", num_classes=len(names)).state_dict(),
+        classes=tuple(names),
+        evaluation=dataclasses.replace(random_evaluation(), confusion_KK=torch.eye(len(names)).long()),
+    )
+    save(known, folder / "a.pth")
+    return card(folder)
+
+
+def test_a_matrix_of_many_classes_is_left_out_but_not_its_picture(folder: Path) -> None:
+    names = [f"number {index}" for index in range(31)]
+    assert "Confusion matrix; rows are" in named(folder, names[:30])
+    text = named(folder, names)
+    assert "Confusion matrix; rows are" not in text
+    assert "a.confusion.png" in text
+    assert "| number 30 | 1 |" in text
+
+
+def test_a_bar_in_a_name_does_not_break_a_table(folder: Path) -> None:
+    text = named(folder, ["cat|dog", "bird"])
+    assert r"| cat\|dog | 1 |" in text
+    assert r"|  | cat\|dog | bird |" in text
 
 
 def test_a_folder_without_weights_is_refused_and_left_alone(tmp_path: Path) -> None:

@@ -265,16 +265,6 @@ REFUSED: dict[str, tuple[object, str]] = {
 }
 
 
-def test_an_evaluation_of_old_has_no_bins(tmp_path: Path) -> None:
-    torch.save(
-        content(evaluation={name: value for name, value in vars(EVALUATION).items() if name != "bins_B3"}),
-        tmp_path / "old.pth",
-    )
-    evaluation = load(tmp_path / "old.pth").evaluation
-    assert evaluation is not None
-    assert evaluation.bins_B3.shape == (0, 3)
-
-
 @pytest.mark.parametrize(("given", "sentence"), REFUSED.values(), ids=REFUSED.keys())
 def test_refusals(tmp_path: Path, given: object, sentence: str) -> None:
     file = tmp_path / "weights.pth"

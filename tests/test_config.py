@@ -29,7 +29,7 @@ def test_every_field_is_a_flag() -> None:
 
 def test_each_flag_says_what_it_is() -> None:
     assert descriptions().keys() == {field.name for field in dataclasses.fields(Recipe)}
-    assert descriptions()["batch_size"] == "Images per step, over all processes together."
+    assert descriptions()["epochs"] == "Passes over the training images."
 
 
 @pytest.mark.parametrize(

@@ -35,9 +35,29 @@ def test_several_teachers_count_alike(photos_NCHW: Tensor) -> None:
     torch.testing.assert_close(Teachers([first, other], CIFAR10_CLASSES)(photos_NCHW), (one_NK + two_NK) / 2)
 
 
-def test_a_teacher_of_other_classes_is_refused() -> None:
-    with pytest.raises(CheckpointError, match=r"knows the classes plane, car.*the images show dark, light"):
-        Teachers([random_checkpoint()], ("dark", "light"))
+@pytest.mark.parametrize("classes", [("dark", "light"), CIFAR10_CLASSES[1:]])
+def test_a_teacher_of_other_classes_is_refused(classes: tuple[str, ...]) -> None:
+    sentence = f"knows the classes plane, car.*the images show {classes[0]}, {classes[1]}"
+    with pytest.raises(CheckpointError, match=sentence):
+        Teachers([random_checkpoint()], classes)
+
+
+def test_a_teacher_may_know_the_classes_in_another_order(photos_NCHW: Tensor) -> None:
+    """Folders are in alphabetical order, CIFAR-10's classes are not."""
+    teacher, classes = random_checkpoint(), tuple(sorted(CIFAR10_CLASSES))
+    other = dataclasses.replace(teacher, state_dict={name: 2 * value for name, value in teacher.state_dict.items()})
+    reordered = dataclasses.replace(
+        other,
+        classes=classes,
+        state_dict={
+            name: value[[CIFAR10_CLASSES.index(label) for label in classes]] if name.startswith("fc3") else value
+            for name, value in other.state_dict.items()
+        },
+    )
+    expected_NK = Teachers([teacher, other], CIFAR10_CLASSES)(photos_NCHW)
+    given_NK = Teachers([teacher, reordered], classes)(photos_NCHW)
+    torch.testing.assert_close(given_NK, expected_NK[:, [CIFAR10_CLASSES.index(label) for label in classes]])
+    assert not torch.allclose(given_NK, expected_NK, atol=1e-3)
 
 
 def test_a_teacher_is_as_sure_as_when_it_is_served(photos_NCHW: Tensor) -> None:

@@ -149,6 +149,17 @@ def test_the_table_shows_the_figures_of_the_report() -> None:
     assert "95.10 % hold the true class (meant are 95%), 1.250 classes on average" in text
 
 
+def test_the_table_leaves_out_a_matrix_of_many_classes() -> None:
+    figures = evaluate(checkpoint(), split())
+    texts = [
+        format_report(report(dataclasses.replace(figures, confusion_KK=torch.eye(count).long()), tuple(names[:count])))
+        for names in [[f"number {index}" for index in range(31)]]
+        for count in (30, 31)
+    ]
+    assert ["confusion (row" in text for text in texts] == [True, False]
+    assert all("number 29 " in text and "negative log likelihood" in text for text in texts)
+
+
 def test_the_table_keeps_its_columns_with_long_names() -> None:
     names = ("a", "a class with a very long name")
     two = dataclasses.replace(split(), classes=names, labels_N=split().labels_N % 2)

@@ -165,19 +165,6 @@ def test_resuming_what_is_not_the_same_run_is_refused(tmp_path: Path, other: dic
         train(**run | other, resume=True)
 
 
-def test_a_state_of_before_a_field_was_there_resumes(tmp_path: Path) -> None:
-    state_file, split = tmp_path / "state.pt", stripes(40)
-    train(DEBUG, split, state_file=state_file)
-    state = torch.load(state_file, weights_only=True)
-    del state["origin"]["low_resolution"]
-    torch.save(state, state_file)
-    _, rows = train(DEBUG, split, state_file=state_file, resume=True)
-    assert len(rows) == DEBUG.epochs
-    low = dataclasses.replace(DEBUG, network="cifar_net", low_resolution=0.5)
-    with pytest.raises(TrainingError, match="another value of: network, low_resolution"):
-        train(low, split, state_file=state_file, resume=True)
-
-
 def test_what_is_no_state_is_a_sentence(tmp_path: Path) -> None:
     contents: list[Any] = [[1, 2], {"network": {}}]
     for content in contents:

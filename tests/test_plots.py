@@ -1,6 +1,7 @@
 """What the figures show, read back from them; how they look was looked at."""
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from PIL import Image, ImageShow
 from torch import Tensor
 
@@ -92,6 +94,7 @@ def test_learning_curves_show_validation_where_there_is_one() -> None:
     assert points(training) == [[1, 2.0], [2, 1.0]]
     assert points(validation) == [[2, 1.5]]
     assert points(accuracy.lines[0]) == [[2, 0.5]]
+    assert accuracy.get_title() == "validation accuracy"
     assert points(rate.lines[0]) == [[1, 0.1], [2, 0.05]]
     assert len(plots.learning_curves(rows[:1]).axes) == 2
 
@@ -115,6 +118,26 @@ def test_the_bars_show_accuracy_and_interval() -> None:
     assert isinstance(whiskers, LineCollection)
     assert whiskers.get_segments()[0][:, 0].tolist() == pytest.approx(wilson_interval(8, 10))
     assert "80.0 %  (8 of 10)" in texts(figure)
+
+
+@pytest.mark.parametrize("draw", [plots.confusion_matrix, plots.per_class_bars])
+def test_figures_of_many_classes_do_not_grow_without_bound(draw: Callable[..., Figure]) -> None:
+    names = [f"class {number}" for number in range(100)]
+    figure = draw(torch.eye(100).long(), names, "many")
+    assert max(figure.get_size_inches()) == 20
+    assert not set(texts(figure)) & {"0", "1"}  # counts in cells
+
+
+def test_dollars_are_no_formula(tmp_path: Path) -> None:
+    formula, names = r"$\frac$", (r"$\frac$", "$a$", "cow")
+    for figure in (
+        plots.image_grid(torch.zeros(3, 3, 32, 32, dtype=torch.uint8), torch.arange(3), names),
+        plots.confusion_matrix(CONFUSION_KK, names, formula),
+        plots.per_class_bars(CONFUSION_KK, names, formula),
+        plots.reliability_diagram(torch.tensor([[10, 0.5, 0.5]]), 0.0, formula),
+    ):
+        plots.save(figure, tmp_path / "figure.png")  # of a formula that is none, it would be an error
+        assert not any(text.get_parse_math() for text in figure.findobj(Text))
 
 
 def test_the_reliability_diagram_shows_the_bins() -> None:

@@ -16,7 +16,7 @@ import torch
 
 from app import self_test
 from app.checkpoint import load
-from app.data import read
+from app.data import RECORD_BYTES, read
 from training import __main__ as cli
 from training.config import RECIPES
 from training.log import RunLog
@@ -111,6 +111,28 @@ def test_held_out_images_replace_the_test_images(data_folder: Path) -> None:
     assert calibration.digest == checkpoint.evaluation.digest
     assert calibration.set_threshold == 0.0  # 12 images cannot promise 95 %: a set holds all classes
     assert (checkpoint.evaluation.coverage, checkpoint.evaluation.set_size) == (1.0, 10.0)
+
+
+@pytest.mark.parametrize(
+    ("seen", "named"),
+    [
+        (6, "4 without an image to train on, of those that are not held out: frog, horse, ship, truck."),
+        (4, "6 without an image to train on, of those that are not held out: deer, dog, frog, horse, ship, ..."),
+    ],
+)
+def test_classes_that_are_held_out_altogether_are_named(
+    data_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], seen: int, named: str
+) -> None:
+    monkeypatch.chdir(data_folder)
+    first = Path("cifar-10-batches-bin/data_batch_1.bin")
+    records = bytearray(first.read_bytes())
+    records[seen * RECORD_BYTES :: RECORD_BYTES] = bytes(24 - seen)  # the labels from there on
+    first.write_bytes(records)
+    train = ["train", "--recipe", "debug", "--data", ".", "--validation"]
+    assert cli.main([*train, "0.9", "--name", "few"]) == 0
+    assert f"Of 10 classes, {named}\n" in capsys.readouterr().out
+    assert cli.main([*train, "0.1", "--name", "enough"]) == 0
+    assert "without an image to train on" not in capsys.readouterr().out
 
 
 def test_a_run_on_all_images_takes_over_the_calibration_of_one_with_held_out_images(
@@ -397,6 +419,24 @@ def test_counts_are_at_least_one(flags: list[str], capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         cli.main(["train", *flags])
     assert "is not a whole number of at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", ["99999999999999999999", "1000000001", "-1", "x"])
+@pytest.mark.parametrize("command", [["show", "--seed"], ["ablate", "--seeds", "0"]])
+def test_seeds_have_the_bounds_of_the_recipes(
+    command: list[str], seed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([*command, seed])
+    assert f"{seed!r} is not a whole number from 0 to 1,000,000,000" in capsys.readouterr().err
+    cli.parser().parse_args([*command, "1000000000"])
+
+
+@pytest.mark.parametrize("command", ["robustness", "unfamiliar"])
+def test_each_command_suggests_its_own_file(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    assert set(re.findall(r"cifar_net\.(\w+)\.json", capsys.readouterr().out)) == {command}
 
 
 @pytest.mark.parametrize(

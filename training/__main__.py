@@ -39,7 +39,7 @@ from training import plots, robustness
 from training.ablate import VALIDATION, ablate
 from training.calibrate import complete
 from training.card import write_card
-from training.config import RECIPES, Recipe, add_flags, override
+from training.config import LARGEST_SEED, RECIPES, Recipe, add_flags, override
 from training.data import download, hold_out, locate
 from training.distill import Teachers, introduce
 from training.evaluate import evaluate, format_report, predict
@@ -50,6 +50,7 @@ from training.unfamiliar import compare, format_comparison
 
 DEFAULT_WEIGHTS = Path(__file__).parent.parent / "weights" / "cifar_net.pth"
 RUNS = Path("runs")
+NAMED_CLASSES = 5
 
 
 def train_command(options: argparse.Namespace) -> None:
@@ -84,6 +85,12 @@ def train_command(options: argparse.Namespace) -> None:
         if options.resume and not (run / "state.pt").exists():
             log.say(f"{run} holds no run yet; this one begins at the beginning.")
         log.say(f"Recipe {options.recipe}: " + ", ".join(f"{name} {value}" for name, value in vars(recipe).items()))
+        seen = set(train.labels_N.tolist())
+        if unseen := [name for label, name in enumerate(train.classes) if label not in seen]:
+            log.say(
+                f"Of {len(train.classes)} classes, {len(unseen)} without an image to train on, of those that are not "
+                f"held out: {', '.join(unseen[:NAMED_CLASSES])}{', ...' if len(unseen) > NAMED_CLASSES else '.'}"
+            )
         log.say(f"{len(train):,} images of {train.name} on {describe(device)}, {str(dtype).removeprefix('torch.')}")
 
     rows = fit(
@@ -377,6 +384,12 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _seed(text: str) -> int:
+    if not (text.isdecimal() and int(text) <= LARGEST_SEED):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {LARGEST_SEED:,}")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     """All commands and flags."""
     root = argparse.ArgumentParser(
@@ -390,7 +403,6 @@ def parser() -> argparse.ArgumentParser:
     compute.add_argument("--device", help="cuda, cuda:1, mps or cpu; the first that is there by default")
     result = argparse.ArgumentParser(add_help=False)
     result.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")
-    result.add_argument("--out", type=Path, help="write the JSON here as well, e.g. weights/cifar_net.robustness.json")
     held = argparse.ArgumentParser(add_help=False)
     held.add_argument("--validation", type=float, default=0.0, help="use this share of the training images instead")
 
@@ -408,7 +420,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--recipe", choices=RECIPES, default="default", help="the choices to begin with, from training/config.py"
     )
-    train.add_argument("--name", help="of the folder under runs/; recipe and time by default")
+    train.add_argument("--name", help="of the folder under runs/; recipe, time and process number by default")
     train.add_argument("--resume", action="store_true", help="continue the run of this name where it stopped")
     train.add_argument("--out", type=Path, help="write the weights here as well, e.g. weights/cifar_net.pth")
     train.add_argument(
@@ -426,10 +438,9 @@ def parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(command=train_command)
 
-    measure = commands.add_parser("evaluate", parents=[where, compute, held], help="measure some weights")
+    measure = commands.add_parser("evaluate", parents=[where, compute, held, result], help="measure some weights")
     measure.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS)
     measure.add_argument("--batch-size", type=_positive, default=500)
-    measure.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")
     measure.add_argument(
         "--out", type=Path, help="write the weights here with these figures, which the service answers per class"
     )
@@ -439,13 +450,14 @@ def parser() -> argparse.ArgumentParser:
         "robustness", parents=[where, compute, held, result], help="measure some weights on worse pictures"
     )
     robust.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS)
+    robust.add_argument("--out", type=Path, help="write the JSON here as well, e.g. weights/cifar_net.robustness.json")
     robust.set_defaults(command=robustness_command)
 
     without = commands.add_parser(
         "ablate", parents=[where, compute, taught], help="train without one ingredient at a time"
     )
     without.add_argument("--recipe", choices=RECIPES, default="default")
-    without.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    without.add_argument("--seeds", type=_seed, nargs="+", default=[0, 1, 2])
     without.add_argument("--epochs", type=_positive, default=4, help="of each run")
     without.add_argument("--out", type=Path, default=RUNS / "ablation.jsonl", help="a line for each run")
     without.add_argument("--threads", type=_positive, help="CPU threads; torch's choice by default")
@@ -454,7 +466,7 @@ def parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", parents=[where, compute, held], help="a labelled grid of images")
     show.add_argument("--weights", type=Path, help="also write what these weights predict")
     show.add_argument("--count", type=_positive, default=32)
-    show.add_argument("--seed", type=int, default=0)
+    show.add_argument("--seed", type=_seed, default=0)
     show.add_argument("--out", type=Path, help="PNG to write; a window by default where there is a display")
     show.set_defaults(command=show_command)
 
@@ -469,6 +481,7 @@ def parser() -> argparse.ArgumentParser:
         help="do the weights notice pictures that show none of the classes?",
     )
     notice.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS)
+    notice.add_argument("--out", type=Path, help="write the JSON here as well, e.g. weights/cifar_net.unfamiliar.json")
     notice.add_argument("--count", type=_positive, default=500, help="pictures of each source")
     notice.set_defaults(command=unfamiliar_command)
 

@@ -80,7 +80,7 @@ def ablate(
         )
     here = describe(device)
     finished = {(row["setting"], row["seed"], row["epochs"], row["device"]) for row in rows}
-    for seed in seeds:
+    for seed in dict.fromkeys(seeds):
         for ingredient, changes in settings(recipe).items():
             setting = ", ".join(f"{name} {value}" for name, value in changes.items()) or "the whole recipe"
             if (setting, seed, recipe.epochs, here) in finished:

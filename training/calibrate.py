@@ -1,4 +1,4 @@
-"""What held-out images teach about the probabilities, and where the training images lie among the features.
+"""What held-out images teach about the probabilities, and about what is familiar.
 
 Shape letters: N images, K classes.
 """
@@ -52,7 +52,7 @@ def calibrate(checkpoint: Checkpoint, held_out: Split, device: torch.device | st
     pixels_NCHW = torch.cat([held_out.pixels_NCHW, jpeg(JPEG_QUALITY, held_out.pixels_NCHW)])
     labels_N = held_out.labels_N.repeat(2)
     logits_NK = forward(checkpoint.network(), pixels_NCHW, device=device)
-    fitted = fit_probabilities(logits_NK, labels_N)
+    fitted = fit_probabilities(logits_NK, labels_N, views=2)
     probabilities_NK = fitted.probabilities(logits_NK)
     steps = torch.linspace(0, 1, QUANTILES, dtype=torch.float64)
     return dataclasses.replace(
@@ -65,16 +65,19 @@ def calibrate(checkpoint: Checkpoint, held_out: Split, device: torch.device | st
     )
 
 
-def fit_probabilities(logits_NK: Tensor, labels_N: Tensor) -> Calibration:
+def fit_probabilities(logits_NK: Tensor, labels_N: Tensor, views: int = 1) -> Calibration:
     """The temperature and the curvature that minimise the negative log likelihood.
 
     Neither can be negative, so that the order of the classes stays. The true class of each of N images counts for
     (N + 1) / (N + 2), the rest for the others: that all of a few images are right is no reason to be certain (Platt,
     1999, section 2.2).
+
+    Args:
+        views: How often each image is among them; more views of the same ones are no more evidence.
     """
     logits_NK = logits_NK.double()
     count, num_classes = logits_NK.shape
-    smoothing = num_classes / max(1, num_classes - 1) / (count + 2)
+    smoothing = num_classes / (num_classes - 1) / (count // views + 2)
     parameters = torch.tensor([0.0, 0.1], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([parameters], max_iter=100, line_search_fn="strong_wolfe")
 

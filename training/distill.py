@@ -3,7 +3,7 @@ arXiv:1503.02531: both sides are softened by one temperature, so that the networ
 
 Teachers see the very pictures that the network sees, shifted, cut, mixed and compressed (Beyer et al., 2022,
 arXiv:2106.05237): of the images as they are, which they know by heart, they would say little more than the label.
-Shape letters: N images, C = 3, H = W = 32, K classes.
+Shape letters: N images, C = 3, H = W = 32, K classes, T teachers.
 """
 
 from collections.abc import Sequence
@@ -25,15 +25,18 @@ TEMPERATURE = 2.0
 class Teachers(nn.Module):
     """Networks that answer as one."""
 
+    places_TK: Tensor
+    """Where each teacher has each class."""
+
     def __init__(self, checkpoints: Sequence[Checkpoint], classes: tuple[str, ...]) -> None:
-        """Fold them.
+        """Fold them; each may know `classes` in an order of its own.
 
         Raises:
             CheckpointError: One has learned others than `classes`.
         """
         super().__init__()
         for checkpoint in checkpoints:
-            if checkpoint.classes != classes:
+            if sorted(checkpoint.classes) != sorted(classes):
                 raise CheckpointError(
                     f"The teacher knows the classes {', '.join(checkpoint.classes)}; the images show "
                     f"{', '.join(classes)}. Name a --teacher that was trained on these images."
@@ -43,13 +46,15 @@ class Teachers(nn.Module):
         # As sure as they are when served; how sure they were while they trained is a matter of their recipes. (When the
         # shipped weights were taught that was a temperature alone; 8 epochs gave 92.08 % with it and give 92.30 % now.)
         self.calibrations = [checkpoint.calibration for checkpoint in checkpoints]
+        places = [[checkpoint.classes.index(name) for name in classes] for checkpoint in checkpoints]
+        self.register_buffer("places_TK", torch.tensor(places))
 
     @torch.no_grad()
     def forward(self, pixels_NCHW: Tensor) -> Tensor:
         """The mean of their softened probabilities (N, K)."""
         answers = [
-            (calibration.adjust(network(pixels_NCHW).float()) / TEMPERATURE).softmax(dim=1)
-            for network, calibration in zip(self.networks, self.calibrations, strict=True)
+            (calibration.adjust(network(pixels_NCHW).float()) / TEMPERATURE).softmax(dim=1).index_select(1, places_K)
+            for network, calibration, places_K in zip(self.networks, self.calibrations, self.places_TK, strict=True)
         ]
         return torch.stack(answers).mean(dim=0)
 

@@ -15,6 +15,8 @@ from app.data import Split
 from app.report import Evaluation, evaluate_probabilities
 
 BATCH_SIZE = 250
+MOST_NUMBERED_CLASSES = 30
+"""The counts in a confusion matrix of more classes are too many to read; in its picture the colours remain."""
 
 
 @torch.inference_mode()
@@ -80,7 +82,7 @@ def evaluate(
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """The report (`app.report.report`) as text: overall, per class, confusion matrix, calibration."""
+    """The report (`app.report.report`) as text: overall, per class, confusion (of few classes), calibration."""
     dataset, calibration, rows = report["dataset"], report["calibration"], report["classes"]
     plain = calibration["uncalibrated"]
     width = max(len("class"), *(len(row["label"]) for row in rows))
@@ -96,11 +98,12 @@ def format_report(report: dict[str, Any]) -> str:
         f"{_percent(row['precision']):>9}  {row['f1']:6.4f}  {_interval(row['interval'])}"
         for row in rows
     ]
-    cell = max(5, *(len(row["label"]) + 1 for row in rows), *(len(f"{row['support']:,}") + 1 for row in rows))
-    lines += ["", "confusion (row: true class, column: predicted class)"]
-    lines.append(" " * width + "".join(f"{row['label']:>{cell}}" for row in rows))
-    for row, counts in zip(rows, report["confusion"], strict=True):
-        lines.append(f"{row['label']:{width}}" + "".join(f"{count:{cell},}" for count in counts))
+    if len(rows) <= MOST_NUMBERED_CLASSES:
+        cell = max(5, *(len(row["label"]) + 1 for row in rows), *(len(f"{row['support']:,}") + 1 for row in rows))
+        lines += ["", "confusion (row: true class, column: predicted class)"]
+        lines.append(" " * width + "".join(f"{row['label']:>{cell}}" for row in rows))
+        for row, counts in zip(rows, report["confusion"], strict=True):
+            lines.append(f"{row['label']:{width}}" + "".join(f"{count:{cell},}" for count in counts))
     lines += [
         "",
         f"negative log likelihood     {calibration['nll']:.4f} nats",

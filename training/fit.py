@@ -297,8 +297,7 @@ def _load_state(file: Path, origin: dict[str, Any], network: nn.Module, optimize
             raise EOFError
     except (RuntimeError, EOFError, AttributeError, pickle.UnpicklingError):
         raise TrainingError(f"{file} is damaged or cut short; start a new run under another --name.") from None
-    before = vars(Recipe()) | state.get("origin", {})  # which may be of before a field was there
-    if changed := [name for name, value in origin.items() if before.get(name) != value]:
+    if changed := [name for name, value in origin.items() if state["origin"].get(name) != value]:
         raise TrainingError(
             f"The run to resume was started with another value of: {', '.join(changed)}. "
             "Resume it with the same flags, images and teachers, or start a new run under another --name."

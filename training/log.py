@@ -19,9 +19,12 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
         ValueError: it holds something else.
     """
     try:
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError
     except ValueError:
         raise ValueError(f"{file} is no log: expected is a JSON object in each line. Name another file.") from None
+    return rows
 
 
 def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:

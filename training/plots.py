@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
+from matplotlib import rcParams
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image, ImageShow
@@ -23,6 +24,7 @@ from app.checkpoint import write_atomically
 from app.errors import AppError
 from app.model import IMAGE_SIZE
 from app.report import per_class, wilson_interval
+from training.evaluate import MOST_NUMBERED_CLASSES
 
 BLUE, VERMILION, GREY = "#0072b2", "#d55e00", "#767676"
 DOTS_PER_INCH = 144
@@ -30,8 +32,10 @@ COLUMNS = 8
 LABEL_PIXELS = 12
 """Room under each image for two lines of text."""
 LONGEST_LABEL = 13
-MOST_NUMBERED_CLASSES = 30
-"""In a confusion matrix of more classes the counts would be too small to read; the colours remain."""
+LONGEST_SIDE = 20.0
+"""Of a figure with a row for each class, in inches: of 1,000 classes it would take more memory than there is."""
+
+rcParams["text.parse_math"] = False  # $ is a character like any other in the name of a class
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -120,8 +124,7 @@ def learning_curves(rows: Sequence[Mapping[str, float]]) -> Figure:
         loss.legend(frameon=False)
         accuracy = panels.pop(0)
         accuracy.plot(seen, [row["validation_accuracy"] for row in validated], color=VERMILION, ls="--", marker=marker)
-        last = validated[-1]["validation_accuracy"]
-        accuracy.set_title(f"validation accuracy: {100 * last:.2f} % at the end", fontsize=10)
+        accuracy.set_title("validation accuracy", fontsize=10)
         accuracy.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     loss.set_title("loss", fontsize=10)
     rate = panels.pop(0)
@@ -139,7 +142,8 @@ def confusion_matrix(confusion_KK: Tensor, classes: Sequence[str], dataset: str)
     """Counts, coloured by their share of the true class."""
     size = len(classes)
     share_KK = confusion_KK / confusion_KK.sum(dim=1, keepdim=True).clamp_min(1)
-    figure = Figure(figsize=(max(4.5, 2 + 0.55 * size), max(4.0, 1 + 0.55 * size)), layout="constrained")
+    width, height = max(4.5, 2 + 0.55 * size), max(4.0, 1 + 0.55 * size)
+    figure = Figure(figsize=(min(LONGEST_SIDE, width), min(LONGEST_SIDE, height)), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(share_KK.tolist(), cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(
@@ -166,7 +170,7 @@ def per_class_bars(confusion_KK: Tensor, classes: Sequence[str], dataset: str) -
     accuracies = [row["accuracy"] for row in rows]
     below = [row["accuracy"] - row["interval"][0] for row in rows]
     above = [row["interval"][1] - row["accuracy"] for row in rows]
-    figure = Figure(figsize=(8, 1.4 + 0.34 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(8, min(LONGEST_SIDE, 1.4 + 0.34 * len(rows))), layout="constrained")
     axes = figure.add_subplot()
     axes.barh(range(len(rows)), accuracies, height=0.7, color=BLUE, alpha=0.55)
     axes.errorbar(accuracies, range(len(rows)), xerr=[below, above], fmt="none", ecolor="black", capsize=3, lw=1)
