@@ -3,11 +3,12 @@
 import asyncio
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 
 from app import admission, batching, entries
-from app.admission import Limits
+from app.admission import Admission, Limits
 from app.batching import BROKEN_BATCHES, Batcher, Building
 from app.errors import DeadlineExceeded, NotReady, Overloaded
 
@@ -105,6 +106,18 @@ async def test_a_request_of_many_and_those_of_one_take_turns() -> None:
     await batcher.close()
 
 
+async def test_one_item_of_many_pictures_is_a_request_of_many() -> None:
+    doubler = Doubler()
+    batcher = await start(doubler)
+    held = await hold(doubler, batcher)
+    single = batcher.submit("1", 1, light=True)
+    many = batcher.submit_all([("9", 3, 3)], light=True)
+    doubler.gate.set()
+    assert await asyncio.gather(held, single, *many) == [0, 2, 18]
+    assert doubler.batches == [[0], [9], [1]]
+    await batcher.close()
+
+
 async def test_batches_of_single_pictures_are_doubled_while_four_of_them_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(admission, "USUAL_BATCH", 2)
     doubler = Doubler()
@@ -122,6 +135,18 @@ async def test_batches_of_single_pictures_are_doubled_while_four_of_them_wait(mo
     doubler.gate.set()
     await asyncio.gather(held, *many, single)
     assert [len(batch) for batch in doubler.batches] == [1] * 10  # the usual ones, of one item with two pictures
+    await batcher.close()
+
+
+async def test_no_batch_is_doubled_beyond_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission, "USUAL_BATCH", 2)
+    doubler = Doubler()
+    batcher = await start(doubler, replace(LIMITS, max_batch=9))
+    held = await hold(doubler, batcher)
+    singles = [batcher.submit("1", 1, light=True) for _ in range(70)]  # enough for four batches of 16
+    doubler.gate.set()
+    await asyncio.gather(held, *singles)
+    assert max(len(batch) for batch in doubler.batches) == 8
     await batcher.close()
 
 
@@ -208,6 +233,8 @@ async def test_more_bytes_than_may_wait_are_refused() -> None:
     doubler = Doubler()
     batcher = await start(doubler, Limits(max_batch=4, max_waiting=100, max_waiting_bytes=100, deadline_seconds=60))
     held = await hold(doubler, batcher)  # 1 byte
+    with pytest.raises(Overloaded):
+        batcher.submit_all([("1", 60, 1), ("2", 60, 1)], light=True)
     admitted = batcher.submit("1", 99, light=True)
     with pytest.raises(Overloaded):
         batcher.submit("2", 1, light=True)
@@ -232,6 +259,14 @@ async def test_retry_after_is_depth_times_measured_time_and_hopeless_requests_ar
     doubler.gate.set()
     await asyncio.gather(held, *admitted)
     await batcher.close()
+
+
+def test_one_batch_changes_the_mean_time_by_a_tenth() -> None:
+    admission = Admission(LIMITS)
+    for seconds in (10.0, 0.0):
+        admission.learn(seconds)
+    admission.enter(1, 1, light=True)
+    assert admission.expected_wait_seconds(light=True) == pytest.approx(9.0)
 
 
 async def test_what_takes_long_to_prepare_is_refused_by_that_and_does_not_count_for_what_is_light(
@@ -272,6 +307,22 @@ async def test_after_the_deadline_nothing_is_run(light: bool, clock: Clock) -> N
     await batcher.close()
 
 
+@pytest.mark.parametrize(("asked", "granted"), [(5, 5), (600, 60)])
+async def test_a_client_may_shorten_the_deadline_and_not_lengthen_it(
+    asked: float, granted: float, clock: Clock
+) -> None:
+    doubler = Doubler()
+    batcher = await start(doubler)
+    held = await hold(doubler, batcher)
+    (late,) = batcher.submit_all([("1", 1, 1)], deadline_seconds=asked, light=True)
+    clock.seconds = granted + 1
+    doubler.gate.set()
+    assert await held == 0
+    with pytest.raises(DeadlineExceeded, match=f"waited longer than {granted} seconds for its turn"):
+        await late
+    await batcher.close()
+
+
 @pytest.mark.parametrize("light", [True, False])
 async def test_nothing_is_run_for_a_client_that_has_left(light: bool) -> None:
     doubler = Doubler()
@@ -299,6 +350,19 @@ async def test_closing_answers_all_that_was_admitted_and_refuses_the_rest() -> N
     doubler.gate.set()
     await closing
     assert [future.result() for future in (held, *futures)] == [2 * number for number in range(13)]
+
+
+@pytest.mark.usefixtures("clock")  # or the held item might be too late itself
+async def test_closing_gives_up_a_thread_that_does_not_come_to_an_end() -> None:
+    doubler = Doubler()
+    batcher = await start(doubler, replace(LIMITS, deadline_seconds=0.01))
+    held = await hold(doubler, batcher)
+    try:
+        await asyncio.wait_for(batcher.close(), 30)
+        assert not held.done()
+    finally:
+        doubler.gate.set()
+    assert await held == 0
 
 
 async def test_a_failed_build_is_the_starters_problem() -> None:
@@ -410,6 +474,24 @@ async def test_idle_work_waits_until_nothing_is_queued_and_runs_in_the_inference
     assert seen == [("inference", 3)] * 3  # after the held item and two batches of four
     assert await batcher.submit("5", 1, light=True) == 10
     await batcher.close()
+
+
+async def test_idle_work_waits_until_nothing_has_come_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "QUIET_SECONDS", 60)
+    doubler = Doubler()
+    batcher = await start(doubler)
+    steps: list[int] = []
+
+    def endless() -> Iterator[None]:
+        while True:
+            steps.append(len(doubler.batches))
+            yield
+
+    batcher.run_when_idle(endless())
+    for number in range(10):  # by a client who asks one by one
+        assert await batcher.submit(str(number), 1, light=True) == 2 * number
+    await batcher.close()
+    assert steps == []
 
 
 async def test_idle_work_that_fails_stops_nothing_else(caplog: pytest.LogCaptureFixture) -> None:

@@ -3,7 +3,9 @@
 import asyncio
 import gzip
 import json
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from conftest import drawing, encode
 from fastapi.testclient import TestClient
 from starlette.types import Message
 
-from app import boundary, entries
+from app import boundary, entries, errors
 from app.errors import Overloaded, RequestError, TooSlow
 from app.exchange import Intake
 from app.main import create_app
@@ -176,8 +178,9 @@ def test_a_defect_is_one_fixed_sentence_and_a_line_in_the_log(
     assert client.post(path, content=png, headers=OCTETS).status_code == 200
 
 
-def test_full_is_429_with_the_time_to_come_back(settings: Settings, png: bytes) -> None:
-    app = create_app(Settings(weights=settings.weights, device="cpu", threads=1, max_waiting=1))
+@pytest.mark.parametrize("limit", [{"max_waiting": 1}, {"max_waiting_bytes": 1}], ids=str)
+def test_full_is_429_with_the_time_to_come_back(settings: Settings, png: bytes, limit: dict[str, Any]) -> None:
+    app = create_app(replace(settings, **limit))
     with TestClient(app) as client:
         service: Service = app.state.service
         service._batcher._admission.waiting = 1  # as if one were being answered
@@ -294,6 +297,11 @@ def test_a_body_that_does_not_come_is_given_up_and_one_beside_too_many_others_re
             await send(then=stalled)
 
     asyncio.run(main())
+
+
+def test_each_kind_of_refusal_stands_in_the_tree_with_its_status() -> None:
+    tree = dict(re.findall(r"-- (\w+) +(\d+)$", errors.__doc__ or "", re.M))
+    assert tree == {kind.__name__: str(kind.status) for kind in RequestError.__subclasses__()}
 
 
 def test_each_kind_of_refusal_has_a_name_among_the_metrics() -> None:

@@ -60,6 +60,11 @@ def test_pages_and_all_they_name_are_there(client: TestClient, path: str) -> Non
     assert [client.get(urljoin(path, link)).status_code for link in links] == [200] * len(links)
 
 
+def test_a_file_is_served_whole_whatever_part_of_it_is_asked_for(client: TestClient) -> None:
+    response = client.get("/static/docs.js", headers={"range": "bytes=9-1"})
+    assert (response.status_code, response.text) == (200, (STATIC / "docs.js").read_text())
+
+
 @pytest.mark.parametrize(("script", "path"), [("predict.js", "/"), ("docs.js", "/docs")])
 def test_what_a_script_looks_for_is_there(client: TestClient, script: str, path: str) -> None:
     text, page = (STATIC / script).read_text(), client.get(path).text

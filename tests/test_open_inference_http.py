@@ -5,9 +5,12 @@ import gzip
 import json
 import struct
 import threading
+import tomllib
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,13 +19,17 @@ from fastapi.testclient import TestClient
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
+from app import images
+from app.admission import USUAL_BATCH
 from app.errors import DeadlineExceeded
+from app.exchange import LIGHT_BYTES
 from app.main import create_app
 from app.open_inference import request as requests
-from app.routes import open_inference
+from app.routes import open_inference, waiting
 from app.routes.waiting import unless_left
 from app.settings import Settings
 
+ROOT = Path(__file__).resolve().parent.parent
 INFER = "/v2/models/cifar/infer"
 LENGTH = "inference-header-content-length"
 PIXELS = drawing().tobytes()
@@ -38,6 +45,19 @@ def request(count: int = 1, **parameters: Any) -> tuple[bytes, dict[str, str]]:
     }
     text = json.dumps({"inputs": [tensor], "parameters": parameters}).encode()
     return text + PIXELS * count, {LENGTH: str(len(text))}
+
+
+def request_of_pictures(*pictures: bytes, **parameters: Any) -> tuple[bytes, dict[str, str]]:
+    """The same with encoded ones."""
+    tail = b"".join(struct.pack("<I", len(each)) + each for each in pictures)
+    tensor = {
+        "name": "image",
+        "shape": [len(pictures)],
+        "datatype": "BYTES",
+        "parameters": {"binary_data_size": len(tail)},
+    }
+    text = json.dumps({"inputs": [tensor], "parameters": parameters}).encode()
+    return text + tail, {LENGTH: str(len(text))}
 
 
 def infer(client: TestClient, body: bytes, headers: dict[str, str], path: str = INFER) -> Any:
@@ -61,6 +81,11 @@ def test_the_server_is_described_with_and_without_a_slash(client: TestClient, pa
     response = client.get(path, follow_redirects=False)
     assert response.status_code == 200
     assert set(response.json()) == {"name", "version", "extensions"}
+
+
+def test_the_version_is_that_of_the_package(client: TestClient) -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert client.get("/v2").json()["version"] == client.get("/openapi.json").json()["info"]["version"] == version
 
 
 def test_live_and_ready_have_bodies(client: TestClient) -> None:
@@ -163,10 +188,7 @@ def test_nothing_else_is_compressed(client: TestClient) -> None:
 
 
 def test_an_unreadable_element_fails_the_request_and_is_named(client: TestClient, png: bytes) -> None:
-    tail = b"".join(struct.pack("<I", len(each)) + each for each in (png, png, png[:50], png))
-    tensor = {"name": "image", "shape": [4], "datatype": "BYTES", "parameters": {"binary_data_size": len(tail)}}
-    text = json.dumps({"inputs": [tensor]}).encode()
-    response = infer(client, text + tail, {LENGTH: str(len(text))})
+    response = infer(client, *request_of_pictures(png, png, png[:50], png))
     refused(response, 400, "Input 'image', element 2: The 50 bytes are not a readable picture")
     assert response.json()["detail"] == {"input": "image", "index": 2}
 
@@ -180,9 +202,18 @@ def test_too_much_to_do_is_429(client: TestClient) -> None:
     batcher._admission.waiting = 0
 
 
-def test_the_timeout_of_a_request_is_in_microseconds(client: TestClient) -> None:
-    refused(infer(client, *request(timeout=1)), 504, "waited longer than 1e-06 seconds for its turn")
-    assert outputs(infer(client, *request(timeout=60_000_000)))
+def test_the_timeout_of_a_request_is_in_microseconds(client: TestClient, png: bytes) -> None:
+    for make in (request, partial(request_of_pictures, png)):
+        refused(infer(client, *make(timeout=1)), 504, "waited longer than 1e-06 seconds for its turn")
+        assert outputs(infer(client, *make(timeout=60_000_000)))
+
+
+def test_many_raw_pixels_run_in_batches_of_the_usual_size(settings: Settings) -> None:
+    """Larger ones would hold up a single picture for longer."""
+    with TestClient(create_app(replace(settings, max_batch=128, max_body_bytes=400_000))) as client:
+        assert len(outputs(infer(client, *request(3 * USUAL_BATCH + 4)))["label"]) == 100
+        (stats,) = client.get("/v2/models/stats").json()["model_stats"]
+        assert (stats["inference_count"], stats["execution_count"]) == (100, 4)
 
 
 def test_more_pictures_than_stated_are_refused(settings: Settings) -> None:
@@ -236,14 +267,33 @@ async def test_who_waits_for_what_is_stuck_is_told_so() -> None:
 
 
 @pytest.mark.anyio
-async def test_who_stays_gets_the_answer() -> None:
+async def test_who_stays_gets_the_answer_and_is_watched_no_more() -> None:
     answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     async def receive() -> Message:
         answer.set_result(42)
         return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]
 
+    tasks = asyncio.all_tasks()
     assert await unless_left(receive, answer, 60) == 42
+    await asyncio.sleep(0.01)
+    assert asyncio.all_tasks() == tasks
+
+
+@pytest.mark.anyio
+async def test_who_is_answered_at_once_is_never_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "PATIENCE_SECONDS", 0.0)
+    answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    answer.set_result(42)
+    received: list[str] = []
+
+    async def receive() -> Message:
+        received.append("too late")
+        return {"type": "http.disconnect"}
+
+    assert await unless_left(receive, answer, 60) == 42
+    await asyncio.sleep(0.01)
+    assert received == []
 
 
 @pytest.mark.parametrize(("count", "aside"), [(1, False), (8, True)])
@@ -269,6 +319,23 @@ def test_much_json_is_not_read_by_the_event_loop(
     headers = {LENGTH: str(len(body)), "accept": "application/json"} if measured else {}
     assert len(outputs(infer(client, body, headers))["label"]) == count
     assert (threads["decode"] != threads["event loop"]) is aside
+
+
+@pytest.mark.parametrize(("size_bytes", "aside"), [(LIGHT_BYTES, False), (LIGHT_BYTES + 1, True)])
+def test_a_picture_of_many_bytes_is_not_decoded_by_the_event_loop(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, png: bytes, size_bytes: int, aside: bool
+) -> None:
+    threads: list[str] = []
+    decode = images.decode
+
+    def spy(*given: Any) -> bytes:
+        threads.append(threading.current_thread().name)
+        return decode(*given)
+
+    monkeypatch.setattr(images, "decode", spy)
+    picture = png.ljust(size_bytes, b"\0")
+    assert outputs(infer(client, picture, {LENGTH: "0", "accept": "application/json"}))
+    assert [name == "decode" for name in threads] == [aside]
 
 
 def test_bodies_that_wait_to_be_read_are_counted(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,12 @@ POST = b"POST / HTTP/1.1\r\ncontent-length: 5\r\nx-request-id: %b\r\n%b\r\nhello
 SECONDS = 10
 
 
+@pytest.fixture(params=[False, True], ids=["asyncio", "uvloop"])
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
+    """Both loops that uvicorn may run on: their transports differ."""
+    return "asyncio", {"use_uvloop": request.param}
+
+
 class Application:
     """Answers with the length of the body, and refuses while it is full."""
 
@@ -156,18 +162,22 @@ async def test_a_head_without_end_is_refused() -> None:
 @pytest.mark.parametrize("before", [b"", POST % (b"7", b"")], ids=["the first request", "a later one"])
 async def test_a_head_that_comes_a_byte_at_a_time_is_not_waited_for(before: bytes) -> None:
     application = Application()
-    async with connected(application, patience=0.2) as (reader, writer):
+    async with listening(application, patience=0.2) as (connect, state):
+        reader, writer = await connect()
+        while not state.connections:
+            await asyncio.sleep(0)
+        (connection,) = state.connections
         if before:
             writer.write(before)
             assert (await answer(reader))[0] == 200
-        ended = asyncio.create_task(reader.read())
         writer.write(b"GET / HTTP/1.1\r\nx: ")
         async with asyncio.timeout(SECONDS):
-            while not ended.done():
+            while not connection.transport.is_closing():  # a byte after that, and all would be reset
                 writer.write(b"y")
                 await asyncio.sleep(0.01)
-        assert ended.result().startswith(b"HTTP/1.1 408 ")
-        assert ended.result().endswith(b"The head of the request was not whole after 0.2 seconds; send it faster.")
+        told = await asyncio.wait_for(reader.read(), SECONDS)
+        assert told.startswith(b"HTTP/1.1 408 ")
+        assert told.endswith(b"The head of the request was not whole after 0.2 seconds; send it faster.")
     assert application.called == bool(before)
 
 
@@ -234,6 +244,24 @@ async def test_what_is_no_request_is_not_answered_before_the_request_that_it_fol
         application.gate.set()
         assert [(await answer(reader))[2] for _ in range(2)] == [b"5", b"5"]
         assert await asyncio.wait_for(reader.read(), SECONDS) == b""
+
+
+async def test_nothing_more_is_read_from_who_has_sent_what_is_no_request() -> None:
+    application = Application()
+    application.gate.clear()
+    async with listening(application) as (connect, state):
+        reader, writer = await connect()
+        writer.write(POST % (b"7", b""))
+        while not application.called:
+            await asyncio.sleep(0)
+        (connection,) = state.connections
+        assert connection.transport.is_reading()
+        writer.write(b"no request\r\n\r\n")
+        async with asyncio.timeout(SECONDS):
+            while connection.transport.is_reading():
+                await asyncio.sleep(0.001)
+        application.gate.set()
+        assert (await answer(reader))[2] == b"5"
 
 
 @pytest.mark.parametrize("before", [1, 2])
@@ -474,6 +502,21 @@ async def test_what_is_little_work_overtakes_a_wave_of_requests(light: bytes) ->
         assert {(await answer(reader))[2] for reader, _ in clients} == {b"5"}
     assert application.paths.count("/") == WAVE
     assert application.paths.index("/other") <= Turnstile.PER_TURN
+
+
+async def test_the_clock_does_not_end_what_waits_to_come_in() -> None:
+    application = Application()
+    async with listening(application) as (connect, state):
+        clients = [await connect() for _ in range(WAVE)]
+        for _, writer in clients:
+            writer.write(POST % (b"7", b""))
+        while not application.called:
+            await asyncio.sleep(0)
+        held = [connection for connection in state.connections if connection._held]  # type: ignore[union-attr]
+        assert held
+        for connection in held:
+            connection.timeout_keep_alive_handler()  # type: ignore[union-attr]
+        assert {(await answer(reader))[2] for reader, _ in clients} == {b"5"}
 
 
 async def test_what_waits_to_come_in_is_answered_before_the_server_stops() -> None:

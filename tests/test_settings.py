@@ -11,8 +11,37 @@ from app.settings import KNOWN, Settings, available_cpus, parse_settings
 ROOT = Path(__file__).parent.parent
 
 
-def test_every_field_can_be_set_and_has_a_help_text() -> None:
-    assert all(setting.help for setting in KNOWN.values())
+GIVEN = {
+    "weights": ("/weights/other.pth", Path("/weights/other.pth")),
+    "data": ("/pictures", Path("/pictures")),
+    "host": ("0.0.0.0", "0.0.0.0"),
+    "port": ("0", 0),
+    "device": ("cuda:1", "cuda:1"),
+    "engine": ("openvino", "openvino"),
+    "threads": ("1000", 1000),
+    "processes": ("64", 64),
+    "max_body_bytes": ("1", 1),
+    "max_pixels": ("1024", 1024),
+    "max_pictures": ("2", 2),
+    "max_batch": ("3", 3),
+    "max_waiting": ("4", 4),
+    "max_waiting_bytes": ("5", 5),
+    "deadline_seconds": ("0.001", 0.001),
+    "drain_seconds": ("0", 0.0),
+    "access_log": ("off", False),
+    "admin_key": ("sixteen-letters!", "sixteen-letters!"),
+}
+"""A value for each field that is not its default."""
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_every_field_can_be_set_and_has_a_help_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.settings.SHARES_ADDRESS", True)
+    text, value = GIVEN[name]
+    assert getattr(parse_settings([], {}), name) != value
+    assert getattr(parse_settings([f"--{name.replace('_', '-')}", text], {}), name) == value
+    assert getattr(parse_settings([], {f"CIFAR_{name.upper()}": text}), name) == value
+    assert KNOWN[name].help
 
 
 def test_defaults_when_nothing_is_given() -> None:
@@ -54,6 +83,7 @@ def test_the_environment_beats_the_default_and_a_flag_beats_the_environment() ->
         ([], {"CIFAR_ENGINE": "onnx"}, "CIFAR_ENGINE is 'onnx'; accepted is auto, torch or openvino."),
         ([], {"CIFAR_DEVICE": "cpu:1"}, "CIFAR_DEVICE is 'cpu:1'"),
         ([], {"CIFAR_DEVICE": "cuda:"}, "CIFAR_DEVICE is 'cuda:'"),
+        ([], {"CIFAR_DEVICE": "cuda:²"}, "CIFAR_DEVICE is 'cuda:²'"),
         ([], {"CIFAR_WEIGHTS": " "}, "CIFAR_WEIGHTS is ' '; accepted is a path."),
         ([], {"CIFAR_WEIGHTS": "~nobody-of-that-name/w"}, "accepted is a path; there is no user with that home."),
         (
