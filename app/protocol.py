@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 from httptools import HttpParserUpgrade, HttpRequestParser
-from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from app.errors import BadRequest, HeadTooLarge, RequestError, TooSlow
@@ -211,11 +210,14 @@ class Protocol(HttpToolsProtocol):
             self._refusal = self._refuse(self.url.decode("latin-1"), self.headers)
         if self._refusal is None:
             super().on_headers_complete()
+            if not self.pipeline:
+                self._running = self.cycle
         self.headers = []  # for what may follow the body, which is not the head's (RFC 9110, section 6.5.1)
 
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        self._running = cycle
-        super()._start_asgi_task(cycle, app)
+    def on_response_complete(self) -> None:
+        if self.pipeline:
+            self._running = self.pipeline[-1][0]
+        super().on_response_complete()
 
     def on_body(self, body: bytes) -> None:
         self._undigested_bytes = 0
