@@ -184,7 +184,7 @@ MEANINGS = {
     404: "There is no such page, or no report.",
     408: "The body was not complete within the deadline.",
     409: "The weights file cannot take the place of the one that is served, which goes on serving.",
-    413: "The body has too many bytes or the picture too many pixels.",
+    413: "The body has too many bytes, or the picture too many pixels or pieces.",
     415: "A content type or content encoding that the service does not read.",
     422: "A picture that is not 32x32 without `resize`, or a parameter with a value that is not accepted.",
     429: "The service has as much to do as it accepts. The header Retry-After says when to try again.",
