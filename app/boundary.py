@@ -93,6 +93,7 @@ class Boundary:
         except ClientDisconnect:
             return  # nobody is there to be answered
         except RequestError as error:
+            error.__traceback__ = None  # of frames that hold the error, and the body: a cycle
             await error_response(scope, error)(scope, receive, send_with_id)
         except Exception:  # whatever it is, it is ours: the client gets a sentence, the log the traceback
             where = (state["request_id"], method, self._route(scope))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Generic, TypeVar
 
-from app.errors import DeadlineExceeded
+from app.errors import DeadlineExceeded, RequestError
 from app.statistics import Timing
 
 Item = TypeVar("Item")
@@ -45,6 +45,9 @@ class Entry(Generic[Item, Prepared, Result]):
         start = monotonic()
         try:
             self.prepared = prepare(self.item)
+        except RequestError as error:  # a fault of the item's own
+            error.__traceback__ = error.__context__ = None  # would keep the picture until garbage is collected
+            return error
         except Exception as error:  # any of it fails this item alone
             return error
         finally:  # for nothing, too, it had to be waited for

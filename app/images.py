@@ -35,6 +35,8 @@ SIZE = (IMAGE_SIZE, IMAGE_SIZE)
 WHITE = (255, 255, 255)
 MAX_PIXELS = 50_000_000
 """Enough for the cameras of today's phones."""
+MAX_SIDE = 65_535
+"""No JPEG, WebP or GIF can have a longer one. To scale a row of fifty million pixels takes 50 bytes for each."""
 MAX_SCANS = 32
 """Times that a JPEG of so many pixels may go over them, smaller ones more often. Usual are up to 12; each can be of 26
 bytes and take 20 ms."""
@@ -65,8 +67,6 @@ TURNS = {
 # pictures of every format to keep it true.
 DAMAGED = (OSError, ValueError, SyntaxError, AssertionError, IndexError, struct.error)
 
-# Our own limit is stricter, applies before any pixel is decoded, and refuses instead of warning.
-Image.MAX_IMAGE_PIXELS = None
 # Texts in a PNG: of 1 MB when inflated, where Pillow allows 64, which keep a core busy for 0.1 s.
 PngImagePlugin.MAX_TEXT_MEMORY = PngImagePlugin.MAX_TEXT_CHUNK
 
@@ -115,6 +115,7 @@ def decode(data: bytes, resize: Resize | None = None, max_pixels: int = MAX_PIXE
         BodyTooLarge: The picture has more than `max_pixels` pixels, or is odd in a way that would take long.
         WrongSize: It is not 32x32 and `resize` is None.
     """
+    Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow refuses twice as many before it makes room for them, as for a GIF's
     try:
         _check_palette(data)
         with Image.open(source := Metered(data), formats=FORMATS) as picture:
@@ -131,6 +132,12 @@ def decode(data: bytes, resize: Resize | None = None, max_pixels: int = MAX_PIXE
                 del picture.info["transparency"]
             rgb = _to_rgb(_set_upright(picture) if METADATA & picture.info.keys() else picture)
             return _resize(rgb, resize).tobytes()
+    except Image.DecompressionBombError:
+        raise BodyTooLarge(
+            f"The picture has more than {2 * max_pixels:,} pixels; accepted are at most {max_pixels:,}. Send a smaller "
+            "one.",
+            detail={"max_pixels": max_pixels},
+        ) from None
     except DAMAGED as error:
         if "MAX_TEXT" in str(error):  # Pillow's own words
             raise BodyTooLarge(
@@ -164,6 +171,12 @@ def to_tensor(pictures: Iterable[bytes | memoryview]) -> Tensor:
 def _check_size(picture: Image.Image, resize: Resize | None, max_pixels: int) -> None:
     """Only the header has been read so far: a picture of a few bytes may claim to be huge."""
     width, height = picture.size
+    if max(width, height) > MAX_SIDE:
+        raise BodyTooLarge(
+            f"The picture is {width} x {height}; accepted are at most {MAX_SIDE:,} pixels on a side. Send a smaller "
+            "one.",
+            detail={"width": width, "height": height, "max_side": MAX_SIDE},
+        )
     if width * height > max_pixels:
         raise BodyTooLarge(
             f"The picture is {width} x {height}; accepted are at most {max_pixels:,} pixels. Send a smaller one.",

@@ -21,6 +21,9 @@ from app.exchange import LIGHT_BYTES, RawReply
 
 MAX_HEAD_BYTES = 64 * 1024
 """After so much of a head, or of what follows a body in chunks, no more is read: nothing else would end it."""
+MAX_PIPELINED = 64
+"""Requests that may wait behind one that runs. Those that follow are dropped, and their connection ends after these:
+what comes at once, without a wait for any answer, can be fourteen thousand."""
 OFFER = frozenset({b"connection", b"upgrade", b"http2-settings"})
 """The headers of a request in which its client offers to go on in another protocol."""
 
@@ -176,6 +179,8 @@ class Protocol(HttpToolsProtocol):
         elif self._undigested_bytes and not self.transport.is_closing():
             seconds = f"{self.timeout_keep_alive:g} seconds"
             self._reject(TooSlow(f"The head of the request was not whole after {seconds}; send it faster."))
+        elif self.transport.get_write_buffer_size():  # nobody reads the answer, for which closing would wait
+            self.transport.abort()
         else:
             super().timeout_keep_alive_handler()
 
@@ -208,6 +213,8 @@ class Protocol(HttpToolsProtocol):
         in_turn = self.cycle is None or self.cycle.response_complete  # not behind another of the same connection
         if in_turn and not self.expect_100_continue and method == b"POST":
             self._refusal = self._refuse(self.url.decode("latin-1"), self.headers)
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise BufferError  # which the parser passes on as what it cannot read
         if self._refusal is None:
             super().on_headers_complete()
             if not self.pipeline:

@@ -1,6 +1,7 @@
 """One body for every error, the right status, a sentence that helps; and nothing of the inside leaks."""
 
 import asyncio
+import gc
 import gzip
 import json
 import re
@@ -87,6 +88,20 @@ def form(*fields: tuple[str, bytes], end: bytes = b"--x--\r\n") -> bytes:
 )
 def test_refusals(client: TestClient, path: str, body: bytes, content_type: str, status: int, sentence: str) -> None:
     refused(client.post(path, content=body, headers={"content-type": content_type}), status, sentence)
+
+
+@pytest.mark.parametrize("path", ["/predict", "/predict?top_k=1", "/predict/batch", "/v2/models/cifar/infer"])
+def test_a_refusal_is_forgotten_without_the_garbage_collector(client: TestClient, path: str) -> None:
+    """It would hold all that led to it, the body first of all, until two hundred others have come."""
+    refused(client.post(path, content=b"no picture", headers=OCTETS), 400, "")
+    gc.collect()
+    gc.disable()
+    try:
+        refused(client.post(path, content=b"no picture", headers=OCTETS), 400, "")
+        left = [each for each in gc.get_objects() if isinstance(each, RequestError)]
+    finally:
+        gc.enable()
+    assert left == []
 
 
 def test_a_missing_file_has_the_same_body(client: TestClient) -> None:

@@ -240,8 +240,29 @@ def png_header(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize("resize", [None, "crop"])
 def test_a_tiny_file_that_claims_to_be_huge_is_refused_by_its_header(resize: Resize | None) -> None:
-    with pytest.raises(BodyTooLarge, match="The picture is 60000 x 60000; accepted are at most 50,000,000 pixels"):
+    with pytest.raises(BodyTooLarge, match="The picture is 60000 x 1000; accepted are at most 50,000,000 pixels"):
+        pixels(png_header(60_000, 1000), resize)
+    with pytest.raises(BodyTooLarge, match="more than 100,000,000 pixels; accepted are at most 50,000,000"):
         pixels(png_header(60_000, 60_000), resize)
+    with pytest.raises(BodyTooLarge, match="The picture is 65536 x 1; accepted are at most 65,535 pixels on a side"):
+        pixels(png_header(65_536, 1), resize)
+
+
+HUGE_GIF = b"".join(
+    [
+        b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0x80, 0, 0) + bytes(6),
+        b"!\xf9\x04\x09\0\0\0\0",  # what it shows is to be cleared, for which Pillow makes room as it opens it
+        b"," + struct.pack("<HHHHB", 0, 0, 65535, 65535, 0) + b"\x02\x02\x4c\x01\0;",
+    ]
+)
+
+
+def test_no_room_is_made_for_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    monkeypatch.setattr("PIL.Image.core.fill", lambda *given: made.append(given))
+    with pytest.raises(BodyTooLarge):
+        pixels(HUGE_GIF)
+    assert made == []
 
 
 def test_the_limit_is_on_pixels_and_inclusive() -> None:

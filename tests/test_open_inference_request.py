@@ -227,7 +227,18 @@ def test_a_length_that_cuts_the_json_is_refused() -> None:
         decode(b'{"inputs": []}', "9", binary=True, max_pictures=8)
 
 
-@pytest.mark.parametrize("body", [b"", b"\xff", b"[" * 100_000, b'{"inputs": '], ids=["empty", "bytes", "deep", "cut"])
+def test_brackets_without_end_are_refused() -> None:
+    with pytest.raises(BodyTooLarge, match="has 9,000 lists and objects; accepted are at most 2,0"):
+        decode(b"[" * 9_000, None, binary=True, max_pictures=1)
+
+
+def test_an_id_without_end_is_refused() -> None:
+    assert read({"inputs": [pixels()], "id": "4" * 1024}).id == "4" * 1024
+    with pytest.raises(BadRequest, match="expected is text, at most 1,024 letters"):
+        read({"inputs": [pixels()], "id": "4" * 1025})
+
+
+@pytest.mark.parametrize("body", [b"", b"\xff", b"[" * 9_000, b'{"inputs": '], ids=["empty", "bytes", "deep", "cut"])
 def test_what_is_no_json_is_refused(body: bytes) -> None:
     with pytest.raises(BadRequest, match=r"The JSON of the request .* is not valid"):
         decode(body, None, binary=True, max_pictures=8)

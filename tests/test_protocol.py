@@ -16,7 +16,7 @@ from uvicorn.server import ServerState
 
 from app.errors import RequestError
 from app.exchange import LIGHT_BYTES, RawReply
-from app.protocol import MAX_HEAD_BYTES, Joining, Protocol, Turnstile
+from app.protocol import MAX_HEAD_BYTES, MAX_PIPELINED, Joining, Protocol, Turnstile
 
 pytestmark = pytest.mark.anyio
 POST = b"POST / HTTP/1.1\r\ncontent-length: 5\r\nx-request-id: %b\r\n%b\r\nhello"
@@ -307,6 +307,29 @@ async def test_who_leaves_ends_all_that_he_asked(requests: int, caplog: pytest.L
     assert not caplog.records
 
 
+class Generous(Application):
+    """Answers with more than the system takes for a client that does not read."""
+
+    BODY = bytes(2**26)
+
+    async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        headers = [(b"content-length", b"%d" % len(self.BODY))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": self.BODY})
+        self.called += 1
+
+
+async def test_an_answer_is_not_kept_for_ever_for_who_does_not_read_it() -> None:
+    application = Generous()
+    async with listening(application, patience=0.1) as (connect, state):
+        await connect()
+        _, writer = await connect()
+        writer.write(POST % (b"7", b""))
+        async with asyncio.timeout(SECONDS):
+            while not application.called or state.connections:
+                await asyncio.sleep(0.01)
+
+
 async def test_nothing_is_written_to_a_client_that_has_left_since() -> None:
     class Transport(asyncio.Transport):
         closing = False
@@ -432,10 +455,24 @@ async def test_an_offer_of_who_wants_no_more_is_answered_and_he_is_let_go(connec
 
 
 async def test_many_offers_at_once_are_answered_one_by_one() -> None:
-    count = 1500  # one within the other they would be deeper than Python goes
+    count = MAX_PIPELINED
     async with connected(Application()) as (reader, writer):
         writer.write(b"GET / HTTP/1.1\r\nconnection: upgrade\r\nupgrade: a\r\n\r\n" * count)
         assert {(await answer(reader))[0] for _ in range(count)} == {200}
+
+
+@pytest.mark.parametrize("offer", [b"", b"connection: upgrade\r\nupgrade: a\r\n"], ids=["", "with an offer"])
+async def test_of_too_many_requests_at_once_the_first_ones_are_answered(offer: bytes) -> None:
+    application = Application()
+    application.gate.clear()
+    async with connected(application) as (reader, writer):
+        writer.write(b"GET / HTTP/1.1\r\n%b\r\n" % offer * 1500)
+        while not application.called:
+            await asyncio.sleep(0)
+        application.gate.set()
+        assert {(await answer(reader))[0] for _ in range(1 + MAX_PIPELINED)} == {200}
+        assert await asyncio.wait_for(reader.read(), SECONDS) == b""
+    assert application.called == 1 + MAX_PIPELINED
 
 
 async def test_a_tunnel_is_not_dug(caplog: pytest.LogCaptureFixture) -> None:

@@ -7,8 +7,15 @@ from typing import Any
 from pydantic_core import from_json
 
 from app.errors import BadRequest, BodyTooLarge, NotOffered
+from app.model import IMAGE_SIZE
 from app.open_inference import tensors
 from app.open_inference.spec import IMAGE, INPUTS, OUTPUT_NAMES, PIXELS, TensorSpec
+
+MAX_ID = 1024
+"""Letters. It is sent back."""
+MAX_BRACKETS_OF_A_PICTURE = 1 + IMAGE_SIZE + IMAGE_SIZE**2
+"""If its pixels are nested as far as they can be."""
+MAX_OTHER_BRACKETS = 1000
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ def decode(body: bytes, json_length: str | None, *, binary: bool, max_pictures: 
         if not body:
             raise BadRequest("The body is empty; with Inference-Header-Content-Length 0 it is one encoded picture.")
         return Inference(pictures=[body], outputs=[Wanted(name, binary) for name in OUTPUT_NAMES])
-    request = _json(body[:length])
+    request = _json(body[:length], max_pictures)
     parameters = _parameters(request, "The request")
     spec, tensor, count = _only_input(request)
     if count > max_pictures:
@@ -61,8 +68,10 @@ def decode(body: bytes, json_length: str | None, *, binary: bool, max_pictures: 
         )
     pixels, pictures = _content(spec, tensor, count, memoryview(body)[length:])
     request_id = _given(request, "id", "")
-    if not isinstance(request_id, str):
-        raise BadRequest(f"The `id` of the request is {show(request_id)}; expected is text.")
+    if not isinstance(request_id, str) or len(request_id) > MAX_ID:
+        raise BadRequest(
+            f"The `id` of the request is {show(request_id)}; expected is text, at most {MAX_ID:,} letters."
+        )
     return Inference(
         pixels=pixels,
         pictures=pictures,
@@ -84,7 +93,14 @@ def _json_length(body: bytes, header: str | None) -> int:
     return length
 
 
-def _json(text: bytes) -> dict[str, Any]:
+def _json(text: bytes, max_pictures: int) -> dict[str, Any]:
+    # Millions of lists keep the interpreter for a second, which the event loop waits for.
+    most = max_pictures * MAX_BRACKETS_OF_A_PICTURE + MAX_OTHER_BRACKETS
+    if (brackets := text.count(b"[") + text.count(b"{")) > most:
+        raise BodyTooLarge(
+            f"The JSON of the request has {brackets:,} lists and objects; accepted are at most {most:,}, which is what "
+            f"{max_pictures:,} pictures can have. Send fewer, or flat or raw pixels."
+        )
     try:
         request = from_json(text)
     except ValueError:

@@ -81,6 +81,7 @@ class Application(FastAPI):
             return
         except RequestError as error:
             reason, reply = error.reason, refusal(error, request_id)
+            error.__traceback__ = None  # of frames that hold the error, and the body: a cycle
         except Exception:  # whatever it is, it is ours: the client gets a sentence, the log the traceback
             logger.exception("Request %s, POST %s:", request_id, path, extra={"request_id": request_id})
             reason, reply = RequestError.reason, refusal(RequestError(DEFECT), request_id)
