@@ -53,7 +53,7 @@ clean: ## remove .venv and caches
 # set is named, and ./data has no folder but that of an earlier fetch, which may be incomplete.
 TRAIN := $(BIN)/python -m training train --resume
 TEACHERS := runs/teacher-0/cifar_net.pth runs/teacher-1/cifar_net.pth
-DATA := $(if $(CIFAR_DATA)$(filter-out data/cifar-10-batches-py/,$(wildcard data/*/)),,data/.complete)
+DATA := $(if $(CIFAR_DATA)$(filter-out data/cifar-10-batches-py/,$(wildcard data/*/ data/data_batch_1*)),,data/.complete)
 
 data/.complete: | .venv/.training
 	$(BIN)/python -m training download

@@ -126,17 +126,20 @@ def save_tensors(path: Path, content: dict[str, Any]) -> str:
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace `path` by `content` as a whole or not at all, whenever the process is interrupted."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private to this user; a container serves it as another
-        os.replace(temporary, path)
-    except BaseException:  # an interrupt, too, must leave no temporary file
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)  # mkstemp makes it private to this user; a container serves it as another
+            os.replace(temporary, path)
+        except BaseException:  # an interrupt, too, must leave no temporary file
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:  # the user knows nothing of the temporary file that it names
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def load(path: Path) -> Checkpoint:
@@ -217,6 +220,11 @@ def _parse_tutorial(state_dict: dict[Any, Any]) -> Checkpoint:
     return checkpoint
 
 
+def is_text(value: object) -> bool:
+    """Whether it can be the name of a class: what is no UTF-8 among the names of folders could not be answered."""
+    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
+
+
 def _check(checkpoint: Checkpoint) -> None:
     if checkpoint.architecture not in model.NETWORKS:
         raise CheckpointError(
@@ -228,9 +236,7 @@ def _check(checkpoint: Checkpoint) -> None:
         raise CheckpointError("The weights file names no class.")
     if not isinstance(checkpoint.trained, dict) or not _is_json(checkpoint.trained):
         raise CheckpointError("In the weights file the field trained is no dict of plain values.")
-    if len(set(checkpoint.classes)) != len(checkpoint.classes) or not all(
-        isinstance(name, str) for name in checkpoint.classes
-    ):
+    if len(set(checkpoint.classes)) != len(checkpoint.classes) or not all(map(is_text, checkpoint.classes)):
         raise CheckpointError("In the weights file the class names are not distinct texts.")
     for name, tensor in checkpoint.state_dict.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):

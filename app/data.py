@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from app import images, numpy_pickle
-from app.checkpoint import CIFAR10_CLASSES
+from app.checkpoint import CIFAR10_CLASSES, is_text
 from app.errors import DataError, RequestError
 from app.model import IMAGE_BYTES, IMAGE_SIZE
 
@@ -35,7 +35,10 @@ RECORD_BYTES = 1 + IMAGE_BYTES
 BATCH_IMAGES = 10_000
 TRAINING_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
 TEST_BATCH = "test_batch"
-PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
+PICTURE_SUFFIXES = {
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif"),
+    *(".tif", ".tiff", ".heic", ".heif", ".avif"),  # which are not read, and are said so
+}
 TEST_SHARE = 1 / 5
 NAMED_FILES = 5
 UNREADABLE = (
@@ -49,7 +52,7 @@ KNOWN_COPIES = {"12f8dfd385fadf8ec94e77c8de765d9b2dff30e56d893543bbef3118534efaa
 
 HOW_TO_GET = (
     "Name a folder with --data DIR or CIFAR_DATA; it holds CIFAR-10 (cifar-10-batches-bin or cifar-10-batches-py) or "
-    "one folder of pictures per class. `python -m training download` fetches CIFAR-10."
+    "one folder of pictures per class, DIR/CLASS/PICTURE. `python -m training download` fetches CIFAR-10."
 )
 
 
@@ -231,6 +234,9 @@ def _read_class_folders(folder: Path, parts: Sequence[str]) -> list[Split]:
     names = _class_names(folder)
     if len(names) < 2:
         raise DataError(f"The folder {folder} has the one class folder {names[0]}; a classifier needs at least two.")
+    for name in names:
+        if not is_text(name):
+            raise DataError(f"The name of the class folder {name!r} is no UTF-8. Rename it.")
     chosen: dict[str, list[tuple[Path, int]]] = {"training": [], "test": []}
     for label, name in enumerate(names):
         for part, paths in zip(chosen, _divide(folder / name), strict=True):
@@ -252,7 +258,14 @@ def _read_class_folders(folder: Path, parts: Sequence[str]) -> list[Split]:
 
 def _divide(class_folder: Path) -> tuple[list[Path], list[Path]]:
     """The files of a class to train on and to test with. Hidden ones apart, a file that is no picture is reported."""
-    paths = [path for path in class_folder.iterdir() if path.is_file() and not path.name.startswith(".")]
+    found = [path for path in class_folder.iterdir() if not path.name.startswith(".")]
+    for deeper in (path for path in found if path.is_dir()):
+        if any(path.suffix.lower() in PICTURE_SUFFIXES for path in deeper.iterdir()):
+            raise DataError(
+                f"The class folder {class_folder} has pictures in its folder {deeper.name}, where they are not read. "
+                "Move them up, or that folder away."
+            )
+    paths = [path for path in found if not path.is_dir()]  # one that is a link to nothing is reported, too
     if len(paths) < 2:
         raise DataError(
             f"The class folder {class_folder} has {len(paths) or 'no'} picture{'s' * (not paths)}; a class needs at "

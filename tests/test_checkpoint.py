@@ -233,6 +233,7 @@ REFUSED: dict[str, tuple[object, str]] = {
     ),
     "fewer names": (content(classes=["cat", "dog"]), "number of class names differs from the number of outputs"),
     "same names": (content(classes=["cat"] * 10), "class names are not distinct texts"),
+    "names that nobody can read": (content(classes=[*"abcdefghi", "\udce9"]), "class names are not distinct texts"),
     "names that are none": (content(classes=[*range(10)]), "class names are not distinct texts"),
     "negative temperature": (calibrated(temperature=-1.0), r"temperature -1.0; it must be positive"),
     "negative curvature": (calibrated(curvature=-1.0), r"curvature -1.0; it must be finite and not negative"),
@@ -297,6 +298,14 @@ def test_a_failing_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest
     write_atomically(file, b"new")
     assert file.read_bytes() == b"new"
     assert file.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError) as refusal:
+        write_atomically(tmp_path / "folder", b"new")
+    assert refusal.value.filename == str(tmp_path / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_the_file_holds_only_what_weights_only_reads(tmp_path: Path) -> None:

@@ -311,6 +311,38 @@ def test_unreadable_pictures_are_counted_and_named(tmp_path: Path) -> None:
     assert "bee/b3.jpg, ... Of ant/notes.txt: The 17 bytes are not a readable picture" in str(caught.value)
 
 
+def test_no_picture_is_left_out_without_a_word(tmp_path: Path) -> None:
+    folder = write_class_folders(tmp_path, {"ant": 3, "bee": 3})
+    link = folder / "bee" / "gone.png"
+    link.symlink_to(folder / "nowhere.png")
+    with pytest.raises(DataError, match=r"bee/gone\.png. Of bee/gone\.png: It cannot be read: No such file"):
+        data.read(folder)
+    link.unlink()
+    (folder / "ant" / "more").mkdir()
+    assert len(data.read_test(folder)) == 2
+    Image.new("RGB", (32, 32)).save(folder / "ant" / "more" / "1.png")
+    with pytest.raises(DataError, match=r"ant has pictures in its folder more, where they are not read. Move them up"):
+        data.read(folder)
+
+
+def test_formats_that_are_not_read_are_said_so(tmp_path: Path) -> None:
+    folder = write_class_folders(tmp_path, {"ant": 2, "bee": 2})
+    for picture in [*folder.glob("*/*.png")]:
+        picture.rename(picture.with_suffix(".heic")).write_bytes(b"\0\0\0\x18ftypheic")
+    with pytest.raises(DataError, match=r"cannot be used: ant/000\.heic, .*Accepted are PNG, JPEG"):
+        data.read(folder)
+
+
+def test_a_class_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+    folder = write_class_folders(tmp_path, {"ant": 2, "bee": 2})
+    try:
+        (folder / "bee").rename(folder / os.fsdecode(b"caf\xe9"))
+    except OSError:
+        pytest.skip("this file system takes only UTF-8")
+    with pytest.raises(DataError, match=r"The name of the class folder 'caf\\udce9' is no UTF-8"):
+        data.read(folder)
+
+
 @pytest.mark.parametrize(
     ("counts", "sentence"),
     [

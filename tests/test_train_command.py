@@ -104,7 +104,10 @@ def test_held_out_images_replace_the_test_images(data_folder: Path) -> None:
     rows = log_rows(data_folder, "held")
     assert rows[-1]["validation_accuracy"] == checkpoint.evaluation.confusion_KK.diagonal().sum().item() / 12
     calibration = checkpoint.calibration
-    assert f": temperature {calibration.temperature:.4f}, curvature {calibration.curvature:.4f}; " in done.stdout
+    fitted = (
+        f": temperature {calibration.temperature:.4f}, curvature {calibration.curvature:.4f}; so few images promise"
+    )
+    assert fitted in done.stdout
     assert calibration.temperature != 1.0
     assert calibration.images == f"{checkpoint.evaluation.dataset}, as they are and as JPEG of quality 75"
     assert calibration.count == 12
@@ -165,6 +168,7 @@ def test_a_run_on_all_images_takes_over_the_calibration_of_one_with_held_out_ima
         ),
         (["--validation", "0.1"], "A run with --validation makes its own calibration"),
         (["--calibration", "runs/plain/cifar_net.pth"], "has no calibration; name one that a run with --validation"),
+        (["--out", "runs"], "runs is a folder; name a file for the weights"),
     ],
 )
 def test_a_calibration_that_does_not_fit_is_refused_before_the_training(
@@ -223,6 +227,22 @@ def test_a_teacher_that_does_not_fit_is_refused_before_the_training(
     assert cli.main([*train, "--name", "student", *flags]) == 2
     assert sentence in capsys.readouterr().err
     assert not Path("runs/student").exists()
+
+
+def test_a_calibration_is_taken_over_from_who_found_it(
+    finished_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(finished_folder)
+    final = ["train", "--recipe", "debug", "--data", ".", "--calibration"]
+    assert cli.main([*final, "runs/held/cifar_net.pth", "--name", "final", "--out", "new/net.pth"]) == 0
+    assert cli.main([*final, "runs/final/cifar_net.pth"]) == 2
+    assert "has the calibration of another run; name one that a run with --validation" in capsys.readouterr().err
+    beside = [Path("new/net").with_suffix(kind) for kind in (".log.jsonl", ".validation.log.jsonl", ".robustness.json")]
+    beside[-1].write_text("{}")
+    evaluate = ["evaluate", "--data", ".", "--out", "new/net.pth", "--weights"]
+    for weights, left in [("new/net.pth", True), ("runs/plain/cifar_net.pth", False)]:
+        assert cli.main([*evaluate, weights]) == 0
+        assert [file.exists() for file in beside] == 3 * [left]
 
 
 def test_weights_of_other_images_may_have_seen_those_that_are_held_out(

@@ -64,6 +64,8 @@ def train_command(options: argparse.Namespace) -> None:
     workers = join_workers(device)
     torch.manual_seed(recipe.seed)
 
+    if options.out and options.out.is_dir():
+        raise ValueError(f"{options.out} is a folder; name a file for the weights, for example {options.out}/net.pth.")
     if options.resume and not options.name:
         raise ValueError("Which run is to be resumed? Give the --name of its folder under runs/.")
     # With the process's number: a script may start several in one second.
@@ -84,7 +86,10 @@ def train_command(options: argparse.Namespace) -> None:
     if log:
         if options.resume and not (run / "state.pt").exists():
             log.say(f"{run} holds no run yet; this one begins at the beginning.")
-        log.say(f"Recipe {options.recipe}: " + ", ".join(f"{name} {value}" for name, value in vars(recipe).items()))
+        log.say(
+            f"Recipe {options.recipe}, in {run}: "
+            + ", ".join(f"{name} {value}" for name, value in vars(recipe).items())
+        )
         seen = set(train.labels_N.tolist())
         if unseen := [name for label, name in enumerate(train.classes) if label not in seen]:
             log.say(
@@ -143,16 +148,20 @@ def train_command(options: argparse.Namespace) -> None:
         save(checkpoint, options.out)
         # For the model card, with the log of the run that the calibration is from; nothing may be left of another run.
         write_rows(options.out.with_suffix(".log.jsonl"), rows)
-        validation_log = options.out.with_suffix(".validation.log.jsonl")
-        for left in (validation_log, *map(options.out.with_suffix, (".robustness.json", ".unfamiliar.json"))):
-            left.unlink(missing_ok=True)
+        _forget_others(options.out, ".robustness.json", ".unfamiliar.json", ".validation.log.jsonl")
         if options.calibration and (validated := read_rows(options.calibration.parent / "log.jsonl")):
-            write_rows(validation_log, validated)
+            write_rows(options.out.with_suffix(".validation.log.jsonl"), validated)
         weights = options.out
     log.say(format_report(report(checkpoint.evaluation, checkpoint.classes)))
     if held_out:
         log.say("The calibration was fitted to these very images: its own figures, and the sets', flatter it a little.")
-    log.say(f"Wrote {weights}. Serve it with: CIFAR_WEIGHTS={weights} make serve")
+    log.say(f"Wrote {weights}. Serve it with: CIFAR_WEIGHTS={shlex.quote(str(weights))} make serve")
+
+
+def _forget_others(weights: Path, *kinds: str) -> None:
+    """Remove what lies beside a weights file and is of those that were there before."""
+    for kind in kinds:
+        weights.with_suffix(kind).unlink(missing_ok=True)
 
 
 def _teachers(files: list[Path], recipe: Recipe, images: Split) -> list[Checkpoint]:
@@ -201,8 +210,9 @@ def _calibration(file: Path, recipe: Recipe, images: Split, teachers: list[Check
             f"The calibration in {file} is of a network {found.architecture} for the classes "
             f"{', '.join(found.classes)}; this run trains {recipe.network} for {', '.join(images.classes)}."
         )
-    if found.calibration.set_threshold is None:
-        raise ValueError(f"The file {file} has no calibration; name one that a run with --validation 0.1 has written.")
+    if found.calibration.set_threshold is None or not found.trained.get("validation"):
+        whose = "no calibration" if found.calibration.set_threshold is None else "the calibration of another run"
+        raise ValueError(f"The file {file} has {whose}; name one that a run with --validation 0.1 has written.")
     others = hold_out(images, found.trained["validation"])[0]
     wanted = vars(recipe) | {"teachers": introduce(teachers), "data_sha256": others.digest}
     kept = wanted.keys() - {"seed", "validation", "precision", "report_every"}
@@ -217,9 +227,12 @@ def _calibration(file: Path, recipe: Recipe, images: Split, teachers: list[Check
 def _describe(calibration: Calibration) -> str:
     if calibration.set_threshold is None:
         return "Without held-out images (--validation) or their --calibration the probabilities are as they come."
+    sets = f"a class of at least {calibration.set_threshold:.4f} is in the prediction set."
+    if not calibration.set_threshold:
+        sets = "so few images promise nothing, and the prediction sets name all classes."
     return (
         f"Calibrated on {calibration.images}: temperature {calibration.temperature:.4f}, curvature "
-        f"{calibration.curvature:.4f}; a class of at least {calibration.set_threshold:.4f} is in the prediction set."
+        f"{calibration.curvature:.4f}; {sets}"
     )
 
 
@@ -276,6 +289,8 @@ def evaluate_command(options: argparse.Namespace) -> None:
     print(json.dumps(figures, indent=2) if options.json else format_report(figures))
     if options.out:
         save(dataclasses.replace(checkpoint, evaluation=evaluation), options.out)
+        if options.out.resolve() != options.weights.resolve():
+            _forget_others(options.out, ".robustness.json", ".unfamiliar.json", ".validation.log.jsonl", ".log.jsonl")
 
 
 def robustness_command(options: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from matplotlib.figure import Figure
 
@@ -96,7 +97,7 @@ def _section(path: Path, checkpoint: Checkpoint, pictures: dict[Path, Figure]) -
     def picture(kind: str, figure: Figure) -> list[str]:
         file = path.with_suffix(f".{kind}.png")
         pictures[file] = figure
-        return [f"![{kind} of {path.name}]({file.name})", ""]
+        return [f"![{kind} of {path.name}]({quote(file.name)})", ""]
 
     def beside(kind: str) -> Any:
         file = path.with_suffix(f".{kind}.json")

@@ -8,6 +8,7 @@ import io
 import math
 import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ LONGEST_LABEL = 13
 LONGEST_SIDE = 20.0
 """Of a figure with a row for each class, in inches: of 1,000 classes it would take more memory than there is."""
 
+warnings.filterwarnings("ignore", "Glyph .* missing")  # of an emoji in the name of a class; a box is drawn
 rcParams["text.parse_math"] = False  # $ is a character like any other in the name of a class
 
 

@@ -27,7 +27,8 @@ function showAnswer(answer, picture) {
   $("preview").src = URL.createObjectURL(picture);
   $("verdict").textContent = `${answer.label}, ${(100 * answer.confidence).toFixed(1)} %`;
   // Of other pictures than it was trained for, the set promises nothing.
-  const likely = answer.unfamiliar ? null : answer.prediction_set;
+  const all = answer.prediction_set?.length === Object.keys(answer.probabilities).length;  // says nothing either
+  const likely = answer.unfamiliar || all ? null : answer.prediction_set;
   $("set").textContent = likely ? `Likely ${likely.join(" or ")}: of pictures like those it was trained on, such a list holds the right class 95 times in 100.` : "";
   $("familiarity").textContent = familiarity(answer);
   $("familiarity").classList.toggle("warning", answer.unfamiliar === true);
