@@ -15,6 +15,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from matplotlib import rcParams
+from matplotlib.backends.backend_agg import FigureCanvasAgg  # not at the first drawing, when a Ctrl-C may come
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image, ImageShow
@@ -64,7 +65,7 @@ def has_display(environ: Mapping[str, str] = os.environ) -> bool:
 
 def _png(figure: Figure) -> bytes:
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=DOTS_PER_INCH)
+    FigureCanvasAgg(figure).print_figure(file, format="png", dpi=DOTS_PER_INCH)
     return file.getvalue()
 
 
