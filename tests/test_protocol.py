@@ -541,14 +541,20 @@ async def test_what_is_little_work_overtakes_a_wave_of_requests(light: bytes) ->
     assert application.paths.index("/other") <= Turnstile.PER_TURN
 
 
+async def wave(application: Application, connect: Callable[[], Awaitable[Connection]]) -> list[Connection]:
+    """Of requests at once, some of which have come in."""
+    clients = [await connect() for _ in range(WAVE)]
+    for _, writer in clients:
+        writer.write(POST % (b"7", b""))
+    while not application.called:
+        await asyncio.sleep(0)
+    return clients
+
+
 async def test_the_clock_does_not_end_what_waits_to_come_in() -> None:
     application = Application()
     async with listening(application) as (connect, state):
-        clients = [await connect() for _ in range(WAVE)]
-        for _, writer in clients:
-            writer.write(POST % (b"7", b""))
-        while not application.called:
-            await asyncio.sleep(0)
+        clients = await wave(application, connect)
         held = [connection for connection in state.connections if connection._held]  # type: ignore[union-attr]
         assert held
         for connection in held:
@@ -559,11 +565,7 @@ async def test_the_clock_does_not_end_what_waits_to_come_in() -> None:
 async def test_what_waits_to_come_in_is_answered_before_the_server_stops() -> None:
     application = Application()
     async with listening(application) as (connect, state):
-        clients = [await connect() for _ in range(WAVE)]
-        for _, writer in clients:
-            writer.write(POST % (b"7", b""))
-        while not application.called:
-            await asyncio.sleep(0)
+        clients = await wave(application, connect)
         assert application.called < WAVE
         for connection in list(state.connections):
             connection.shutdown()
