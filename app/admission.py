@@ -28,31 +28,40 @@ class Limits:
 
 
 class Admission:
-    """What waits, and how long it will."""
+    """What waits, and how long it will. Requests of one picture take turns with those of many, as `entries.Turns` has
+    it, so that they wait for a part of these only."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.waiting = 0
         self.waiting_bytes = 0
-        self.heavy = 0
+        self._singles = 0
+        """Of those that wait, in requests of one."""
+        self._heavy = 0
+        """Of those that wait, to be prepared aside."""
+        self._heavy_singles = 0
         self._seconds_per_picture = 0.0
         self._seconds_per_heavy = 0.0
 
-    def expected_wait_seconds(self, *, light: bool) -> float:
+    def expected_wait_seconds(self, *, light: bool, bulk: bool) -> float:
         """What an item admitted now would wait: the pictures before it times the measured time for each.
 
         One that is not light also waits for the others like it to be prepared.
         """
-        for_inference = self.waiting * self._seconds_per_picture
-        return for_inference if light else max(for_inference, self.heavy * self._seconds_per_heavy)
+        pictures, heavy = self.waiting, self._heavy
+        if not bulk:
+            pictures = min(pictures, 2 * self._singles + self.limits.usual_batch)
+            heavy = min(heavy, 2 * self._heavy_singles + 1)
+        for_inference = pictures * self._seconds_per_picture
+        return for_inference if light else max(for_inference, heavy * self._seconds_per_heavy)
 
-    def check(self, size_bytes: int, count: int, deadline_seconds: float, *, light: bool) -> None:
+    def check(self, size_bytes: int, count: int, deadline_seconds: float, *, light: bool, bulk: bool) -> None:
         """Whether so much more may be admitted. If nothing waits, everything may.
 
         Raises:
             Overloaded: as many pictures or bytes wait as are accepted, or the answer would come too late.
         """
-        wait_seconds = self.expected_wait_seconds(light=light)
+        wait_seconds = self.expected_wait_seconds(light=light, bulk=bulk)
         if self.waiting and (
             self.waiting + count > self.limits.max_waiting
             or self.waiting_bytes + size_bytes > self.limits.max_waiting_bytes
@@ -65,15 +74,20 @@ class Admission:
                 retry_after_seconds=retry,
             )
 
-    def enter(self, size_bytes: int, count: int, *, light: bool) -> None:
-        self.waiting += count
-        self.waiting_bytes += size_bytes
-        self.heavy += not light
+    def enter(self, size_bytes: int, count: int, *, light: bool, bulk: bool) -> None:
+        self._count(size_bytes, count, light=light, bulk=bulk, sign=1)
 
-    def leave(self, size_bytes: int, count: int, *, light: bool) -> None:
-        self.waiting -= count
-        self.waiting_bytes -= size_bytes
-        self.heavy -= not light
+    def leave(self, size_bytes: int, count: int, *, light: bool, bulk: bool) -> None:
+        self._count(size_bytes, count, light=light, bulk=bulk, sign=-1)
+
+    def _count(self, size_bytes: int, count: int, *, light: bool, bulk: bool, sign: int) -> None:
+        self.waiting += sign * count
+        self.waiting_bytes += sign * size_bytes
+        if not bulk:
+            self._singles += sign
+        if not light:
+            self._heavy += sign
+            self._heavy_singles += sign * (not bulk)
 
     def learn(self, seconds_per_picture: float) -> None:
         """Take the time of a batch into the mean."""

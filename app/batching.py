@@ -8,7 +8,8 @@ A lone request runs at once and a batch never waits on a timer: what arrives whi
 Light items, whose preparing takes a known fraction of a millisecond, are prepared by the event loop while a batch runs:
 in the inference thread they held up the next batch, and two threads that want the interpreter by turns lose more in
 exchanging it than the work is (one picture a request, 64 connections: a third more answers a second). All others have a
-thread of their own, so that one big photo does not hold up a thousand small ones.
+thread of their own, so that one big photo does not hold up a thousand small ones. In both threads requests of one
+picture and of many take turns (`entries.Turns`).
 
 The counters belong to the event loop and only queues are shared, so there is no lock.
 """
@@ -19,14 +20,11 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import suppress
-from enum import Enum, auto
-from queue import Empty, SimpleQueue
 from time import monotonic, time
 from typing import Generic, cast
 
 from app.admission import Admission, Limits
-from app.entries import Answer, Entry, Item, Prepared, Result, Run, Turns
+from app.entries import Answer, Entry, Item, Prepared, Result, Run, Signal, Turns
 from app.errors import NotReady
 from app.statistics import Execution, Statistics, Timing
 
@@ -40,11 +38,6 @@ QUIET_SECONDS = 0.005
 BROKEN_BATCHES = 10
 """After so many in a row of which nothing could be answered, nothing will be: a GPU that has failed stays so."""
 STOPPING = "The service is stopping. Try again, it may be back shortly."
-
-
-class Signal(Enum):
-    WAKE = auto()
-    STOP = auto()
 
 
 class Batcher(Generic[Item, Prepared, Result]):
@@ -62,10 +55,8 @@ class Batcher(Generic[Item, Prepared, Result]):
         self._build = build
         self._limits = limits
         self.statistics = Statistics()
-        self._queue: SimpleQueue[Entry[Item, Prepared, Result] | Signal] = SimpleQueue()
-        self._heavy: SimpleQueue[Entry[Item, Prepared, Result] | Signal] = SimpleQueue()
-        self._turns: Turns[Item, Prepared, Result] = Turns(limits.usual_batch, limits.max_batch)  # what the queue held
-        self._stopping = False
+        self._queue: Turns[Item, Prepared, Result] = Turns(limits.usual_batch, limits.max_batch)
+        self._heavy: Turns[Item, Prepared, Result] = Turns(1, 1)
         self._idle_work: deque[Iterator[object]] = deque()
         self._exchanges: deque[tuple[Building[Prepared, Result], asyncio.Future[Run[Prepared, Result]]]] = deque()
         self._admission = Admission(limits)
@@ -104,7 +95,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         Raises:
             Overloaded, NotReady: as `submit`.
         """
-        self._check(0, 1, self._limits.deadline_seconds, light=True)
+        self._check(0, 1, self._limits.deadline_seconds, light=True, bulk=False)
 
     def submit(self, item: Item, size_bytes: int, *, light: bool) -> Answer[Result]:
         """Admit an item of one picture. Cancel the future when nobody wants the answer any more.
@@ -117,7 +108,7 @@ class Batcher(Generic[Item, Prepared, Result]):
             NotReady: the service is stopping.
         """
         deadline_seconds = self._limits.deadline_seconds
-        self._check(size_bytes, 1, deadline_seconds, light=light)
+        self._check(size_bytes, 1, deadline_seconds, light=light, bulk=False)
         return self._admit(item, size_bytes, 1, deadline_seconds, light=light, bulk=False)
 
     def submit_all(
@@ -134,13 +125,13 @@ class Batcher(Generic[Item, Prepared, Result]):
         """
         deadline_seconds = min(deadline_seconds or math.inf, self._limits.deadline_seconds)
         pictures = sum(count for _, _, count in items)
-        self._check(sum(size for _, size, _ in items), pictures, deadline_seconds, light=light)
         bulk = pictures > 1
+        self._check(sum(size for _, size, _ in items), pictures, deadline_seconds, light=light, bulk=bulk)
         return [self._admit(*item, deadline_seconds, light=light, bulk=bulk) for item in items]
 
-    def _check(self, size_bytes: int, count: int, deadline_seconds: float, *, light: bool) -> None:
+    def _check(self, size_bytes: int, count: int, deadline_seconds: float, *, light: bool, bulk: bool) -> None:
         self._check_open()
-        self._admission.check(size_bytes, count, deadline_seconds, light=light)
+        self._admission.check(size_bytes, count, deadline_seconds, light=light, bulk=bulk)
 
     def _check_open(self) -> None:
         if not self.ready:
@@ -154,7 +145,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         entry: Entry[Item, Prepared, Result] = Entry(
             item, size_bytes, count, future, deadline_seconds, self._run, light=light, bulk=bulk
         )
-        self._admission.enter(size_bytes, count, light=light)
+        self._admission.enter(size_bytes, count, light=light, bulk=bulk)
         if not light:
             self._heavy.put(entry)
         elif (failure := entry.prepare(self._prepare)) is None:
@@ -203,7 +194,7 @@ class Batcher(Generic[Item, Prepared, Result]):
             failed = all(isinstance(outcome, Exception) for _, outcome in outcomes)
             self._failed_batches = self._failed_batches + 1 if failed else 0
         for entry, outcome in outcomes:
-            self._admission.leave(entry.size_bytes, entry.count, light=entry.light)
+            self._admission.leave(entry.size_bytes, entry.count, light=entry.light, bulk=entry.bulk)
             if not entry.light and entry.prepare_seconds:
                 self._admission.learn_heavy(entry.prepare_seconds)
             if entry.future.done():  # cancelled meanwhile
@@ -218,12 +209,14 @@ class Batcher(Generic[Item, Prepared, Result]):
     # Decode thread
 
     def _decode(self) -> None:
-        while isinstance(entry := self._heavy.get(), Entry):
-            failure = entry.refusal() or entry.prepare(self._prepare)
-            if failure is None:
-                self._queue.put(entry)
-            else:
-                self._loop.call_soon_threadsafe(self._settle, [(entry, failure)])
+        while self._heavy or not self._heavy.stopped:
+            self._heavy.collect(timeout=0 if self._heavy else None)
+            for entry in self._heavy.next_batch():
+                failure = entry.refusal() or entry.prepare(self._prepare)
+                if failure is None:
+                    self._queue.put(entry)
+                else:
+                    self._loop.call_soon_threadsafe(self._settle, [(entry, failure)])
         self._queue.put(Signal.STOP)
 
     # Inference thread
@@ -247,29 +240,14 @@ class Batcher(Generic[Item, Prepared, Result]):
         """
         if self._exchanges:
             self._build_step(*self._exchanges[0])
-        self._collect(timeout=0)
-        while not (self._turns or self._stopping):
+        self._queue.collect(timeout=0)
+        while not (self._queue or self._queue.stopped):
             if self._exchanges:
                 self._build_step(*self._exchanges[0])
-                self._collect(timeout=0)
-            elif not self._collect(QUIET_SECONDS if self._idle_work else None) and self._idle_work:
+                self._queue.collect(timeout=0)
+            elif not self._queue.collect(QUIET_SECONDS if self._idle_work else None) and self._idle_work:
                 self._step(self._idle_work[0])
-        return self._turns.next_batch()
-
-    def _collect(self, timeout: float | None) -> bool:
-        """Sort out what has queued, after waiting for something for so long; whether there was anything."""
-        try:
-            taken = self._queue.get(timeout=timeout) if timeout != 0 else self._queue.get_nowait()
-        except Empty:
-            return False
-        with suppress(Empty):
-            while True:
-                if isinstance(taken, Entry):
-                    self._turns.add(taken)
-                elif taken is Signal.STOP:
-                    self._stopping = True
-                taken = self._queue.get_nowait()
-        return True
+        return self._queue.next_batch()
 
     def _build_step(self, building: Building[Prepared, Result], built: asyncio.Future[Run[Prepared, Result]]) -> None:
         outcome: Run[Prepared, Result] | Exception

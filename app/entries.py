@@ -3,7 +3,10 @@
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from enum import Enum, auto
+from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import Generic, TypeVar
 
@@ -65,8 +68,15 @@ class Entry(Generic[Item, Prepared, Result]):
         return None
 
 
+class Signal(Enum):
+    """What a thread is told besides entries: to look up from its queue; that nothing more will come."""
+
+    WAKE = auto()
+    STOP = auto()
+
+
 class Turns(Generic[Item, Prepared, Result]):
-    """What waits for the inference thread, which alone may touch it.
+    """What waits for a thread. Any may `put`; the rest belongs to that one.
 
     Requests of one picture and of many take turns, batch by batch, while both wait: a thousand pictures in one request
     delay a single one by one batch of theirs, and get half of the time.
@@ -80,6 +90,9 @@ class Turns(Generic[Item, Prepared, Result]):
     def __init__(self, usual_batch: int, max_batch: int) -> None:
         self._usual_batch = usual_batch
         self._max_batch = max_batch
+        self._arrived: SimpleQueue[Entry[Item, Prepared, Result] | Signal] = SimpleQueue()
+        self.stopped = False
+        """Whether `Signal.STOP` has been collected."""
         self._singles: deque[Entry[Item, Prepared, Result]] = deque()
         self._bulk: deque[Entry[Item, Prepared, Result]] = deque()
         self._turn = self._singles
@@ -87,8 +100,23 @@ class Turns(Generic[Item, Prepared, Result]):
     def __bool__(self) -> bool:
         return bool(self._singles or self._bulk)
 
-    def add(self, entry: Entry[Item, Prepared, Result]) -> None:
-        (self._bulk if entry.bulk else self._singles).append(entry)
+    def put(self, arrival: Entry[Item, Prepared, Result] | Signal) -> None:
+        self._arrived.put(arrival)
+
+    def collect(self, timeout: float | None) -> bool:
+        """Sort out what has arrived, after waiting for something for so long; whether there was anything."""
+        try:
+            arrival = self._arrived.get(timeout=timeout) if timeout != 0 else self._arrived.get_nowait()
+        except Empty:
+            return False
+        with suppress(Empty):
+            while True:
+                if isinstance(arrival, Entry):
+                    (self._bulk if arrival.bulk else self._singles).append(arrival)
+                elif arrival is Signal.STOP:
+                    self.stopped = True
+                arrival = self._arrived.get_nowait()
+        return True
 
     def next_batch(self) -> list[Entry[Item, Prepared, Result]]:
         """As many as fit into a batch, of one kind and for one `run`; an item of more pictures than that, alone."""

@@ -106,6 +106,27 @@ async def test_a_request_of_many_and_those_of_one_take_turns() -> None:
     await batcher.close()
 
 
+async def test_pictures_of_one_request_that_take_long_to_prepare_let_those_of_others_through() -> None:
+    doubler, prepared = Doubler(), list[str]()
+    gate, begun = threading.Event(), threading.Event()
+
+    def prepare(text: str) -> int:
+        prepared.append(text)
+        begun.set()
+        gate.wait()
+        return doubler.prepare(text)
+
+    batcher = Batcher(prepare, doubler.build, LIMITS)
+    await batcher.start()
+    many = batcher.submit_all([(str(number), 1, 1) for number in range(1, 6)], light=False)
+    await asyncio.to_thread(begun.wait)
+    singles = [batcher.submit(str(number), 1, light=False) for number in (11, 12)]
+    gate.set()
+    await asyncio.gather(*many, *singles)
+    assert prepared == ["1", "11", "2", "12", "3", "4", "5"]
+    await batcher.close()
+
+
 async def test_one_item_of_many_pictures_is_a_request_of_many() -> None:
     doubler = Doubler()
     batcher = await start(doubler)
@@ -265,8 +286,30 @@ def test_one_batch_changes_the_mean_time_by_a_tenth() -> None:
     admission = Admission(LIMITS)
     for seconds in (10.0, 0.0):
         admission.learn(seconds)
-    admission.enter(1, 1, light=True)
-    assert admission.expected_wait_seconds(light=True) == pytest.approx(9.0)
+    admission.enter(1, 1, light=True, bulk=False)
+    assert admission.expected_wait_seconds(light=True, bulk=False) == pytest.approx(9.0)
+
+
+def test_a_request_of_one_waits_for_a_part_of_those_of_many_and_these_for_all() -> None:
+    admission = Admission(LIMITS)
+    admission.learn(1.0)
+    admission.learn_heavy(10.0)
+    for _ in range(50):
+        admission.enter(1, 1, light=False, bulk=True)
+    for light in (True, False):
+        assert admission.expected_wait_seconds(light=light, bulk=True) == (50 if light else 500)
+    assert admission.expected_wait_seconds(light=True, bulk=False) == 4  # the batch that runs
+    assert admission.expected_wait_seconds(light=False, bulk=False) == 10  # the one that is prepared
+    for _ in range(3):
+        admission.enter(1, 1, light=False, bulk=False)
+    assert admission.expected_wait_seconds(light=True, bulk=False) == 4 + 2 * 3
+    assert admission.expected_wait_seconds(light=False, bulk=False) == 10 + 10 * 2 * 3
+    for _ in range(50):
+        admission.leave(1, 1, light=False, bulk=True)
+    assert admission.expected_wait_seconds(light=False, bulk=False) == 30
+    for _ in range(3):
+        admission.leave(1, 1, light=False, bulk=False)
+    assert admission.expected_wait_seconds(light=False, bulk=True) == admission.waiting == admission.waiting_bytes == 0
 
 
 async def test_what_takes_long_to_prepare_is_refused_by_that_and_does_not_count_for_what_is_light(
@@ -288,7 +331,7 @@ async def test_what_takes_long_to_prepare_is_refused_by_that_and_does_not_count_
     small = batcher.submit("3", 1, light=True)
     doubler.gate.set()
     assert await asyncio.gather(held, small, *photos) == [0, 6] + 8 * [2]
-    assert batcher.waiting == batcher._admission.heavy == 0
+    assert batcher.waiting == 0
     await batcher.close()
 
 

@@ -142,11 +142,11 @@ def test_what_waits_and_what_is_too_much(settings: Settings, png: bytes) -> None
     app = create_app(Settings(weights=settings.weights, device="cpu", threads=1, max_waiting=1))
     with TestClient(app) as client:
         admission = app.state.service._batcher._admission
-        admission.enter(10, 1, light=True)  # as if one were being answered
+        admission.enter(10, 1, light=True, bulk=False)  # as if one were being answered
         assert client.post("/predict", content=png, headers=PNG).status_code == 429
         app.state.service.draining = True
         metrics = scrape(client)
-        admission.leave(10, 1, light=True)
+        admission.leave(10, 1, light=True, bulk=False)
     assert (metrics.one("cifar_queue_depth"), metrics.one("cifar_ready")) == (1, 0)
     assert metrics.of("cifar_refusals_total", "reason") == {("overloaded",): 1}
     assert metrics.one("cifar_decode_seconds_count") == 0
