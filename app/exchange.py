@@ -25,8 +25,6 @@ RawReply = tuple[int, list[tuple[bytes, bytes]], bytes]
 JSON = b"application/json"
 LIGHT_BYTES = 16 * 1024
 """Five times a picture's raw pixels. One of the usual 2 KB takes 0.1 ms to decode."""
-
-
 MAX_DIGITS = 20
 """Of a length; that many say more than there is memory, and Python reads 4,300 at most."""
 

@@ -70,7 +70,6 @@ DAMAGED = (OSError, ValueError, SyntaxError, AssertionError, IndexError, struct.
 # Texts in a PNG: of 1 MB when inflated, where Pillow allows 64, which keep a core busy for 0.1 s.
 PngImagePlugin.MAX_TEXT_MEMORY = PngImagePlugin.MAX_TEXT_CHUNK
 
-
 # Of odd metadata, which make no difference here; one picture can make sixty thousand.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 

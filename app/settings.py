@@ -215,14 +215,14 @@ KNOWN: dict[str, Setting] = {
 
 
 def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
-    """Settings from the command line and the environment.
+    """Settings from the command line and the environment, where an empty variable counts as none.
 
     Raises:
         SettingsError: a value is not accepted, or a flag or a CIFAR_ variable does not exist.
         SystemExit: `--help` was asked for and printed.
     """
     environment = {name: value for name, value in environment.items() if not _is_of_kubernetes(name, value)}
-    values = {name: (f"{PREFIX}{name.upper()}", environment.get(f"{PREFIX}{name.upper()}")) for name in KNOWN}
+    values = {name: (f"{PREFIX}{name.upper()}", environment.get(f"{PREFIX}{name.upper()}") or None) for name in KNOWN}
     variables = [variable for variable, _ in values.values()]
     for variable in environment:
         if variable.startswith(PREFIX) and variable not in variables:

@@ -70,13 +70,18 @@ def test_the_environment_beats_the_default_and_a_flag_beats_the_environment() ->
     assert (settings.port, settings.max_batch, settings.data) == (9001, 3, Path("/pictures"))
 
 
+def test_an_empty_variable_counts_as_none() -> None:
+    """As `docker run -e CIFAR_DATA=` and compose's ${CIFAR_DATA:-} leave it."""
+    assert parse_settings([], {f"CIFAR_{name.upper()}": "" for name in KNOWN}) == parse_settings([], {})
+
+
 @pytest.mark.parametrize(
     ("arguments", "environment", "sentence"),
     [
         (["--port", "x"], {}, "--port is 'x'; accepted is a whole number from 0 to 65,535."),
         ([], {"CIFAR_PORT": "65536"}, "CIFAR_PORT is '65536'; accepted is a whole number from 0 to 65,535."),
         ([], {"CIFAR_Port": "1"}, "There is no setting CIFAR_Port. Did you mean CIFAR_PORT?"),
-        ([], {"CIFAR_PORT": ""}, "CIFAR_PORT is ''; accepted is a whole number from 0 to 65,535."),
+        (["--port", ""], {}, "--port is ''; accepted is a whole number from 0 to 65,535."),
         ([], {"CIFAR_DEADLINE_SECONDS": "nan"}, "accepted is a number of seconds from 0.001 to 3600."),
         ([], {"CIFAR_DRAIN_SECONDS": "-1"}, "CIFAR_DRAIN_SECONDS is '-1'; accepted is a number of seconds from 0"),
         ([], {"CIFAR_DEVICE": "gpu"}, "CIFAR_DEVICE is 'gpu'; accepted is cuda, cuda:0, cuda:1, ..., mps or cpu."),
@@ -91,7 +96,7 @@ def test_the_environment_beats_the_default_and_a_flag_beats_the_environment() ->
             {"CIFAR_ADMIN_KEY": "hunter2"},
             "has a value that is not repeated here; accepted is at least 16",
         ),
-        ([], {"CIFAR_HOST": ""}, "CIFAR_HOST is ''; accepted is a host name or an address."),
+        ([], {"CIFAR_HOST": " "}, "CIFAR_HOST is ' '; accepted is a host name or an address."),
         ([], {"CIFAR_PROT": "1"}, "There is no setting CIFAR_PROT. Did you mean CIFAR_PORT?"),
         ([], {"CIFAR_QQQQQQQQ": "1"}, "There is no setting CIFAR_QQQQQQQQ. There are CIFAR_WEIGHTS, CIFAR_DATA"),
         (["--prot=1"], {}, "There is no flag --prot. Did you mean --port?"),

@@ -9,10 +9,8 @@ from pydantic_core import from_json
 from app.errors import BadRequest, BodyTooLarge, NotOffered
 from app.model import IMAGE_SIZE
 from app.open_inference import tensors
-from app.open_inference.spec import IMAGE, INPUTS, OUTPUT_NAMES, PIXELS, TensorSpec
+from app.open_inference.spec import IMAGE, INPUTS, MAX_ID_LETTERS, OUTPUT_NAMES, PIXELS, TensorSpec
 
-MAX_ID = 1024
-"""Letters. It is sent back."""
 MAX_BRACKETS_OF_A_PICTURE = 1 + IMAGE_SIZE + IMAGE_SIZE**2
 """If its pixels are nested as far as they can be."""
 MAX_OTHER_BRACKETS = 1000
@@ -68,9 +66,9 @@ def decode(body: bytes, json_length: str | None, *, binary: bool, max_pictures: 
         )
     pixels, pictures = _content(spec, tensor, count, memoryview(body)[length:])
     request_id = _given(request, "id", "")
-    if not isinstance(request_id, str) or len(request_id) > MAX_ID:
+    if not isinstance(request_id, str) or len(request_id) > MAX_ID_LETTERS:
         raise BadRequest(
-            f"The `id` of the request is {show(request_id)}; expected is text, at most {MAX_ID:,} letters."
+            f"The `id` of the request is {show(request_id)}; expected is text, at most {MAX_ID_LETTERS:,} letters."
         )
     return Inference(
         pixels=pixels,

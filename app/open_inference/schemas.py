@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from app.open_inference.spec import OUTPUT_NAMES
+from app.open_inference.spec import MAX_ID_LETTERS, OUTPUT_NAMES
 
 
 class ServerMetadata(BaseModel):
@@ -166,7 +166,7 @@ class RequestParameters(BaseModel):
 class InferenceRequest(BaseModel):
     """Pictures to classify."""
 
-    id: str = Field("", description="Comes back in the answer.")
+    id: str = Field("", description="Comes back in the answer.", max_length=MAX_ID_LETTERS)
     parameters: RequestParameters | None = Field(None, description="Of all of the request.")
     inputs: list[InputTensor] = Field(description="Exactly one.", min_length=1, max_length=1)
     outputs: list[RequestedOutput] = Field([], description="Those asked for; without any, all.")

@@ -34,6 +34,8 @@ IMAGE = TensorSpec("image", "BYTES", (-1,))
 INPUTS = {spec.name: spec for spec in (PIXELS, IMAGE)}
 OUTPUT_NAMES = ("probabilities", "label", "class_id", "familiarity")
 
+MAX_ID_LETTERS = 1024
+"""Of a request; it is sent back."""
 UNKNOWN = -1.0
 """The familiarity with weights that do not know of it; a tensor cannot have null."""
 
