@@ -14,14 +14,11 @@ download   CIFAR-10 from its home page
 
 import argparse
 import dataclasses
-import datetime
 import json
 import os
-import platform
 import shlex
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +38,11 @@ from training.calibrate import complete
 from training.card import write_card
 from training.config import LARGEST_SEED, RECIPES, Recipe, add_flags, override
 from training.data import download, hold_out, locate
-from training.distill import Teachers, introduce
+from training.distill import Teachers
 from training.evaluate import evaluate, format_report, predict
-from training.fit import compute_dtype, fit, initialize, join_workers
+from training.fit import Row, compute_dtype, fit, initialize, join_workers
 from training.log import RunLog, read_rows, write_rows
+from training.provenance import hold_out_for, load_teachers, provenance, take_over_calibration
 from training.summary import summarize
 from training.unfamiliar import compare, format_comparison
 
@@ -75,9 +73,9 @@ def train_command(options: argparse.Namespace) -> None:
     images, test = data.read(locate(options.data, os.environ))
     if options.calibration and recipe.validation:
         raise ValueError("A run with --validation makes its own calibration; leave out --calibration, or --validation.")
-    teachers = _teachers(options.teacher, recipe, images)
+    teachers = load_teachers(options.teacher, recipe, images)
     if options.calibration and options.calibration.exists():  # better known before the training than after it
-        _calibration(options.calibration, recipe, images, teachers)
+        take_over_calibration(options.calibration, recipe, images, teachers)
     train, held_out = hold_out(images, recipe.validation) if recipe.validation else (images, None)
 
     network = model.build(recipe.network, num_classes=len(train.classes))
@@ -86,16 +84,7 @@ def train_command(options: argparse.Namespace) -> None:
     if log:
         if options.resume and not (run / "state.pt").exists():
             log.say(f"{run} holds no run yet; this one begins at the beginning.")
-        log.say(
-            f"Recipe {options.recipe}, in {run}: "
-            + ", ".join(f"{name} {value}" for name, value in vars(recipe).items())
-        )
-        seen = set(train.labels_N.tolist())
-        if unseen := [name for label, name in enumerate(train.classes) if label not in seen]:
-            log.say(
-                f"Of {len(train.classes)} classes, {len(unseen)} without an image to train on, of those that are not "
-                f"held out: {', '.join(unseen[:NAMED_CLASSES])}{', ...' if len(unseen) > NAMED_CLASSES else '.'}"
-            )
+        _announce(log, options.recipe, recipe, train)
         log.say(f"{len(train):,} images of {train.name} on {describe(device)}, {str(dtype).removeprefix('torch.')}")
 
     rows = fit(
@@ -120,108 +109,60 @@ def train_command(options: argparse.Namespace) -> None:
         arguments={"num_classes": len(train.classes)},
         state_dict=network.cpu().state_dict(),
         classes=train.classes,
-        trained={
-            "recipe": options.recipe,
-            **dataclasses.asdict(recipe),
-            "command": "python -m training " + shlex.join(sys.argv[1:]),
-            "images": f"{len(train):,} of {train.name}",
-            "data_sha256": train.digest,
-            "teachers": introduce(teachers),
-            "seconds": round(sum(row["train_seconds"] for row in rows), 1),
-            "processes": workers.count,
-            "device": describe(device),
-            "precision": str(dtype),
-            "versions": {name: metadata.version(name) for name in ("torch", "torchvision")},
-            "python": platform.python_version(),
-            "finished_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        },
+        trained=provenance(
+            options.recipe,
+            recipe,
+            train,
+            teachers,
+            seconds=round(sum(row["train_seconds"] for row in rows), 1),
+            processes=workers.count,
+            device=describe(device),
+            precision=str(dtype),
+        ),
     )
-    taken_over = _calibration(options.calibration, recipe, images, teachers) if options.calibration else None
+    taken_over = take_over_calibration(options.calibration, recipe, images, teachers) if options.calibration else None
     calibrated = complete(untested, held_out, taken_over, device)
     log.say(_describe(calibrated.calibration))
     # The one reading of the test images, after everything is decided; none at all when images were held out.
     checkpoint = dataclasses.replace(calibrated, evaluation=evaluate(calibrated, held_out or test, device))
     assert checkpoint.evaluation is not None
-    weights = run / "cifar_net.pth"
-    save(checkpoint, weights)
+    weights = options.out or run / "cifar_net.pth"
+    save(checkpoint, run / "cifar_net.pth")
     if options.out:
-        save(checkpoint, options.out)
-        # For the model card, with the log of the run that the calibration is from; nothing may be left of another run.
-        write_rows(options.out.with_suffix(".log.jsonl"), rows)
-        _forget_others(options.out, ".robustness.json", ".unfamiliar.json", ".validation.log.jsonl")
-        if options.calibration and (validated := read_rows(options.calibration.parent / "log.jsonl")):
-            write_rows(options.out.with_suffix(".validation.log.jsonl"), validated)
-        weights = options.out
+        _publish(checkpoint, options.out, rows, options.calibration)
     log.say(format_report(report(checkpoint.evaluation, checkpoint.classes)))
     if held_out:
         log.say("The calibration was fitted to these very images: its own figures, and the sets', flatter it a little.")
     log.say(f"Wrote {weights}. Serve it with: CIFAR_WEIGHTS={shlex.quote(str(weights))} make serve")
 
 
+def _announce(log: RunLog, name: str, recipe: Recipe, train: Split) -> None:
+    """What is about to be trained, and on which classes it cannot be."""
+    log.say(
+        f"Recipe {name}, in {log.folder}: " + ", ".join(f"{field} {value}" for field, value in vars(recipe).items())
+    )
+    seen = set(train.labels_N.tolist())
+    if unseen := [each for label, each in enumerate(train.classes) if label not in seen]:
+        log.say(
+            f"Of {len(train.classes)} classes, {len(unseen)} without an image to train on, of those that are not "
+            f"held out: {', '.join(unseen[:NAMED_CLASSES])}{', ...' if len(unseen) > NAMED_CLASSES else '.'}"
+        )
+
+
+def _publish(checkpoint: Checkpoint, weights: Path, rows: list[Row], calibration: Path | None) -> None:
+    """Write the weights where they are wanted, and beside them what the model card reads: the log of the run, and that
+    of the run which the calibration is from. Nothing may be left of other weights."""
+    save(checkpoint, weights)
+    write_rows(weights.with_suffix(".log.jsonl"), rows)
+    _forget_others(weights, ".robustness.json", ".unfamiliar.json", ".validation.log.jsonl")
+    if calibration and (validated := read_rows(calibration.parent / "log.jsonl")):
+        write_rows(weights.with_suffix(".validation.log.jsonl"), validated)
+
+
 def _forget_others(weights: Path, *kinds: str) -> None:
     """Remove what lies beside a weights file and is of those that were there before."""
     for kind in kinds:
         weights.with_suffix(kind).unlink(missing_ok=True)
-
-
-def _teachers(files: list[Path], recipe: Recipe, images: Split) -> list[Checkpoint]:
-    """Those that a recipe with distillation learns from, of the training images `images`.
-
-    Raises:
-        CheckpointError, ValueError: a file cannot be used, or files and recipe do not fit.
-    """
-    if recipe.distillation and not files:
-        raise ValueError(
-            f"The recipe has distillation {recipe.distillation}: it learns from a teacher. Train one with --recipe "
-            "teacher and name its weights with --teacher, or learn from the labels alone with --distillation 0."
-        )
-    if files and not recipe.distillation:
-        raise ValueError("The recipe has distillation 0; leave out --teacher, or give it a share, --distillation 0.7.")
-    teachers = [load(file) for file in files]
-    for file, teacher in zip(files, teachers, strict=True):
-        if recipe.validation and not _held_out_too(teacher, images, recipe.validation):
-            raise ValueError(
-                f"The teacher {file} may have seen images that this run holds out, and would pass them on. Name one "
-                f"that was trained on the same images with --validation {recipe.validation}."
-            )
-    return teachers
-
-
-def _held_out_too(weights: Checkpoint, images: Split, share: float) -> bool:
-    """Whether `weights` have seen none of the images that `share` holds out of `images`, as far as their file tells."""
-    own = weights.trained.get("validation", 0.0)
-    return own >= share and weights.trained.get("data_sha256") == hold_out(images, own)[0].digest
-
-
-def _calibration(file: Path, recipe: Recipe, images: Split, teachers: list[Checkpoint]) -> Calibration:
-    """What a run with --validation found, for a run on all images, which has none to calibrate on.
-
-    Raises:
-        CheckpointError, ValueError: the file cannot be used, or the two runs do not fit.
-    """
-    if not file.exists():
-        raise ValueError(
-            f"The training is done, but there is no {file} to take the calibration from. When it is there, run the "
-            "same command with --resume, which only writes the weights."
-        )
-    found = load(file)
-    if (found.architecture, found.classes) != (recipe.network, images.classes):
-        raise ValueError(
-            f"The calibration in {file} is of a network {found.architecture} for the classes "
-            f"{', '.join(found.classes)}; this run trains {recipe.network} for {', '.join(images.classes)}."
-        )
-    if found.calibration.set_threshold is None or not found.trained.get("validation"):
-        whose = "no calibration" if found.calibration.set_threshold is None else "the calibration of another run"
-        raise ValueError(f"The file {file} has {whose}; name one that a run with --validation 0.1 has written.")
-    others = hold_out(images, found.trained["validation"])[0]
-    wanted = vars(recipe) | {"teachers": introduce(teachers), "data_sha256": others.digest}
-    kept = wanted.keys() - {"seed", "validation", "precision", "report_every"}
-    if other := sorted(name for name in kept if found.trained.get(name) != wanted[name]):
-        raise ValueError(
-            f"The calibration in {file} is of a run with another value of: {', '.join(other)}. Name one of the same "
-            "recipe, images and teachers with --validation 0.1."
-        )
-    return found.calibration
 
 
 def _describe(calibration: Calibration) -> str:
@@ -258,26 +199,11 @@ def _split(options: argparse.Namespace, weights: Checkpoint | None = None) -> Sp
     """The images to measure or show: the test images, or with --validation those a run held out.
 
     Raises:
-        DataError, ValueError: as `_for_weights`.
+        DataError, ValueError: as `hold_out_for`.
     """
     folder, share = locate(options.data, os.environ), options.validation
-    split = _held_out(weights, data.read(folder)[0], share)[1] if share else data.read_test(folder)
+    split = hold_out_for(weights, data.read(folder)[0], share)[1] if share else data.read_test(folder)
     return split if weights is None else split.labelled_for(weights.classes)
-
-
-def _held_out(weights: Checkpoint | None, images: Split, share: float) -> tuple[Split, Split]:
-    """As `hold_out`, to measure `weights`.
-
-    Raises:
-        ValueError: they may have seen some of the images.
-    """
-    parts = hold_out(images, share)
-    if weights is not None and not _held_out_too(weights, images, share):
-        raise ValueError(
-            f"These weights may have seen some of the images that --validation {share} holds out. Name the weights of "
-            f"a run with --validation {share} on the same images."
-        )
-    return parts
 
 
 def evaluate_command(options: argparse.Namespace) -> None:
@@ -308,7 +234,7 @@ def unfamiliar_command(options: argparse.Namespace) -> None:
     checkpoint = load(options.weights)
     train, split = data.read(locate(options.data, os.environ))
     if options.validation:
-        train, split = _held_out(checkpoint, train, options.validation)
+        train, split = hold_out_for(checkpoint, train, options.validation)
     split = split.labelled_for(checkpoint.classes)
     found = compare(checkpoint, train, split, options.count, choose_device(options.device))
     _put_out({"weights": _identify(options.weights, checkpoint), **found}, format_comparison(found), options)
@@ -337,7 +263,7 @@ def ablate_command(options: argparse.Namespace) -> None:
         options.seeds,
         options.out,
         device=choose_device(options.device),
-        teachers=_teachers(options.teacher, dataclasses.replace(recipe, validation=VALIDATION), train),
+        teachers=load_teachers(options.teacher, dataclasses.replace(recipe, validation=VALIDATION), train),
         on_row=lambda row: print(
             f"seed {row['seed']}, {row['setting']}: {row['validation_accuracy']:.2%}, "
             f"as JPEG {row['jpeg_accuracy']:.2%}",

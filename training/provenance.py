@@ -1,0 +1,112 @@
+"""Where weights come from, and what follows from it: whom they may teach, and which images can measure them.
+
+Weights have seen the images that they were trained on. Whatever is fitted to those, or measured on them, flatters.
+"""
+
+import dataclasses
+import datetime
+import platform
+import shlex
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from app.calibration import Calibration
+from app.checkpoint import Checkpoint, load
+from app.data import Split
+from training.config import Recipe
+from training.data import hold_out
+from training.distill import introduce
+
+
+def provenance(name: str, recipe: Recipe, train: Split, teachers: list[Checkpoint], **machine: Any) -> dict[str, Any]:
+    """What a weights file tells of its training: the recipe, by its `name` and in full, the images, the teachers, how
+    it was called, and what the `machine` was."""
+    return {
+        "recipe": name,
+        **dataclasses.asdict(recipe),
+        "command": "python -m training " + shlex.join(sys.argv[1:]),
+        "images": f"{len(train):,} of {train.name}",
+        "data_sha256": train.digest,
+        "teachers": introduce(teachers),
+        **machine,
+        "versions": {package: metadata.version(package) for package in ("torch", "torchvision")},
+        "python": platform.python_version(),
+        "finished_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def load_teachers(files: list[Path], recipe: Recipe, images: Split) -> list[Checkpoint]:
+    """Those that a recipe with distillation learns from, of the training images `images`.
+
+    Raises:
+        CheckpointError, ValueError: a file cannot be used, or files and recipe do not fit.
+    """
+    if recipe.distillation and not files:
+        raise ValueError(
+            f"The recipe has distillation {recipe.distillation}: it learns from a teacher. Train one with --recipe "
+            "teacher and name its weights with --teacher, or learn from the labels alone with --distillation 0."
+        )
+    if files and not recipe.distillation:
+        raise ValueError("The recipe has distillation 0; leave out --teacher, or give it a share, --distillation 0.7.")
+    teachers = [load(file) for file in files]
+    for file, teacher in zip(files, teachers, strict=True):
+        if recipe.validation and not _unseen(teacher, images, recipe.validation):
+            raise ValueError(
+                f"The teacher {file} may have seen images that this run holds out, and would pass them on. Name one "
+                f"that was trained on the same images with --validation {recipe.validation}."
+            )
+    return teachers
+
+
+def take_over_calibration(file: Path, recipe: Recipe, images: Split, teachers: list[Checkpoint]) -> Calibration:
+    """What a run with --validation found, for a run on all images, which has none to calibrate on.
+
+    Raises:
+        CheckpointError, ValueError: the file cannot be used, or the two runs do not fit.
+    """
+    if not file.exists():
+        raise ValueError(
+            f"The training is done, but there is no {file} to take the calibration from. When it is there, run the "
+            "same command with --resume, which only writes the weights."
+        )
+    found = load(file)
+    if (found.architecture, found.classes) != (recipe.network, images.classes):
+        raise ValueError(
+            f"The calibration in {file} is of a network {found.architecture} for the classes "
+            f"{', '.join(found.classes)}; this run trains {recipe.network} for {', '.join(images.classes)}."
+        )
+    if found.calibration.set_threshold is None or not found.trained.get("validation"):
+        whose = "no calibration" if found.calibration.set_threshold is None else "the calibration of another run"
+        raise ValueError(f"The file {file} has {whose}; name one that a run with --validation 0.1 has written.")
+    others = hold_out(images, found.trained["validation"])[0]
+    wanted = vars(recipe) | {"teachers": introduce(teachers), "data_sha256": others.digest}
+    kept = wanted.keys() - {"seed", "validation", "precision", "report_every"}
+    if other := sorted(name for name in kept if found.trained.get(name) != wanted[name]):
+        raise ValueError(
+            f"The calibration in {file} is of a run with another value of: {', '.join(other)}. Name one of the same "
+            "recipe, images and teachers with --validation 0.1."
+        )
+    return found.calibration
+
+
+def hold_out_for(weights: Checkpoint | None, images: Split, share: float) -> tuple[Split, Split]:
+    """As `hold_out`, to measure `weights`.
+
+    Raises:
+        ValueError: they may have seen some of the images.
+    """
+    parts = hold_out(images, share)
+    if weights is not None and not _unseen(weights, images, share):
+        raise ValueError(
+            f"These weights may have seen some of the images that --validation {share} holds out. Name the weights of "
+            f"a run with --validation {share} on the same images."
+        )
+    return parts
+
+
+def _unseen(weights: Checkpoint, images: Split, share: float) -> bool:
+    """Whether `weights` have seen none of the images that `share` holds out of `images`, as far as their file tells."""
+    own = weights.trained.get("validation", 0.0)
+    return own >= share and weights.trained.get("data_sha256") == hold_out(images, own)[0].digest
