@@ -38,6 +38,10 @@ QUIET_SECONDS = 0.005
 BROKEN_BATCHES = 10
 """After so many in a row of which nothing could be answered, nothing will be: a GPU that has failed stays so."""
 STOPPING = "The service is stopping. Try again, it may be back shortly."
+NOT_RUNNING = (
+    "The service is not running: whoever embeds the application has to run its lifespan, as a server does and "
+    "`with TestClient(app) as client`."
+)
 
 
 class Batcher(Generic[Item, Prepared, Result]):
@@ -68,7 +72,7 @@ class Batcher(Generic[Item, Prepared, Result]):
     # Event loop
 
     async def start(self) -> None:
-        """Return when `build` has; raise what it raised."""
+        """Return when `build` has; raise what it raised. Once only."""
         self._loop = asyncio.get_running_loop()
         self._built: asyncio.Future[Run[Prepared, Result]] = self._loop.create_future()
         self._inference_thread.start()
@@ -76,8 +80,13 @@ class Batcher(Generic[Item, Prepared, Result]):
         self._run = await self._built
 
     @property
-    def ready(self) -> bool:
+    def running(self) -> bool:
         return self._inference_thread.is_alive() and not self._closing
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has come to its end, or is about to."""
+        return self._closing
 
     @property
     def broken(self) -> bool:
@@ -134,8 +143,8 @@ class Batcher(Generic[Item, Prepared, Result]):
         self._admission.check(size_bytes, count, deadline_seconds, light=light, bulk=bulk)
 
     def _check_open(self) -> None:
-        if not self.ready:
-            raise NotReady(STOPPING, retry_after_seconds=1)
+        if not self.running:
+            raise NotReady(STOPPING if self._closing else NOT_RUNNING, retry_after_seconds=1)
 
     def _admit(
         self, item: Item, size_bytes: int, count: int, deadline_seconds: float, *, light: bool, bulk: bool

@@ -83,7 +83,8 @@ class Boundary:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", state["request_id"].encode())]
+                kept = [header for header in message["headers"] if header[0] != b"accept-ranges"]
+                message["headers"] = [*kept, (b"x-request-id", state["request_id"].encode())]
                 if "timing" in state:
                     message["headers"].append(server_timing(state["timing"], monotonic() - started_at))
             await send(message)

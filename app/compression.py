@@ -37,9 +37,14 @@ def deflate(body: bytes, encoding: str) -> bytes:
 
 
 def accepted(header: str) -> str | None:
-    """The first of our encodings in an Accept-Encoding header; ;q=0 rules one out (RFC 9110, section 12.5.3)."""
+    """Which of our encodings an Accept-Encoding header likes best; ;q=0 rules one out (RFC 9110, section 12.5.3)."""
+    best, most = None, 0.0
     for offer in header.lower().replace(" ", "").split(","):
         name, _, quality = offer.partition(";q=")
-        if name in ENCODINGS and (not quality or quality.strip("0.")):
-            return name
-    return None
+        try:
+            weight = float(quality or 1)
+        except ValueError:
+            continue
+        if name in ENCODINGS and weight > most:
+            best, most = name, weight
+    return best

@@ -68,7 +68,9 @@ def text(headers: Headers, name: bytes, default: str = "") -> str:
 def encoding_of(headers: Headers) -> str | None:
     """What the body is compressed with, in small letters."""
     encoding = text(headers, b"content-encoding").strip().lower()
-    return None if encoding in ("", "identity") else encoding
+    if encoding in ("", "identity"):
+        return None
+    return "gzip" if encoding == "x-gzip" else encoding  # its old name (RFC 9110, section 8.4.1.3)
 
 
 def announced_bytes(headers: Headers) -> int | None:

@@ -1,6 +1,5 @@
 """create_app(settings): wiring only."""
 
-import gc
 import os
 import sys
 from collections.abc import AsyncIterator
@@ -10,7 +9,6 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
 from starlette.routing import Route
-from starlette.staticfiles import StaticFiles
 
 from app import boundary, engine
 from app.boundary import Ledger
@@ -27,7 +25,8 @@ from app.statistics import Counts, Traffic
 DESCRIPTION = """Send a picture, get the probability of each class.
 
 Every error has the same body, `ErrorBody`; every answer has the header `X-Request-ID`, taken from the request if it
-has a well-formed one."""
+has a well-formed one. Besides what is listed for each path, 404 answers a path that does not exist, 405 a method that a
+path does not take, and 400, 408 or 431 what is no HTTP, comes too slowly or has too long a head."""
 
 
 def create_app(settings: Settings, classes: tuple[str, ...] | None = None) -> FastAPI:
@@ -51,12 +50,8 @@ def create_app(settings: Settings, classes: tuple[str, ...] | None = None) -> Fa
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        if not service.started:  # `python -m app` has started it, to say itself what is wrong with the weights
+        if not service.running:  # `python -m app` has started it, to say itself what is wrong with the weights
             await service.start()
-        # What is loaded stays; without this, a full garbage collection stops all requests for 60 ms now and then.
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(20_000)  # a request leaves no cycles; looking for some every 700 objects takes 3 % of the time
         yield
         await service.close()
 
@@ -97,7 +92,7 @@ def create_app(settings: Settings, classes: tuple[str, ...] | None = None) -> Fa
     for routes in (predict, batch, open_inference, metrics, health, pages, *administration):
         app.include_router(routes.router)
         paths |= {route.path for route in routes.router.routes if isinstance(route, Route)}
-    app.mount("/static", StaticFiles(directory=pages.STATIC), name="static")
+    app.mount("/static", pages.FILES, name="static")
     boundary.install(app, paths, ledger)
     _describe_request(app)
     return app

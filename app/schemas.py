@@ -1,5 +1,6 @@
 """The bodies of all answers, each field described. This is what /docs shows; nothing here computes."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, Field
@@ -173,9 +174,19 @@ class Health(BaseModel):
     status: str = Field(description="`ok` or `ready`.", examples=["ok"])
 
 
-def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The documentation of error answers, for a route's `responses`."""
-    return {status: {"model": ErrorBody, "description": MEANINGS[status]} for status in statuses}
+def refusals(*statuses: int, meanings: Mapping[int, str] = {}) -> dict[int | str, dict[str, Any]]:
+    """The documentation of error answers, for a route's `responses`; with `meanings` where they are others there."""
+    return {
+        status: {
+            "model": ErrorBody,
+            "description": meanings.get(status, MEANINGS[status]),
+            "headers": {"Retry-After": RETRY_AFTER} if status in (429, 503) else {},
+        }
+        for status in statuses
+    }
+
+
+RETRY_AFTER = {"description": "Seconds.", "schema": {"type": "integer"}}
 
 
 MEANINGS = {
@@ -187,9 +198,9 @@ MEANINGS = {
     413: "The body has too many bytes, or the picture too many pixels or pieces.",
     415: "A content type or content encoding that the service does not read.",
     422: "A picture that is not 32x32 without `resize`, or a parameter with a value that is not accepted.",
-    429: "The service has as much to do as it accepts. The header Retry-After says when to try again.",
+    429: "The service has as much to do as it accepts.",
     500: "A defect of the service; its log has the details under the request_id.",
     501: "A part of the protocol that this service does not offer.",
-    503: "The service is starting or stopping. The header Retry-After says when to try again.",
+    503: "The service is starting or stopping.",
     504: "The request waited too long for its turn.",
 }

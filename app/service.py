@@ -68,7 +68,6 @@ class Service:
     def __init__(self, settings: Settings, checkpoint: Checkpoint, device: torch.device) -> None:
         self.settings = settings
         self.device = device
-        self.started = False
         self.draining = False
         self.predictions = Predictions()
         self.on_exchange: Callable[[str], None] = lambda _sha256: None
@@ -86,15 +85,22 @@ class Service:
             max_waiting_bytes=settings.max_waiting_bytes,
             deadline_seconds=settings.deadline_seconds,
         )
-        self._batcher: Batcher[Item, Pixels, Verdict] = Batcher(
+        self._batcher = self._new_batcher()
+
+    def _new_batcher(self) -> Batcher[Item, Pixels, Verdict]:
+        return Batcher(
             prepare=self._prepare,
-            build=lambda: finish(self._build(self._served, settings.engine)),
+            build=lambda: finish(self._build(self._served, self.settings.engine)),
             limits=self._limits,
         )
 
     async def start(self) -> None:
-        """Return when the network is warm. An evaluation, if data were given, goes on in the background."""
-        self.started = True
+        """Return when the network is warm. An evaluation, if data were given, goes on in the background.
+
+        What was closed may be started again, as by a test for each `with TestClient(app)`.
+        """
+        if self._batcher.closed:
+            self._batcher = self._new_batcher()
         await self._batcher.start()
         release_memory()
         self._start_evaluation()
@@ -138,9 +144,14 @@ class Service:
         return self._served.predictor.engine.name
 
     @property
+    def running(self) -> bool:
+        """Whether it has been started and not closed."""
+        return self._batcher.running
+
+    @property
     def ready(self) -> bool:
         """Whether new requests should be sent here."""
-        return self._batcher.ready and not self.draining
+        return self.running and not self.draining
 
     @property
     def broken(self) -> bool:

@@ -221,15 +221,17 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
         SettingsError: a value is not accepted, or a flag or a CIFAR_ variable does not exist.
         SystemExit: `--help` was asked for and printed.
     """
-    environment = {name: value for name, value in environment.items() if not _is_of_kubernetes(name, value)}
-    values = {name: (f"{PREFIX}{name.upper()}", environment.get(f"{PREFIX}{name.upper()}") or None) for name in KNOWN}
-    variables = [variable for variable, _ in values.values()]
-    for variable in environment:
-        if variable.startswith(PREFIX) and variable not in variables:
-            raise SettingsError(f"There is no setting {variable}. {_nearest(variable, variables)}")
-    flags = _parser().parse_args(arguments)
-    values |= {name: (_flag(name), value) for name, value in vars(flags).items() if value is not None}
-    parsed = {name: _parse(KNOWN[name], source, value) for name, (source, value) in values.items() if value is not None}
+    flags = vars(_parser().parse_args(arguments))
+    variables = {f"{PREFIX}{name.upper()}": name for name in KNOWN}
+    parsed = {}
+    for variable, value in environment.items():
+        if not variable.startswith(PREFIX) or _is_of_kubernetes(variable, value):
+            continue
+        if variable not in variables:
+            raise SettingsError(f"There is no setting {variable}. {_nearest(variable, [*variables])}")
+        if value:
+            parsed[variables[variable]] = _parse(KNOWN[variables[variable]], variable, value)
+    parsed |= {name: _parse(KNOWN[name], _flag(name), value) for name, value in flags.items() if value is not None}
     if "threads" in parsed:
         parsed.setdefault("processes", usual_processes(parsed["threads"]))
     return Settings(**parsed)
@@ -237,7 +239,7 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
 
 def _is_of_kubernetes(variable: str, value: str) -> bool:
     is_address = variable.endswith("_PORT") and "://" in value
-    return variable.startswith(PREFIX) and (is_address or KUBERNETES.fullmatch(variable) is not None)
+    return is_address or KUBERNETES.fullmatch(variable) is not None
 
 
 def _parse(setting: Setting, source: str, value: str) -> Any:

@@ -387,7 +387,7 @@ async def test_closing_answers_all_that_was_admitted_and_refuses_the_rest() -> N
     futures = [batcher.submit(str(number), 1, light=number % 3 > 0) for number in range(1, 13)]
     closing = asyncio.create_task(batcher.close())
     await asyncio.sleep(0)
-    assert not batcher.ready
+    assert not batcher.running
     with pytest.raises(NotReady):
         batcher.submit("1", 1, light=True)
     doubler.gate.set()

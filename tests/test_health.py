@@ -1,6 +1,8 @@
 """Probes and pages."""
 
+import gc
 import re
+import weakref
 from urllib.parse import urljoin
 
 import pytest
@@ -47,6 +49,41 @@ async def test_not_ready_before_the_start_nor_after_the_end(settings: Settings) 
     assert service.ready
     await service.close()
     assert not service.ready
+
+
+def test_an_application_can_be_started_again(settings: Settings, png: bytes) -> None:
+    """As a test for each `with TestClient(app)` does with the one that it imports."""
+    app = create_app(settings)
+    for _ in range(2):
+        with TestClient(app) as client:
+            assert client.get("/readyz").status_code == 200
+            assert client.post("/predict", content=png).status_code == 200
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/readyz"), ("POST", "/predict"), ("POST", "/predict/batch")])
+def test_an_application_that_was_never_started_says_so(settings: Settings, png: bytes, method: str, path: str) -> None:
+    client = TestClient(create_app(settings))  # without `with`
+    response = client.request(method, path, files=[("file", png)] if method == "POST" else None)
+    assert response.status_code == 503
+    assert "has to run its lifespan" in response.json()["error"]
+    assert client.post("/v2/repository/index").json()[0]["reason"] == "not running"
+
+
+def test_an_application_that_has_ended_is_forgotten(settings: Settings) -> None:
+    app = create_app(settings)
+    with TestClient(app):
+        service = weakref.ref(app.state.service)
+    del app
+    gc.collect()
+    assert service() is None
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", "/static/style.css"])
+def test_a_file_that_the_browser_has_is_not_sent_again(client: TestClient, path: str) -> None:
+    whole = client.get(path)
+    assert "accept-ranges" not in whole.headers
+    again = client.get(path, headers={"if-none-match": whole.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
 
 
 @pytest.mark.parametrize("path", ["/", "/docs"])

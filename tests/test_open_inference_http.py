@@ -141,12 +141,15 @@ def test_a_picture_without_any_json(client: TestClient, png: bytes) -> None:
     probabilities, (class_id,) = struct.unpack("<10f", tail[:40]), struct.unpack("<q", tail[-12:-4])
     assert probabilities.index(max(probabilities)) == class_id
 
-    response = infer(client, png, {LENGTH: "0", "accept": "application/json"})
+    response = infer(client, png, {LENGTH: "0", "accept": "Application/JSON"})
     assert response.headers["content-type"] == "application/json"
     assert outputs(response)["class_id"] == [class_id]
 
 
-@pytest.mark.parametrize(("encoding", "compress"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
+@pytest.mark.parametrize(
+    ("encoding", "compress"),
+    [("gzip", gzip.compress), ("x-gzip", gzip.compress), ("X-GZIP", gzip.compress), ("deflate", zlib.compress)],
+)
 def test_a_compressed_request(client: TestClient, encoding: str, compress: Any) -> None:
     """The length of the JSON is the one without compression."""
     body, headers = request(4)

@@ -56,6 +56,13 @@ def test_pixels_in_binary() -> None:
     assert inference.pixels == bytearray(IMAGE + IMAGE[::-1])
 
 
+@pytest.mark.parametrize("data", [None, []])
+def test_no_data_beside_a_size_is_none(data: Any) -> None:
+    """As a client sends it that has a place for both."""
+    tensor = binary("pixels", "UINT8", [1, 32, 32, 3], 3072) | {"data": data}
+    assert read({"inputs": [tensor]}, IMAGE).pixels == bytearray(IMAGE)
+
+
 def test_pictures_in_binary() -> None:
     tail = strings(b"first", b"", b"third")
     inference = read({"inputs": [binary("image", "BYTES", [3], len(tail))]}, tail)

@@ -10,7 +10,6 @@ from fastapi.testclient import TestClient
 
 from app.images import Resize
 from app.open_inference.schemas import InferenceRequest, InferenceResponse
-from app.routes.predict import RAW
 from app.schemas import ErrorBody
 
 
@@ -63,6 +62,7 @@ def test_every_refusal_has_the_one_body_and_says_when(openapi: dict[str, Any]) -
                     schema = answer["content"]["application/json"]["schema"]
                     assert schema == {"$ref": f"#/components/schemas/{ErrorBody.__name__}"}
                     assert answer["description"].endswith(".")
+                    assert ("Retry-After" in answer["headers"]) == (status in ("429", "503"))
 
 
 def test_every_answer_in_json_has_a_schema(openapi: dict[str, Any]) -> None:
@@ -101,6 +101,20 @@ def test_the_schemas_of_the_inference_protocol_leave_nothing_out(client: TestCli
         assert client.get(described).json() == client.get(bare).json()
 
 
+def test_the_example_is_a_request(client: TestClient, openapi: dict[str, Any]) -> None:
+    body = openapi["paths"]["/v2/models/cifar/infer"]["post"]["requestBody"]["content"]["application/json"]
+    answer = client.post("/v2/models/cifar/infer", json=body["example"])
+    assert (answer.status_code, answer.json()["id"]) == (200, "42")
+
+
+def test_what_may_be_absent_has_no_default(openapi: dict[str, Any]) -> None:
+    """Generators of clients would take it for what is always sent."""
+    for name in ("InferenceRequest", "InputTensor", "InferenceResponse", "OutputTensor"):
+        schema = openapi["components"]["schemas"][name]
+        assert schema["properties"].keys() > set(schema["required"])
+        assert not [field for field, of in schema["properties"].items() if "default" in of]
+
+
 def test_what_is_referred_to_is_there(openapi: dict[str, Any]) -> None:
     names = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(openapi)))
     assert "InferenceRequest" in names
@@ -120,7 +134,7 @@ def test_every_field_and_parameter_is_described(openapi: dict[str, Any]) -> None
 
 def test_the_body_and_the_parameters_of_predict(openapi: dict[str, Any]) -> None:
     operation = openapi["paths"]["/predict"]["post"]
-    assert set(operation["requestBody"]["content"]) == {"multipart/form-data", "image/*", *RAW}
+    assert set(operation["requestBody"]["content"]) == {*("multipart/form-data", "image/*", "application/octet-stream")}
     resize, top_k = operation["parameters"]
     assert resize["schema"]["anyOf"][0]["enum"] == list(Resize.__args__)  # type: ignore[attr-defined]
     assert (resize["name"], top_k["name"]) == ("resize", "top_k")

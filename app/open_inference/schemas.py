@@ -2,12 +2,23 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from app.open_inference.spec import MAX_ID_LETTERS, OUTPUT_NAMES
 
 
-class ServerMetadata(BaseModel):
+def _forget_defaults(schema: dict[str, Any]) -> None:
+    for described in schema["properties"].values():
+        described.pop("default", None)
+
+
+class Body(BaseModel):
+    """A field with a default may be absent. Generated clients take a default in the description for what is sent."""
+
+    model_config = ConfigDict(json_schema_extra=_forget_defaults)
+
+
+class ServerMetadata(Body):
     """The server."""
 
     name: str = Field(description="Of the program.", examples=["cifar-service"])
@@ -15,7 +26,7 @@ class ServerMetadata(BaseModel):
     extensions: list[str] = Field(description="Those of Triton's that it knows.")
 
 
-class Live(BaseModel):
+class Live(Body):
     """The process answers."""
 
     live: bool = Field(description="Always true.")
@@ -27,20 +38,20 @@ class Ready(Live):
     ready: bool = Field(description="Always true; where it is not, the answer is a 503.")
 
 
-class Models(BaseModel):
+class Models(Body):
     """The names of the models."""
 
     models: list[str] = Field(description="One name.", examples=[["cifar"]])
 
 
-class ModelReady(BaseModel):
+class ModelReady(Body):
     """The model answers requests."""
 
     name: str = Field(description="Of the model.", examples=["cifar"])
     ready: bool = Field(description="Always true; where it is not, the answer is a 503.")
 
 
-class TensorMetadata(BaseModel):
+class TensorMetadata(Body):
     """A tensor that the model takes or gives."""
 
     name: str = Field(description="Of the tensor.", examples=["pixels"])
@@ -48,7 +59,7 @@ class TensorMetadata(BaseModel):
     shape: list[int] = Field(description="-1 stands for any number of pictures.", examples=[[-1, 32, 32, 3]])
 
 
-class ModelMetadata(BaseModel):
+class ModelMetadata(Body):
     """What the model takes and gives."""
 
     name: str = Field(description="Of the model.", examples=["cifar"])
@@ -58,7 +69,7 @@ class ModelMetadata(BaseModel):
     outputs: list[TensorMetadata] = Field(description="A request may ask for some of them.")
 
 
-class TensorConfiguration(BaseModel):
+class TensorConfiguration(Body):
     """A tensor in Triton's words."""
 
     name: str = Field(description="Of the tensor.", examples=["pixels"])
@@ -67,7 +78,7 @@ class TensorConfiguration(BaseModel):
     optional: bool = Field(False, description="Of inputs, which are alternatives: always true.")
 
 
-class ModelConfiguration(BaseModel):
+class ModelConfiguration(Body):
     """What the model takes and gives, in Triton's words."""
 
     name: str = Field(description="Of the model.", examples=["cifar"])
@@ -77,14 +88,14 @@ class ModelConfiguration(BaseModel):
     output: list[TensorConfiguration] = Field(description="A request may ask for some of them.")
 
 
-class Duration(BaseModel):
+class Duration(Body):
     """How often, and how long in all."""
 
     count: int = Field(description="How often.")
     ns: int = Field(description="All of them together, in nanoseconds.")
 
 
-class InferenceStatistics(BaseModel):
+class InferenceStatistics(Body):
     """Where the time of requests went. A request is a picture, or up to a usual batch of raw pixels."""
 
     success: Duration = Field(description="From its admission to its result.")
@@ -97,7 +108,7 @@ class InferenceStatistics(BaseModel):
     cache_miss: Duration = Field(description="There is no cache.")
 
 
-class ModelStatistics(BaseModel):
+class ModelStatistics(Body):
     """What the model has done since the start, over any route."""
 
     name: str = Field(description="Of the model.", examples=["cifar"])
@@ -109,13 +120,13 @@ class ModelStatistics(BaseModel):
     batch_stats: list[Any] = Field(description="Always empty.")
 
 
-class AllStatistics(BaseModel):
+class AllStatistics(Body):
     """What was done so far."""
 
     model_stats: list[ModelStatistics] = Field(description="Of the one model.")
 
 
-class IndexEntry(BaseModel):
+class IndexEntry(Body):
     """A model of the repository."""
 
     name: str = Field(description="Of the model.", examples=["cifar"])
@@ -124,13 +135,13 @@ class IndexEntry(BaseModel):
     reason: str = Field(description="Why it is unavailable; empty otherwise.")
 
 
-class InputParameters(BaseModel):
+class InputParameters(Body):
     """Where the elements are."""
 
     binary_data_size: int = Field(description="So many bytes follow the JSON, in place of `data`.")
 
 
-class InputTensor(BaseModel):
+class InputTensor(Body):
     """Pictures."""
 
     name: Literal["pixels", "image"] = Field(description="`pixels` are raw, red first; `image` is encoded pictures.")
@@ -140,7 +151,7 @@ class InputTensor(BaseModel):
     parameters: InputParameters | None = Field(None, description="If its elements follow the JSON.")
 
 
-class OutputParameters(BaseModel):
+class OutputParameters(Body):
     """How an output is to be given."""
 
     binary_data: bool = Field(False, description="After the JSON.")
@@ -149,21 +160,21 @@ class OutputParameters(BaseModel):
     )
 
 
-class RequestedOutput(BaseModel):
+class RequestedOutput(Body):
     """An output that is asked for."""
 
     name: str = Field(description=f"One of {', '.join(f'`{name}`' for name in OUTPUT_NAMES)}.")
     parameters: OutputParameters | None = Field(None, description="How it is to be given.")
 
 
-class RequestParameters(BaseModel):
+class RequestParameters(Body):
     """Of all of the request."""
 
     timeout: int = Field(0, ge=0, description="Microseconds that it may wait; 0 is the deadline of the service.")
     binary_data_output: bool = Field(False, description="All outputs after the JSON.")
 
 
-class InferenceRequest(BaseModel):
+class InferenceRequest(Body):
     """Pictures to classify."""
 
     id: str = Field("", description="Comes back in the answer.", max_length=MAX_ID_LETTERS)
@@ -172,7 +183,7 @@ class InferenceRequest(BaseModel):
     outputs: list[RequestedOutput] = Field([], description="Those asked for; without any, all.")
 
 
-class OutputTensor(BaseModel):
+class OutputTensor(Body):
     """An output."""
 
     name: str = Field(description=f"One of {', '.join(f'`{name}`' for name in OUTPUT_NAMES)}.")
@@ -184,7 +195,7 @@ class OutputTensor(BaseModel):
     data: list[Any] = Field([], description="Its elements in row-major order, if they do not follow the JSON.")
 
 
-class InferenceResponse(BaseModel):
+class InferenceResponse(Body):
     """What the network makes of the pictures."""
 
     model_name: str = Field(description="Of the model.", examples=["cifar"])

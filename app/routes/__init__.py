@@ -4,6 +4,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from app.batching import NOT_RUNNING
 from app.errors import NotReady
 from app.service import Service
 from app.statistics import Counts
@@ -23,6 +24,8 @@ def check_ready(service: Service) -> None:
     Raises:
         NotReady: New requests should be sent elsewhere.
     """
+    if not service.running:
+        raise NotReady(NOT_RUNNING, retry_after_seconds=1)
     if not service.ready:
         raise NotReady("The service is stopping. Send requests elsewhere.", retry_after_seconds=1)
 

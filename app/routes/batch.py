@@ -21,7 +21,11 @@ from app.service import Service, Verdict
 router = APIRouter(tags=["prediction"])
 
 FIELDS = ("file", "files")
-FORM = {"type": "object", "properties": {"files": {"type": "array", "items": PICTURE["schema"]}}, "required": ["files"]}
+FORM = {
+    "type": "object",
+    "properties": {"files": {"type": "array", "items": PICTURE["schema"], "minItems": 1}},
+    "required": ["files"],
+}
 BODY = {
     "required": True,
     "description": "Many pictures: a form with one field `files` (or `file`) for each; or as application/octet-stream "

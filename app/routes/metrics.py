@@ -18,6 +18,7 @@ router = APIRouter(tags=["metrics"])
     summary="What the service has done",
     response_class=PlainTextResponse,
     response_description="In the text format of Prometheus, or as OpenMetrics where that is asked for.",
+    responses={200: {"content": {"application/openmetrics-text": {"schema": {"type": "string"}}}}},
 )
 async def metrics(service: ServiceDep, total: TotalDep, request: Request) -> Response:
     """Since the start, over all processes that serve. Durations are in seconds."""

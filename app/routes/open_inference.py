@@ -38,6 +38,15 @@ LITTLE_JSON_BYTES = 64 * 1024
 """What is read in the event loop. More goes to a thread, for what is compressed or in base64: the parser itself keeps
 the interpreter, 0.1 s for 8 MiB of numbers, and up to ten times that for brackets without end."""
 
+PICTURE = "iVBORw0KGgoAAAANSUhEUgAAACAAAAAgAQAAAABbAUdZAAAAEUlEQVR42mP8z8DAwMQwaAkAswEBP25AfJYAAAAASUVORK5CYII="
+"""A PNG, 32x32, drawn by Pillow."""
+BINARY = {"schema": {"type": "string", "format": "binary"}}
+HEADER = {
+    "name": "Inference-Header-Content-Length",
+    "in": "header",
+    "description": "Of a request with raw tensors: how many bytes of the body are JSON. 0: the body is a picture.",
+    "schema": {"type": "integer", "minimum": 0},
+}
 BODY = {
     "required": True,
     "description": "One input, `pixels` (UINT8, [N, 32, 32, 3], raw pixels, red first), or `image` (BYTES, [N], "
@@ -49,12 +58,19 @@ BODY = {
             "schema": {"$ref": "#/components/schemas/InferenceRequest"},
             "example": {
                 "id": "42",
-                "inputs": [{"name": "image", "shape": [1], "datatype": "BYTES", "data": ["iVBORw0KGgo..."]}],
+                "inputs": [{"name": "image", "shape": [1], "datatype": "BYTES", "data": [PICTURE]}],
                 "outputs": [{"name": "probabilities", "parameters": {"classification": 3}}, {"name": "label"}],
             },
         },
-        OCTETS.decode(): {"schema": {"type": "string", "format": "binary"}},
+        OCTETS.decode(): BINARY,
     },
+}
+
+MEANINGS = {
+    400: "No such request, or an element of its input is no picture, a damaged one, too large, or not 32x32 without "
+    "`resize`.",
+    413: "The body has too many bytes, or the request too many pictures.",
+    422: "A parameter with a value that is not accepted.",
 }
 
 
@@ -159,8 +175,9 @@ async def configuration(service: ServiceDep) -> dict[str, Any]:
     response_model=list[schemas.IndexEntry],
 )
 async def repository_index(service: ServiceDep) -> list[dict[str, str]]:
-    """A model whose service is stopping is UNAVAILABLE."""
-    state, reason = ("READY", "") if service.ready else ("UNAVAILABLE", "stopping")
+    """A model whose service is stopping, or not running, is UNAVAILABLE."""
+    unavailable = "stopping" if service.running else "not running"
+    state, reason = ("READY", "") if service.ready else ("UNAVAILABLE", unavailable)
     return [{"name": spec.MODEL_NAME, "version": spec.MODEL_VERSION, "state": state, "reason": reason}]
 
 
@@ -184,8 +201,11 @@ async def not_offered() -> None:
     response_description="The outputs asked for, all of them if none is: `probabilities`, `label`, `class_id` and "
     f"`familiarity` ({spec.UNKNOWN:g} if the weights do not know it).",
     response_model=schemas.InferenceResponse,
-    responses=refusals(400, 408, 413, 415, 422, 429, 500, 501, 503, 504),
-    openapi_extra={"requestBody": BODY},
+    responses={
+        200: {"content": {OCTETS.decode(): BINARY}},
+        **refusals(400, 408, 413, 415, 422, 429, 500, 501, 503, 504, meanings=MEANINGS),
+    },
+    openapi_extra={"requestBody": BODY, "parameters": [HEADER]},
 )
 async def infer(
     request: Request, service: ServiceDep, resize: Annotated[Resize | None, Query(description=RESIZE)] = None
@@ -206,7 +226,7 @@ async def respond(headers: Headers, receive: Receive, service: Service, resize: 
     def decode() -> Inference:
         # In one go: bodies that are inflated and wait for a thread to be read in would be in nobody's account.
         plain = body if encoding is None else compression.inflate(body, encoding, service.intake.max_bytes)
-        binary = JSON not in headers.get(b"accept", b"")
+        binary = JSON not in headers.get(b"accept", b"").lower()
         return requests.decode(plain, length, binary=binary, max_pictures=service.settings.max_pictures)
 
     json_bytes = int(length) if length is not None and re.fullmatch("[0-9]{1,19}", length) else len(body)

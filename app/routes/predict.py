@@ -36,7 +36,7 @@ BODY = {
     "content": {
         "multipart/form-data": {"schema": FORM},
         "image/*": PICTURE,
-        **dict.fromkeys(RAW, PICTURE),
+        RAW[0]: PICTURE,
     },
 }
 
@@ -81,7 +81,10 @@ def content_kind(headers: Headers) -> tuple[str, str]:
         UnsupportedMedia: The body is compressed.
     """
     if (encoding := encoding_of(headers)) is not None:
-        raise UnsupportedMedia(f"The body has the content encoding {encoding!r}; send it without any.")
+        raise UnsupportedMedia(
+            f"The body has the content encoding {encoding!r}; send it without any.",
+            headers={"Accept-Encoding": "identity"},
+        )
     content_type = text(headers, b"content-type", "application/octet-stream")
     return content_type.partition(";")[0].strip().lower(), content_type
 
