@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from app.errors import Overloaded
 
@@ -27,6 +28,17 @@ class Limits:
         return min(USUAL_BATCH, self.max_batch)
 
 
+class Load(NamedTuple):
+    """What one item, or all of a request, adds to what waits."""
+
+    size_bytes: int
+    pictures: int
+    light: bool
+    """Whether the event loop can afford to prepare it; else it also waits for a thread."""
+    bulk: bool
+    """Whether it is of a request of several pictures."""
+
+
 class Admission:
     """What waits, and how long it will. Requests of one picture take turns with those of many, as `entries.Turns` has
     it, so that they wait for a part of these only."""
@@ -43,28 +55,28 @@ class Admission:
         self._seconds_per_picture = 0.0
         self._seconds_per_heavy = 0.0
 
-    def expected_wait_seconds(self, *, light: bool, bulk: bool) -> float:
+    def expected_wait_seconds(self, load: Load) -> float:
         """What an item admitted now would wait: the pictures before it times the measured time for each.
 
         One that is not light also waits for the others like it to be prepared.
         """
         pictures, heavy = self.waiting, self._heavy
-        if not bulk:
+        if not load.bulk:
             pictures = min(pictures, 2 * self._singles + self.limits.usual_batch)
             heavy = min(heavy, 2 * self._heavy_singles + 1)
         for_inference = pictures * self._seconds_per_picture
-        return for_inference if light else max(for_inference, heavy * self._seconds_per_heavy)
+        return for_inference if load.light else max(for_inference, heavy * self._seconds_per_heavy)
 
-    def check(self, size_bytes: int, count: int, deadline_seconds: float, *, light: bool, bulk: bool) -> None:
+    def check(self, load: Load, deadline_seconds: float) -> None:
         """Whether so much more may be admitted. If nothing waits, everything may.
 
         Raises:
             Overloaded: as many pictures or bytes wait as are accepted, or the answer would come too late.
         """
-        wait_seconds = self.expected_wait_seconds(light=light, bulk=bulk)
+        wait_seconds = self.expected_wait_seconds(load)
         if self.waiting and (
-            self.waiting + count > self.limits.max_waiting
-            or self.waiting_bytes + size_bytes > self.limits.max_waiting_bytes
+            self.waiting + load.pictures > self.limits.max_waiting
+            or self.waiting_bytes + load.size_bytes > self.limits.max_waiting_bytes
             or wait_seconds > deadline_seconds
         ):
             retry = max(1, math.ceil(wait_seconds))
@@ -74,20 +86,18 @@ class Admission:
                 retry_after_seconds=retry,
             )
 
-    def enter(self, size_bytes: int, count: int, *, light: bool, bulk: bool) -> None:
-        self._count(size_bytes, count, light=light, bulk=bulk, sign=1)
+    def enter(self, load: Load) -> None:
+        self._count(load, 1)
 
-    def leave(self, size_bytes: int, count: int, *, light: bool, bulk: bool) -> None:
-        self._count(size_bytes, count, light=light, bulk=bulk, sign=-1)
+    def leave(self, load: Load) -> None:
+        self._count(load, -1)
 
-    def _count(self, size_bytes: int, count: int, *, light: bool, bulk: bool, sign: int) -> None:
-        self.waiting += sign * count
-        self.waiting_bytes += sign * size_bytes
-        if not bulk:
-            self._singles += sign
-        if not light:
-            self._heavy += sign
-            self._heavy_singles += sign * (not bulk)
+    def _count(self, load: Load, sign: int) -> None:
+        self.waiting += sign * load.pictures
+        self.waiting_bytes += sign * load.size_bytes
+        self._singles += sign * (not load.bulk)
+        self._heavy += sign * (not load.light)
+        self._heavy_singles += sign * (not load.light and not load.bulk)
 
     def learn(self, seconds_per_picture: float) -> None:
         """Take the time of a batch into the mean."""

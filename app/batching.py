@@ -23,7 +23,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from time import monotonic, time
 from typing import Generic, cast
 
-from app.admission import Admission, Limits
+from app.admission import Admission, Limits, Load
 from app.entries import Answer, Entry, Item, Prepared, Result, Run, Signal, Turns
 from app.errors import NotReady
 from app.statistics import Execution, Statistics, Timing
@@ -104,7 +104,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         Raises:
             Overloaded, NotReady: as `submit`.
         """
-        self._check(0, 1, self._limits.deadline_seconds, light=True, bulk=False)
+        self._check(Load(0, 1, light=True, bulk=False), self._limits.deadline_seconds)
 
     def submit(self, item: Item, size_bytes: int, *, light: bool) -> Answer[Result]:
         """Admit an item of one picture. Cancel the future when nobody wants the answer any more.
@@ -117,8 +117,9 @@ class Batcher(Generic[Item, Prepared, Result]):
             NotReady: the service is stopping.
         """
         deadline_seconds = self._limits.deadline_seconds
-        self._check(size_bytes, 1, deadline_seconds, light=light, bulk=False)
-        return self._admit(item, size_bytes, 1, deadline_seconds, light=light, bulk=False)
+        load = Load(size_bytes, 1, light=light, bulk=False)
+        self._check(load, deadline_seconds)
+        return self._admit(item, load, deadline_seconds)
 
     def submit_all(
         self, items: Sequence[tuple[Item, int, int]], deadline_seconds: float | None = None, *, light: bool
@@ -135,27 +136,23 @@ class Batcher(Generic[Item, Prepared, Result]):
         deadline_seconds = min(deadline_seconds or math.inf, self._limits.deadline_seconds)
         pictures = sum(count for _, _, count in items)
         bulk = pictures > 1
-        self._check(sum(size for _, size, _ in items), pictures, deadline_seconds, light=light, bulk=bulk)
-        return [self._admit(*item, deadline_seconds, light=light, bulk=bulk) for item in items]
+        self._check(Load(sum(size for _, size, _ in items), pictures, light, bulk), deadline_seconds)
+        return [self._admit(item, Load(size, count, light, bulk), deadline_seconds) for item, size, count in items]
 
-    def _check(self, size_bytes: int, count: int, deadline_seconds: float, *, light: bool, bulk: bool) -> None:
+    def _check(self, load: Load, deadline_seconds: float) -> None:
         self._check_open()
-        self._admission.check(size_bytes, count, deadline_seconds, light=light, bulk=bulk)
+        self._admission.check(load, deadline_seconds)
 
     def _check_open(self) -> None:
         if not self.running:
             raise NotReady(STOPPING if self._closing else NOT_RUNNING, retry_after_seconds=1)
 
-    def _admit(
-        self, item: Item, size_bytes: int, count: int, deadline_seconds: float, *, light: bool, bulk: bool
-    ) -> Answer[Result]:
+    def _admit(self, item: Item, load: Load, deadline_seconds: float) -> Answer[Result]:
         # Not Answer[Result](...): the brackets would be evaluated anew for each request, which takes 2 us.
         future: Answer[Result] = Answer(loop=self._loop)
-        entry: Entry[Item, Prepared, Result] = Entry(
-            item, size_bytes, count, future, deadline_seconds, self._run, light=light, bulk=bulk
-        )
-        self._admission.enter(size_bytes, count, light=light, bulk=bulk)
-        if not light:
+        entry: Entry[Item, Prepared, Result] = Entry(item, load, future, monotonic(), deadline_seconds, self._run)
+        self._admission.enter(load)
+        if not load.light:
             self._heavy.put(entry)
         elif (failure := entry.prepare(self._prepare)) is None:
             self._queue.put(entry)
@@ -203,8 +200,8 @@ class Batcher(Generic[Item, Prepared, Result]):
             failed = all(isinstance(outcome, Exception) for _, outcome in outcomes)
             self._failed_batches = self._failed_batches + 1 if failed else 0
         for entry, outcome in outcomes:
-            self._admission.leave(entry.size_bytes, entry.count, light=entry.light, bulk=entry.bulk)
-            if not entry.light and entry.prepare_seconds:
+            self._admission.leave(entry.load)
+            if not entry.load.light and entry.prepare_seconds:
                 self._admission.learn_heavy(entry.prepare_seconds)
             if entry.future.done():  # cancelled meanwhile
                 continue
@@ -294,15 +291,14 @@ class Batcher(Generic[Item, Prepared, Result]):
         start = monotonic()
         prepared = [cast(Prepared, entry.prepared) for entry in wanted]
         outcomes += zip(wanted, _run(wanted[0].run, prepared), strict=True)
-        end = monotonic()
-        pictures = sum(entry.count for entry in wanted)
+        seconds = monotonic() - start
         for entry in wanted:
             queue_seconds = start - entry.admitted_at - entry.prepare_seconds
-            entry.future.timing = Timing(queue_seconds, entry.prepare_seconds, end - start)
+            entry.future.timing = Timing(queue_seconds, entry.prepare_seconds, seconds)
         execution = Execution(
             timings=[entry.future.timing for entry in wanted],
-            pictures=pictures,
-            seconds=end - start,
+            pictures=sum(entry.load.pictures for entry in wanted),
+            seconds=seconds,
         )
         return outcomes, execution
 

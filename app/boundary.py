@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import NotFound, RequestError
+from app.errors import InvalidParameter, MethodNotAllowed, NotFound, RequestError
 from app.exchange import Headers, refusal
 from app.logs import AccessLog
 from app.statistics import Timing, Traffic
@@ -41,15 +41,20 @@ class Ledger:
     """What is counted and logged of each request."""
 
     def __init__(self, traffic: Traffic, access_log: AccessLog | None) -> None:
-        self._traffic = traffic
+        self.traffic = traffic
         self._access_log = access_log
+
+    @property
+    def lines_dropped(self) -> int:
+        """Of the access log."""
+        return self._access_log.dropped if self._access_log is not None else 0
 
     def record(
         self, route: str, method: str, status: int, seconds: float, request_id: str, refusal: str | None = None
     ) -> None:
-        self._traffic.seconds[route, method, status].add(seconds)
+        self.traffic.seconds[route, method, status].add(seconds)
         if refusal is not None:
-            self._traffic.refusals[refusal] += 1
+            self.traffic.refusals[refusal] += 1
         if self._access_log is not None:
             self._access_log.note(request_id, method, route, status, seconds)
 
@@ -74,8 +79,6 @@ class Boundary:
         status, method = LEFT, scope["method"]
         if method == "HEAD":  # for all that has a GET (RFC 9110, section 9.3.2); the server leaves the body out
             scope = {**scope, "method": "GET"}
-        # What is served whole is a few KB; the framework's refusals of odd ranges have no body, or one of their own.
-        scope["headers"] = [header for header in scope["headers"] if header[0] != b"range"]
         state = scope.setdefault("state", {})
         state["request_id"] = request_id_of(dict(scope["headers"]))
 
@@ -83,8 +86,7 @@ class Boundary:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                kept = [header for header in message["headers"] if header[0] != b"accept-ranges"]
-                message["headers"] = [*kept, (b"x-request-id", state["request_id"].encode())]
+                message["headers"] = [*message["headers"], (b"x-request-id", state["request_id"].encode())]
                 if "timing" in state:
                     message["headers"].append(server_timing(state["timing"], monotonic() - started_at))
             await send(message)
@@ -95,13 +97,15 @@ class Boundary:
             return  # nobody is there to be answered
         except RequestError as error:
             error.__traceback__ = None  # of frames that hold the error, and the body: a cycle
-            await error_response(scope, error)(scope, receive, send_with_id)
+            state["refusal"] = error.reason
+            await refusal(error, state["request_id"]).send(send_with_id)
         except Exception:  # whatever it is, it is ours: the client gets a sentence, the log the traceback
             where = (state["request_id"], method, self._route(scope))
             logger.exception("Request %s, %s %s:", *where, extra={"request_id": where[0]})
             if status != LEFT:
                 raise
-            await error_response(scope, RequestError(DEFECT))(scope, receive, send_with_id)
+            state["refusal"] = RequestError.reason
+            await refusal(RequestError(DEFECT), state["request_id"]).send(send_with_id)
         finally:
             seconds = monotonic() - started_at
             counted = method if method in METHODS else "OTHER"
@@ -152,15 +156,6 @@ def install(app: FastAPI, paths: Set[str], ledger: Ledger) -> None:
     app.add_middleware(Boundary, paths=paths, ledger=ledger)
 
 
-def _with_status(
-    status: int, reason: str, sentence: str, detail: object = None, headers: dict[str, str] | None = None
-) -> RequestError:
-    error = RequestError(sentence, detail=detail, headers=headers)
-    error.status = status
-    error.reason = reason
-    return error
-
-
 def _translate(request: Request, error: HTTPException) -> RequestError:
     if error.status_code == HTTPStatus.NOT_FOUND:
         return NotFound(f"There is nothing at {request.url.path}. The page /docs lists what there is.")
@@ -168,8 +163,8 @@ def _translate(request: Request, error: HTTPException) -> RequestError:
         methods = (error.headers or {}).get("Allow", "").split(", ")
         allowed = ", ".join(sorted({*methods, "HEAD"} if "GET" in methods else methods))
         sentence = f"{request.url.path} does not take {request.method}; it takes {allowed}."
-        return _with_status(405, "method_not_allowed", sentence, headers={"Allow": allowed})
-    return _with_status(error.status_code, "other", f"{error.detail}.".replace("..", "."))
+        return MethodNotAllowed(sentence, headers={"Allow": allowed})
+    raise error  # the framework has no other here: a defect
 
 
 def _explain(problems: Any) -> RequestError:
@@ -178,7 +173,7 @@ def _explain(problems: Any) -> RequestError:
         f"The parameter {p['loc'][-1]} is {show(p.get('input'))}; accepted is {_accepted(p)}." for p in problems
     ]
     detail = [{"parameter": p["loc"][-1], "given": p.get("input"), "problem": p["msg"]} for p in problems]
-    return _with_status(422, "invalid_parameter", " ".join(sentences), detail)
+    return InvalidParameter(" ".join(sentences), detail=detail)
 
 
 def _accepted(problem: Any) -> str:

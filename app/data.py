@@ -118,25 +118,19 @@ def read_test(folder: Path) -> Split:
 
 def _read(folder: Path, parts: Sequence[str]) -> list[Split]:
     try:
-        return _recognise(folder)(folder, parts)
+        if not folder.is_dir():
+            raise DataError(f"There is no folder {folder}. {HOW_TO_GET}")
+        for layout, suffix, parse in (("bin", ".bin", _parse_records), ("py", "", _parse_pickle)):
+            if (found := _find_batches(folder, layout, suffix)) is not None:
+                return [_cifar10(part, found, suffix, parse) for part in parts]
+        names = _class_names(folder)
+        if any(path.suffix.lower() in PICTURE_SUFFIXES for name in names for path in (folder / name).iterdir()):
+            return _read_class_folders(folder, names, parts)
     except OSError as error:
         raise DataError(
             f"The folder {folder} cannot be read: {error.strerror}. Give the user who runs this the right to read it "
             "and all that is in it."
         ) from None
-
-
-def _recognise(folder: Path) -> Callable[[Path, Sequence[str]], list[Split]]:
-    if not folder.is_dir():
-        raise DataError(f"There is no folder {folder}. {HOW_TO_GET}")
-    if _find_batches(folder, "bin", ".bin"):
-        return _read_binary
-    if _find_batches(folder, "py", ""):
-        return _read_python
-    if any(
-        path.suffix.lower() in PICTURE_SUFFIXES for name in _class_names(folder) for path in (folder / name).iterdir()
-    ):
-        return _read_class_folders
     raise DataError(f"The folder {folder} holds no data set that is recognised. {HOW_TO_GET}")
 
 
@@ -150,16 +144,6 @@ def _find_batches(folder: Path, layout: str, suffix: str) -> Path | None:
         if any((candidate / name).is_file() for name in names):
             return candidate
     return None
-
-
-def _read_binary(folder: Path, parts: Sequence[str]) -> list[Split]:
-    found = _find_batches(folder, "bin", ".bin") or folder
-    return [_cifar10(part, found, ".bin", _parse_records) for part in parts]
-
-
-def _read_python(folder: Path, parts: Sequence[str]) -> list[Split]:
-    found = _find_batches(folder, "py", "") or folder
-    return [_cifar10(part, found, "", _parse_pickle) for part in parts]
 
 
 def _cifar10(part: str, folder: Path, suffix: str, parse: Callable[[Path, bytearray], tuple[Tensor, Tensor]]) -> Split:
@@ -230,8 +214,7 @@ def _class_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _read_class_folders(folder: Path, parts: Sequence[str]) -> list[Split]:
-    names = _class_names(folder)
+def _read_class_folders(folder: Path, names: list[str], parts: Sequence[str]) -> list[Split]:
     if len(names) < 2:
         raise DataError(f"The folder {folder} has the one class folder {names[0]}; a classifier needs at least two.")
     for name in names:

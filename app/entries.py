@@ -10,6 +10,7 @@ from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import Generic, TypeVar
 
+from app.admission import Load
 from app.errors import DeadlineExceeded, RequestError
 from app.statistics import Timing
 
@@ -29,17 +30,15 @@ class Answer(asyncio.Future[Result]):
 
 @dataclass(slots=True, eq=False)
 class Entry(Generic[Item, Prepared, Result]):
-    """One admitted item of `count` pictures on its way."""
+    """One admitted item on its way."""
 
     item: Item
-    size_bytes: int
-    count: int
+    load: Load
     future: Answer[Result]
+    admitted_at: float
+    """On the clock of `monotonic`."""
     deadline_seconds: float
     run: Run[Prepared, Result]
-    light: bool = field(kw_only=True)
-    bulk: bool = field(kw_only=True)
-    admitted_at: float = field(init=False, default_factory=lambda: monotonic())  # by name: tests turn the clock
     prepared: Prepared | None = field(init=False, default=None)
     prepare_seconds: float = field(init=False, default=0.0)
 
@@ -112,7 +111,7 @@ class Turns(Generic[Item, Prepared, Result]):
         with suppress(Empty):
             while True:
                 if isinstance(arrival, Entry):
-                    (self._bulk if arrival.bulk else self._singles).append(arrival)
+                    (self._bulk if arrival.load.bulk else self._singles).append(arrival)
                 elif arrival is Signal.STOP:
                     self.stopped = True
                 arrival = self._arrived.get_nowait()
@@ -128,7 +127,7 @@ class Turns(Generic[Item, Prepared, Result]):
         if not self._bulk:
             while 4 * room <= len(self._singles) and 2 * room <= self._max_batch:
                 room *= 2
-        while self._turn and (not batch or (self._turn[0].count <= room and self._turn[0].run is batch[0].run)):
+        while self._turn and (not batch or (self._turn[0].load.pictures <= room and self._turn[0].run is batch[0].run)):
             batch.append(self._turn.popleft())
-            room -= batch[-1].count
+            room -= batch[-1].load.pictures
         return batch

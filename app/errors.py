@@ -15,11 +15,13 @@
         |-- BadRequest         400
         |-- Unauthorized       401
         |-- NotFound           404
+        |-- MethodNotAllowed   405
         |-- TooSlow            408
         |-- WeightsRefused     409
         |-- BodyTooLarge       413
         |-- UnsupportedMedia   415
         |-- WrongSize          422
+        |-- InvalidParameter   422
         |-- Overloaded         429
         |-- HeadTooLarge       431
         |-- NotOffered         501
@@ -96,6 +98,13 @@ class NotFound(RequestError):
     reason = "not_found"
 
 
+class MethodNotAllowed(RequestError):
+    """The path is there, but not for this method."""
+
+    status = 405
+    reason = "method_not_allowed"
+
+
 class TooSlow(RequestError):
     """The head or the body has not come in time."""
 
@@ -129,6 +138,13 @@ class WrongSize(RequestError):
 
     status = 422
     reason = "wrong_size"
+
+
+class InvalidParameter(RequestError):
+    """A parameter of the query has a value that is not accepted."""
+
+    status = 422
+    reason = "invalid_parameter"
 
 
 class Overloaded(RequestError):

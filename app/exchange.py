@@ -11,7 +11,7 @@ from typing import NamedTuple
 from pydantic_core import to_json
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Message, Receive
+from starlette.types import Message, Receive, Send
 
 from app.errors import BodyTooLarge, Overloaded, RequestError, TooSlow
 from app.statistics import Timing
@@ -38,14 +38,14 @@ class Reply(NamedTuple):
     timing: Timing | None = None
     status: int = 200
 
-    def head(self, request_id: str) -> list[tuple[bytes, bytes]]:
-        """All headers."""
-        return [
-            (b"content-length", b"%d" % len(self.body)),
-            (b"content-type", self.content_type),
-            (b"x-request-id", request_id.encode()),
-            *self.headers,
-        ]
+    def head(self) -> list[tuple[bytes, bytes]]:
+        """All headers but the request's id."""
+        return [(b"content-length", b"%d" % len(self.body)), (b"content-type", self.content_type), *self.headers]
+
+    async def send(self, send: Send) -> None:
+        """As an ASGI application does."""
+        await send({"type": "http.response.start", "status": self.status, "headers": self.head()})
+        await send({"type": "http.response.body", "body": self.body})
 
     def response(self, request: Request) -> Response:
         """The same as the framework has it."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client import ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -19,7 +19,7 @@ from app.statistics import Counts, Histogram
 
 
 class CountsCollector(Collector):
-    """Turns numbers into metrics."""
+    """What the service has counted, and what its processes take of the machine."""
 
     def __init__(self, counts: Counts, weights: Checkpoint) -> None:
         self._counts = counts
@@ -94,13 +94,6 @@ class CountsCollector(Collector):
             "The weights that are served.",
             {"name": weights.architecture, "sha256": weights.sha256[:12]},
         )
-
-
-def registry(counts: Counts, weights: Checkpoint) -> CollectorRegistry:
-    """What the service has counted, and what its processes take of the machine."""
-    collected = CollectorRegistry()
-    collected.register(CountsCollector(counts, weights))
-    return collected
 
 
 def _together(pids: Sequence[int]) -> Iterator[Metric]:

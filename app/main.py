@@ -1,26 +1,22 @@
 """create_app(settings): wiring only."""
 
-import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 from fastapi import FastAPI
-from pydantic.json_schema import models_json_schema
 from starlette.routing import Route
 
 from app import boundary, engine
+from app.application import Application
 from app.boundary import Ledger
 from app.device import choose_device
 from app.errors import SettingsError
 from app.logs import AccessLog
-from app.open_inference.schemas import InferenceRequest
 from app.routes import admin, batch, health, metrics, open_inference, pages, predict
-from app.routes.fast_lane import Application
 from app.service import Service, check_replaces, load_aside
 from app.settings import Settings
-from app.statistics import Counts, Traffic
+from app.statistics import Traffic
 
 DESCRIPTION = """Send a picture, get the probability of each class.
 
@@ -29,7 +25,7 @@ has a well-formed one. Besides what is listed for each path, 404 answers a path 
 path does not take, and 400, 408 or 431 what is no HTTP, comes too slowly or has too long a head."""
 
 
-def create_app(settings: Settings, classes: tuple[str, ...] | None = None) -> FastAPI:
+def create_app(settings: Settings, classes: tuple[str, ...] | None = None) -> Application:
     """The application. Reads the weights file at once; builds and warms the network when the lifespan starts.
 
     Args:
@@ -55,23 +51,7 @@ def create_app(settings: Settings, classes: tuple[str, ...] | None = None) -> Fa
         yield
         await service.close()
 
-    def count() -> Counts:
-        return Counts(
-            traffic,
-            service.statistics,
-            service.predictions,
-            lines_dropped=access_log.dropped if access_log is not None else 0,
-            pids=(os.getpid(),),
-            waiting=service.waiting,
-            ready=service.ready,
-        )
-
-    async def total() -> Counts:
-        return count()
-
-    traffic = Traffic()
-    access_log = AccessLog(sys.stderr) if settings.access_log else None
-    ledger = Ledger(traffic, access_log)
+    ledger = Ledger(Traffic(), AccessLog(sys.stderr) if settings.access_log else None)
     app = Application(
         service,
         ledger,
@@ -84,9 +64,6 @@ def create_app(settings: Settings, classes: tuple[str, ...] | None = None) -> Fa
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.state.service = service
-    app.state.count = count
-    app.state.total = total  # another one where several processes serve
     paths = {"/openapi.json"}
     administration = () if settings.admin_key is None else (admin,)
     for routes in (predict, batch, open_inference, metrics, health, pages, *administration):
@@ -94,18 +71,4 @@ def create_app(settings: Settings, classes: tuple[str, ...] | None = None) -> Fa
         paths |= {route.path for route in routes.router.routes if isinstance(route, Route)}
     app.mount("/static", pages.FILES, name="static")
     boundary.install(app, paths, ledger)
-    _describe_request(app)
     return app
-
-
-def _describe_request(app: FastAPI) -> None:
-    """Put the one body of a request that is JSON into the description: the framework does not read it, for we do."""
-    described = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        document = described()
-        _, bodies = models_json_schema([(InferenceRequest, "validation")], ref_template="#/components/schemas/{model}")
-        document["components"]["schemas"].update(bodies["$defs"])
-        return document
-
-    app.openapi = openapi  # type: ignore[method-assign]

@@ -81,9 +81,6 @@ class _Translator(fx.Interpreter):
         raise TypeError(f"{layer} has no translation")
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        first = args[0][0] if isinstance(args[0], list) else args[0]
-        if not isinstance(first, openvino.Node | openvino.Output):
-            return super().call_function(target, args, kwargs)
         return FUNCTIONS[target](*map(_operand, args), **kwargs)
 
     def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -8,15 +8,16 @@ from itertools import islice
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from app import engine, model
 from app.admission import USUAL_BATCH
-from app.calibration import energy
+from app.calibration import Calibration, energy
 from app.checkpoint import Checkpoint
+from app.engine import Engine
 from app.images import to_tensor
 from app.model import IMAGE_BYTES, IMAGE_SIZE
-from app.steps import aside, finish
+from app.steps import aside
 
 
 class Estimate(NamedTuple):
@@ -31,36 +32,12 @@ class Predictor:
     """Pixels in, probabilities out."""
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, *, engine_name: str = "auto", threads: int, max_batch: int
+        self, engine: Engine, head: nn.Linear, calibration: Calibration, max_batch: int, records: bool
     ) -> None:
-        """Fold and translate the network.
-
-        Args:
-            engine_name: torch, openvino, or auto for the faster one.
-            threads: How many a forward pass uses on a CPU; not more than there are cores.
-            max_batch: Larger batches are split.
-        """
-        finish(self._build(checkpoint, device, engine_name, threads, max_batch))
-
-    @classmethod
-    def in_steps(
-        cls, checkpoint: Checkpoint, device: torch.device, *, engine_name: str, threads: int, max_batch: int
-    ) -> "Generator[None, None, Predictor]":
-        """The same, none of whose steps takes much longer than a batch."""
-        predictor = cls.__new__(cls)
-        yield from predictor._build(checkpoint, device, engine_name, threads, max_batch)
-        return predictor
-
-    def _build(
-        self, checkpoint: Checkpoint, device: torch.device, engine_name: str, threads: int, max_batch: int
-    ) -> Generator[None, None, None]:
+        self.engine = engine
+        self._head, self._calibration = head, calibration
         self._usual_batch, self._max_batch = min(USUAL_BATCH, max_batch), max_batch
-        self._records = device.type == "cuda"
-        self._calibration = checkpoint.calibration
-        folded = yield from aside(lambda: model.fold(checkpoint.network()))
-        # The last layer is small; in bfloat16 its logits would be so coarse that two classes often shared the highest.
-        body, self._head = model.split(folded)
-        self.engine = yield from engine.choose(body, device, name=engine_name, threads=threads, batch=self._usual_batch)
+        self._records = records
 
     def warm_up(self) -> Iterator[None]:
         """Run the sizes of a batch once, one a step, because the first run of a size also chooses its kernels.
@@ -101,3 +78,21 @@ class Predictor:
         """The estimates for each item: the pixels of one picture or of several, a byte each (N, H, W, C)."""
         estimates = iter(self.estimate(to_tensor(items)))
         return [list(islice(estimates, len(pixels) // IMAGE_BYTES)) for pixels in items]
+
+
+def build(
+    checkpoint: Checkpoint, device: torch.device, *, engine_name: str = "auto", threads: int, max_batch: int
+) -> Generator[None, None, Predictor]:
+    """Fold and translate the network, in steps none of which takes much longer than a batch.
+
+    Args:
+        engine_name: torch, openvino, or auto for the faster one.
+        threads: How many a forward pass uses on a CPU; not more than there are cores.
+        max_batch: Larger batches are split.
+    """
+    folded = yield from aside(lambda: model.fold(checkpoint.network()))
+    # The last layer is small; in bfloat16 its logits would be so coarse that two classes often shared the highest.
+    body, head = model.split(folded)
+    batch = min(USUAL_BATCH, max_batch)
+    chosen = yield from engine.choose(body, device, name=engine_name, threads=threads, batch=batch)
+    return Predictor(chosen, head, checkpoint.calibration, max_batch, records=device.type == "cuda")

@@ -52,27 +52,22 @@ def confusion_matrix(predicted_N: Tensor, labels_N: Tensor, num_classes: int) ->
     return torch.bincount(cells_N, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-def calibration_bins(
-    probabilities_NK: Tensor, labels_N: Tensor, bins: int = CALIBRATION_BINS
-) -> list[dict[str, float]]:
-    """Confidence against accuracy in bins of equal mass (the images sorted by confidence, cut into `bins` parts).
+def calibration_bins(probabilities_NK: Tensor, labels_N: Tensor, bins: int = CALIBRATION_BINS) -> Tensor:
+    """Count, mean confidence and accuracy (B, 3) of the images sorted by confidence and cut into `bins` equal parts.
 
     Equal-mass bins are the less biased estimator of the two usual ones (Nixon et al., 2019, arXiv:1904.01685).
     """
     confidence_N, predicted_N = probabilities_NK.double().max(dim=1)
-    order_N = confidence_N.argsort(stable=True)
     right_N = (predicted_N == labels_N).double()
-    return [
-        {"count": len(part), "confidence": confidence_N[part].mean().item(), "accuracy": right_N[part].mean().item()}
-        for part in order_N.tensor_split(bins)
-        if len(part)
-    ]
+    parts = [part for part in confidence_N.argsort(stable=True).tensor_split(bins) if len(part)]
+    rows = [[len(part), confidence_N[part].mean(), right_N[part].mean()] for part in parts]
+    return torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
 
 
 def calibration_error(probabilities_NK: Tensor, labels_N: Tensor, bins: int = CALIBRATION_BINS) -> float:
     """Expected calibration error: the mean of |accuracy - confidence| over equal-mass bins, weighted by their count."""
-    parts = calibration_bins(probabilities_NK, labels_N, bins)
-    return sum(part["count"] * abs(part["accuracy"] - part["confidence"]) for part in parts) / max(1, len(labels_N))
+    count_B, confidence_B, accuracy_B = calibration_bins(probabilities_NK, labels_N, bins).T
+    return float((count_B * (accuracy_B - confidence_B).abs()).sum()) / max(1, len(labels_N))
 
 
 def evaluate_probabilities(
@@ -96,7 +91,6 @@ def evaluate_probabilities(
     plain_NK = probabilities_NK if uncalibrated_NK is None else uncalibrated_NK.double()
     uncalibrated_nll, uncalibrated_brier, uncalibrated_ece = _scores(plain_NK, labels_N)
     coverage, set_size = _prediction_sets(probabilities_NK, labels_N, set_threshold)
-    bins = calibration_bins(probabilities_NK, labels_N)
     return Evaluation(
         dataset=dataset,
         digest=digest,
@@ -105,7 +99,7 @@ def evaluate_probabilities(
         nll=nll,
         brier=brier,
         ece=ece,
-        bins_B3=torch.tensor([list(part.values()) for part in bins], dtype=torch.float64).reshape(-1, 3),
+        bins_B3=calibration_bins(probabilities_NK, labels_N),
         uncalibrated_nll=uncalibrated_nll,
         uncalibrated_brier=uncalibrated_brier,
         uncalibrated_ece=uncalibrated_ece,

@@ -105,22 +105,19 @@ class DatasetInfo(BaseModel):
     images: int = Field(description="How many.")
 
 
-class Uncalibrated(BaseModel):
-    """The same three figures of the probabilities before their calibration."""
+class Certainty(BaseModel):
+    """How far probabilities can be taken at their word."""
 
     nll: float = Field(description="Mean negative log likelihood of the true class, in nats.")
     brier: float = Field(description="Mean squared distance of the probabilities from the truth, 0 to 2.")
     ece: float = Field(description="Expected calibration error, 0 to 1.")
 
 
-class Calibration(BaseModel):
-    """How far the probabilities can be taken at their word."""
+class Calibration(Certainty):
+    """How far the probabilities that are served can be taken at their word, and those before calibration."""
 
-    nll: float = Field(description="Mean negative log likelihood of the true class, in nats.")
-    brier: float = Field(description="Mean squared distance of the probabilities from the truth, 0 to 2.")
-    ece: float = Field(description="Expected calibration error, 0 to 1.")
     ece_estimator: str = Field(description="How it is estimated.")
-    uncalibrated: Uncalibrated = Field(description="The three before calibration.")
+    uncalibrated: Certainty = Field(description="The three before calibration.")
 
 
 class PredictionSets(BaseModel):

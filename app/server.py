@@ -128,7 +128,7 @@ def serve(
     except StartError as error:
         print(error, file=sys.stderr)
         return COULD_NOT_START
-    service: Service = app.state.service
+    service = app.service
     config = uvicorn.Config(
         app,
         http=cast(Any, partial(Protocol, turnstile=Turnstile())),
@@ -142,9 +142,9 @@ def serve(
 
     def on_started() -> None:
         if link is not None:
-            app.state.total, service.on_exchange = link.total, link.reloaded
+            app.total, service.on_exchange = link.total, link.reloaded
             ready = Ready(service.engine, service.checkpoint.sha256, service.checkpoint.classes)
-            link.open(ready, app.state.count, lambda: server.handle_exit(signal.SIGTERM, None))
+            link.open(ready, app.count, lambda: server.handle_exit(signal.SIGTERM, None))
         if classes is None:
             processes = f" in {settings.processes} processes" if settings.processes > 1 else ""
             print(f"Serving {service.describe()}{processes} on {url(listener)}", flush=True)

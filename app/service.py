@@ -7,7 +7,6 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from app import checkpoint, data, images, self_test
+from app import checkpoint, data, images, predictor, self_test
 from app.admission import Limits
 from app.batching import Batcher, Building
 from app.checkpoint import Checkpoint
@@ -30,7 +29,7 @@ from app.predictor import Estimate, Predictor
 from app.report import Evaluation, evaluate_probabilities, report
 from app.settings import Settings
 from app.statistics import Predictions, Statistics
-from app.steps import finish
+from app.steps import aside, finish
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +208,7 @@ class Service:
 
     def predict_pixels(
         self, pixels: memoryview, deadline_seconds: float | None = None
-    ) -> "asyncio.Future[list[Verdict]]":
+    ) -> "asyncio.Future[list[Verdict | BaseException]]":
         """The rows of many pictures of raw pixels, in groups that have to be joined; all from the same weights.
 
         Each group is a usual batch: whole requests would hold up everything else for as long as they take.
@@ -220,7 +219,7 @@ class Service:
         step = self._limits.usual_batch * IMAGE_BYTES
         groups = [pixels[start : start + step] for start in range(0, len(pixels), step)]
         items: list[tuple[Item, int, int]] = [(group, len(group), len(group) // IMAGE_BYTES) for group in groups]
-        return asyncio.gather(*self._batcher.submit_all(items, deadline_seconds, light=True))
+        return asyncio.gather(*self._batcher.submit_all(items, deadline_seconds, light=True), return_exceptions=True)
 
     def report(self) -> dict[str, Any]:
         """The figures per class of the loaded weights, as plain types.
@@ -256,7 +255,7 @@ class Service:
     # Inference thread
 
     def _build(self, served: Served, engine_name: str) -> Building[Pixels, Verdict]:
-        served.predictor = yield from Predictor.in_steps(
+        served.predictor = yield from predictor.build(
             served.checkpoint,
             self.device,
             engine_name=engine_name,
@@ -333,13 +332,8 @@ def check_replaces(checkpoint: Checkpoint, classes: tuple[str, ...]) -> None:
 
 
 def load_aside(path: Path) -> Checkpoint:
-    """`checkpoint.load` in a thread that ends.
-
-    A thread that ran parallel torch code and lives on would keep a pool of OpenMP threads, and with more of those than
-    cores OpenMP stops spinning, which makes a forward pass of the service twice as slow.
-    """
-    with ThreadPoolExecutor(1) as loader:
-        return loader.submit(checkpoint.load, path).result()
+    """`checkpoint.load` in a thread that ends; `aside` says why."""
+    return finish(aside(partial(checkpoint.load, path)))
 
 
 def release_memory() -> None:

@@ -221,7 +221,7 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
         SettingsError: a value is not accepted, or a flag or a CIFAR_ variable does not exist.
         SystemExit: `--help` was asked for and printed.
     """
-    flags = vars(_parser().parse_args(arguments))
+    flags = _read_flags(arguments)
     variables = {f"{PREFIX}{name.upper()}": name for name in KNOWN}
     parsed = {}
     for variable, value in environment.items():
@@ -265,17 +265,8 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise SettingsError(f"The command line was not understood: {message}. See `python -m app --help`.")
 
-    def parse_args(self, arguments: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
-        flags, unknown = self.parse_known_args(arguments)
-        if unknown:
-            given = unknown[0].partition("=")[0]
-            if not given.startswith("-"):
-                raise SettingsError(f"Nothing was expected where {given!r} stands. See `python -m app --help`.")
-            raise SettingsError(f"There is no flag {given}. {_nearest(given, [_flag(name) for name in KNOWN])}")
-        return flags
 
-
-def _parser() -> argparse.ArgumentParser:
+def _read_flags(arguments: Sequence[str]) -> dict[str, str | None]:
     parser = _Parser(
         prog="python -m app",
         description="Serve the classifier over HTTP.",
@@ -286,4 +277,10 @@ def _parser() -> argparse.ArgumentParser:
         default = "on" if DEFAULTS[name] is True else DEFAULTS[name]
         shown = "" if default in (None, dataclasses.MISSING) else f" (default: {default})"
         parser.add_argument(_flag(name), metavar="VALUE", help=setting.help + shown)
-    return parser
+    flags, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        given = unknown[0].partition("=")[0]
+        if not given.startswith("-"):
+            raise SettingsError(f"Nothing was expected where {given!r} stands. See `python -m app --help`.")
+        raise SettingsError(f"There is no flag {given}. {_nearest(given, [_flag(name) for name in KNOWN])}")
+    return vars(flags)

@@ -32,8 +32,9 @@ from app import checkpoint, model
 from app.admission import USUAL_BATCH
 from app.data import Split
 from app.device import choose_device, describe
-from app.predictor import Predictor
+from app.predictor import Predictor, build
 from app.settings import Settings, parse_settings
+from app.steps import finish
 from training.config import RECIPES
 from training.fit import fit, initialize
 
@@ -216,7 +217,7 @@ def engine_speeds(architecture: str) -> tuple[float, float]:
         state_dict=model.build(architecture).state_dict(),
         classes=checkpoint.CIFAR10_CLASSES,
     )
-    predictor = Predictor(random, choose_device(), threads=settings.threads, max_batch=settings.max_batch)
+    predictor = finish(build(random, choose_device(), threads=settings.threads, max_batch=settings.max_batch))
     return 1e3 / _pictures_a_second(predictor, 1), _pictures_a_second(predictor, USUAL_BATCH)
 
 

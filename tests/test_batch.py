@@ -68,7 +68,7 @@ def test_pictures_of_a_form_are_answered_in_order(client: TestClient, field: str
 
 def test_raw_pixels_are_answered_as_the_same_pictures_encoded(client: TestClient) -> None:
     """Of more pictures than one batch holds, so that groups are joined in order."""
-    assert client.app.state.service.settings.max_batch == 4  # type: ignore[attr-defined]
+    assert client.app.service.settings.max_batch == 4  # type: ignore[attr-defined]
     response = client.post("/predict/batch", content=raw(11), headers=OCTETS)
     assert response.status_code == 200
     expected = [alone(client, picture) for picture in pictures(11)]
@@ -150,7 +150,7 @@ def test_a_batch_is_admitted_whole_or_not_at_all(settings: Settings) -> None:
     """Pictures are counted, not requests; a batch larger than the queue is admitted when nothing else waits."""
     app = create_app(Settings(weights=settings.weights, device="cpu", threads=1, max_batch=2, max_waiting=4))
     with TestClient(app) as client:
-        batcher = app.state.service._batcher
+        batcher = app.service._batcher
         batcher._admission.waiting = 1  # as if one were being answered
         for kwargs in ({"files": form(*pictures(4))}, {"content": raw(4), "headers": OCTETS}):
             response = client.post("/predict/batch", **kwargs)
@@ -164,7 +164,7 @@ def test_a_batch_is_admitted_whole_or_not_at_all(settings: Settings) -> None:
 
 
 def test_a_raw_batch_costs_one_item_for_each_full_batch(client: TestClient) -> None:
-    statistics = client.app.state.service.statistics  # type: ignore[attr-defined]
+    statistics = client.app.service.statistics  # type: ignore[attr-defined]
     client.post("/predict/batch", content=raw(11), headers=OCTETS)
     assert (statistics.success.count, statistics.pictures) == (3, 11)  # 4 + 4 + 3
 

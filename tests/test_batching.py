@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from app import admission, batching, entries
-from app.admission import Admission, Limits
+from app.admission import Admission, Limits, Load
 from app.batching import BROKEN_BATCHES, Batcher, Building
 from app.errors import DeadlineExceeded, NotReady, Overloaded
 
@@ -286,8 +286,8 @@ def test_one_batch_changes_the_mean_time_by_a_tenth() -> None:
     admission = Admission(LIMITS)
     for seconds in (10.0, 0.0):
         admission.learn(seconds)
-    admission.enter(1, 1, light=True, bulk=False)
-    assert admission.expected_wait_seconds(light=True, bulk=False) == pytest.approx(9.0)
+    admission.enter(Load(1, 1, light=True, bulk=False))
+    assert admission.expected_wait_seconds(Load(0, 1, light=True, bulk=False)) == pytest.approx(9.0)
 
 
 def test_a_request_of_one_waits_for_a_part_of_those_of_many_and_these_for_all() -> None:
@@ -295,21 +295,26 @@ def test_a_request_of_one_waits_for_a_part_of_those_of_many_and_these_for_all() 
     admission.learn(1.0)
     admission.learn_heavy(10.0)
     for _ in range(50):
-        admission.enter(1, 1, light=False, bulk=True)
+        admission.enter(Load(1, 1, light=False, bulk=True))
     for light in (True, False):
-        assert admission.expected_wait_seconds(light=light, bulk=True) == (50 if light else 500)
-    assert admission.expected_wait_seconds(light=True, bulk=False) == 4  # the batch that runs
-    assert admission.expected_wait_seconds(light=False, bulk=False) == 10  # the one that is prepared
+        assert admission.expected_wait_seconds(Load(0, 1, light=light, bulk=True)) == (50 if light else 500)
+    assert admission.expected_wait_seconds(Load(0, 1, light=True, bulk=False)) == 4  # the batch that runs
+    assert admission.expected_wait_seconds(Load(0, 1, light=False, bulk=False)) == 10  # the one that is prepared
     for _ in range(3):
-        admission.enter(1, 1, light=False, bulk=False)
-    assert admission.expected_wait_seconds(light=True, bulk=False) == 4 + 2 * 3
-    assert admission.expected_wait_seconds(light=False, bulk=False) == 10 + 10 * 2 * 3
+        admission.enter(Load(1, 1, light=False, bulk=False))
+    assert admission.expected_wait_seconds(Load(0, 1, light=True, bulk=False)) == 4 + 2 * 3
+    assert admission.expected_wait_seconds(Load(0, 1, light=False, bulk=False)) == 10 + 10 * 2 * 3
     for _ in range(50):
-        admission.leave(1, 1, light=False, bulk=True)
-    assert admission.expected_wait_seconds(light=False, bulk=False) == 30
+        admission.leave(Load(1, 1, light=False, bulk=True))
+    assert admission.expected_wait_seconds(Load(0, 1, light=False, bulk=False)) == 30
     for _ in range(3):
-        admission.leave(1, 1, light=False, bulk=False)
-    assert admission.expected_wait_seconds(light=False, bulk=True) == admission.waiting == admission.waiting_bytes == 0
+        admission.leave(Load(1, 1, light=False, bulk=False))
+    assert (
+        admission.expected_wait_seconds(Load(0, 1, light=False, bulk=True))
+        == admission.waiting
+        == admission.waiting_bytes
+        == 0
+    )
 
 
 async def test_what_takes_long_to_prepare_is_refused_by_that_and_does_not_count_for_what_is_light(

@@ -30,7 +30,7 @@ def test_the_head_alone(client: TestClient, path: str) -> None:
 
 def test_a_draining_service_is_not_ready_but_answers(settings: Settings, png: bytes) -> None:
     app = create_app(settings)
-    service: Service = app.state.service
+    service: Service = app.service
     with TestClient(app) as client:
         service.draining = True
         response = client.get("/readyz")
@@ -43,7 +43,7 @@ def test_a_draining_service_is_not_ready_but_answers(settings: Settings, png: by
 
 @pytest.mark.anyio
 async def test_not_ready_before_the_start_nor_after_the_end(settings: Settings) -> None:
-    service: Service = create_app(settings).state.service
+    service: Service = create_app(settings).service
     assert not service.ready
     await service.start()
     assert service.ready
@@ -72,7 +72,7 @@ def test_an_application_that_was_never_started_says_so(settings: Settings, png: 
 def test_an_application_that_has_ended_is_forgotten(settings: Settings) -> None:
     app = create_app(settings)
     with TestClient(app):
-        service = weakref.ref(app.state.service)
+        service = weakref.ref(app.service)
     del app
     gc.collect()
     assert service() is None

@@ -33,8 +33,8 @@ def test_the_app_imports_neither_training_nor_its_libraries(path: Path) -> None:
 
 
 CODEC = [f"open_inference/{name}" for name in ("spec", "request", "tensors", "response")]
-HTTP = ["boundary.py", "exchange.py", "main.py", "protocol.py", "server.py"]
-SCHEMAS = ["main.py", "schemas.py", "open_inference/schemas.py"]
+HTTP = ["application.py", "boundary.py", "exchange.py", "main.py", "protocol.py", "server.py"]
+SCHEMAS = ["application.py", "schemas.py", "open_inference/schemas.py"]
 
 
 @pytest.mark.parametrize("path", APP, ids=lambda path: str(path.relative_to(ROOT)))

@@ -97,7 +97,7 @@ def test_live_and_ready_have_bodies(client: TestClient) -> None:
 
 
 def test_a_stopping_service_is_live_but_not_ready(client: TestClient) -> None:
-    client.app.state.service.draining = True  # type: ignore[attr-defined]
+    client.app.service.draining = True  # type: ignore[attr-defined]
     for path in ("/v2/health/ready", "/v2/models/cifar/ready"):
         response = client.get(path)
         refused(response, 503, "The service is stopping.")
@@ -197,7 +197,7 @@ def test_an_unreadable_element_fails_the_request_and_is_named(client: TestClient
 
 
 def test_too_much_to_do_is_429(client: TestClient) -> None:
-    batcher = client.app.state.service._batcher  # type: ignore[attr-defined]
+    batcher = client.app.service._batcher  # type: ignore[attr-defined]
     batcher._admission.waiting = 2048  # as if so many were being answered
     response = infer(client, *request())
     refused(response, 429, "The service has as much to do as it accepts: 2,048 pictures wait.")

@@ -12,7 +12,8 @@ from torch import Tensor
 from app import checkpoint
 from app.calibration import Calibration
 from app.device import choose_dtype
-from app.predictor import Predictor
+from app.predictor import build
+from app.steps import finish
 
 CPU = torch.device("cpu")
 WEIGHTS = Path(__file__).parent.parent / "weights"
@@ -29,20 +30,20 @@ def some_pixels(count: int) -> Tensor:
 def test_probabilities_are_those_of_the_plain_network(architecture: str) -> None:
     random, pixels_NCHW = random_checkpoint(architecture), some_pixels(11)
     expected_NK = random.network()(pixels_NCHW).softmax(dim=1)
-    probabilities_NK = Predictor(random, CPU, threads=1, max_batch=4).predict(pixels_NCHW)
+    probabilities_NK = finish(build(random, CPU, threads=1, max_batch=4)).predict(pixels_NCHW)
     tolerance = 1e-5 if choose_dtype(CPU) is torch.float32 else 0.01
     assert torch.allclose(probabilities_NK.float(), expected_NK, atol=tolerance)
 
 
 def test_rows_sum_to_one() -> None:
-    probabilities_NK = Predictor(random_checkpoint(), CPU, threads=1, max_batch=8).predict(some_pixels(8))
+    probabilities_NK = finish(build(random_checkpoint(), CPU, threads=1, max_batch=8)).predict(some_pixels(8))
     assert probabilities_NK.dtype == torch.float64
     assert (probabilities_NK.sum(dim=1) - 1).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("max_batch", [1, 3, 64])
 def test_the_batch_a_picture_is_in_makes_no_difference(max_batch: int) -> None:
-    predictor, pixels_NCHW = Predictor(random_checkpoint(), CPU, threads=1, max_batch=max_batch), some_pixels(10)
+    predictor, pixels_NCHW = finish(build(random_checkpoint(), CPU, threads=1, max_batch=max_batch)), some_pixels(10)
     alone = torch.cat([predictor.predict(pixel_1CHW) for pixel_1CHW in pixels_NCHW.split(1)])
     assert torch.allclose(predictor.predict(pixels_NCHW), alone, atol=0.003)
 
@@ -51,7 +52,7 @@ def test_the_batch_a_picture_is_in_makes_no_difference(max_batch: int) -> None:
 @pytest.mark.parametrize("weights", sorted(WEIGHTS.glob("*.pth")), ids=lambda path: path.stem)
 def test_neighbours_do_not_change_an_answer(weights: Path, name: str, photos_NCHW: Tensor) -> None:
     """With the weights that are shipped, whatever lies beside a picture, wherever it stands, however many there are."""
-    predictor = Predictor(checkpoint.load(weights), CPU, engine_name=name, threads=1, max_batch=16)
+    predictor = finish(build(checkpoint.load(weights), CPU, engine_name=name, threads=1, max_batch=16))
     alone_NK = torch.cat([predictor.predict(pixels_1CHW) for pixels_1CHW in photos_NCHW.split(1)])
     opinions_K = (alone_NK.amax(dim=0) - alone_NK.amin(dim=0)) > 100 * NEIGHBOUR_BOUND
     assert opinions_K.any(), "only a network that tells pictures apart proves anything"
@@ -66,7 +67,7 @@ def test_neighbours_do_not_change_an_answer(weights: Path, name: str, photos_NCH
 
 
 def test_items_of_one_and_of_several_pictures_keep_their_order() -> None:
-    predictor, pixels_NCHW = Predictor(random_checkpoint(), CPU, threads=1, max_batch=8), some_pixels(5)
+    predictor, pixels_NCHW = finish(build(random_checkpoint(), CPU, threads=1, max_batch=8)), some_pixels(5)
     items = [bytes(part.permute(0, 2, 3, 1).flatten().tolist()) for part in pixels_NCHW.split([1, 3, 1])]
     first, second, third = predictor.estimate_each(items)
     assert [len(first), len(second), len(third)] == [1, 3, 1]
@@ -75,7 +76,7 @@ def test_items_of_one_and_of_several_pictures_keep_their_order() -> None:
 
 def test_what_the_network_says_is_calibrated() -> None:
     known = Calibration(temperature=3.0, curvature=0.5)
-    predictor = Predictor(dataclasses.replace(random_checkpoint(), calibration=known), CPU, threads=1, max_batch=4)
+    predictor = finish(build(dataclasses.replace(random_checkpoint(), calibration=known), CPU, threads=1, max_batch=4))
     expected_NK = known.probabilities(predictor.logits(some_pixels(4)))
     assert torch.equal(predictor.predict(some_pixels(4)), expected_NK)
     assert [row.probabilities_K for row in predictor.estimate(some_pixels(4))] == expected_NK.tolist()
@@ -83,14 +84,14 @@ def test_what_the_network_says_is_calibrated() -> None:
 
 
 def test_nothing_can_be_trained_by_accident() -> None:
-    probabilities_NK = Predictor(random_checkpoint(), CPU, threads=1, max_batch=1).predict(some_pixels(1))
+    probabilities_NK = finish(build(random_checkpoint(), CPU, threads=1, max_batch=1)).predict(some_pixels(1))
     assert probabilities_NK.is_inference()
 
 
 def test_the_number_of_threads_is_kept() -> None:
     before = torch.get_num_threads()
     try:
-        Predictor(random_checkpoint(), CPU, threads=1, max_batch=1)
+        finish(build(random_checkpoint(), CPU, threads=1, max_batch=1))
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
@@ -102,7 +103,7 @@ def test_the_number_of_threads_is_kept() -> None:
 def test_warming_up_takes_all_small_sizes_and_some_large_ones(
     max_batch: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    predictor, seen = Predictor(random_checkpoint(), CPU, threads=1, max_batch=max_batch), []
+    predictor, seen = finish(build(random_checkpoint(), CPU, threads=1, max_batch=max_batch)), []
     monkeypatch.setattr(predictor, "predict", lambda pixels_NCHW: seen.append(len(pixels_NCHW)))
     for _ in predictor.warm_up():
         pass
@@ -110,7 +111,7 @@ def test_warming_up_takes_all_small_sizes_and_some_large_ones(
 
 
 def test_on_a_gpu_the_sizes_that_are_recorded_are_run_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    predictor, seen = Predictor(random_checkpoint(), CPU, threads=1, max_batch=20), []
+    predictor, seen = finish(build(random_checkpoint(), CPU, threads=1, max_batch=20)), []
     monkeypatch.setattr(predictor, "_records", True)
     monkeypatch.setattr(predictor, "predict", lambda pixels_NCHW: seen.append(len(pixels_NCHW)))
     for _ in predictor.warm_up():

@@ -13,9 +13,9 @@ from prometheus_client import generate_latest
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from app.admission import Limits
+from app.admission import Limits, Load
 from app.batching import Batcher
-from app.exposition import registry
+from app.exposition import CountsCollector
 from app.logs import QUIET
 from app.main import create_app
 from app.model import IMAGE_BYTES
@@ -141,12 +141,12 @@ def test_pictures_of_a_batch_are_predictions_of_their_own(client: TestClient) ->
 def test_what_waits_and_what_is_too_much(settings: Settings, png: bytes) -> None:
     app = create_app(Settings(weights=settings.weights, device="cpu", threads=1, max_waiting=1))
     with TestClient(app) as client:
-        admission = app.state.service._batcher._admission
-        admission.enter(10, 1, light=True, bulk=False)  # as if one were being answered
+        admission = app.service._batcher._admission
+        admission.enter(Load(10, 1, light=True, bulk=False))  # as if one were being answered
         assert client.post("/predict", content=png, headers=PNG).status_code == 429
-        app.state.service.draining = True
+        app.service.draining = True
         metrics = scrape(client)
-        admission.leave(10, 1, light=True, bulk=False)
+        admission.leave(Load(10, 1, light=True, bulk=False))
     assert (metrics.one("cifar_queue_depth"), metrics.one("cifar_ready")) == (1, 0)
     assert metrics.of("cifar_refusals_total", "reason") == {("overloaded",): 1}
     assert metrics.one("cifar_decode_seconds_count") == 0
@@ -184,7 +184,7 @@ async def test_a_client_that_left_counts_as_499(
     settings: Settings, png: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = create_app(settings)
-    service: Service = app.state.service
+    service: Service = app.service
 
     def never(*_args: object) -> "asyncio.Future[object]":
         return asyncio.get_running_loop().create_future()
@@ -192,7 +192,7 @@ async def test_a_client_that_left_counts_as_499(
     monkeypatch.setattr(service, "predict", never)
     await leave(app, {"type": "http.request", "body": png[:10], "more_body": True})
     await leave(app, {"type": "http.request", "body": png, "more_body": False})
-    metrics = Metrics(generate_latest(registry(app.state.count(), service.checkpoint)).decode())
+    metrics = Metrics(generate_latest(CountsCollector(app.count(), service.checkpoint)).decode())
     assert labels_of_requests(metrics) == {("POST", "/predict", "499"): 2}
     assert metrics.of("cifar_request_seconds_count", "route") == {("/predict",): 2}
     assert metrics.of("cifar_refusals_total", "reason") == {}

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from app import checkpoint, data
 from app.checkpoint import Checkpoint
-from app.predictor import Predictor
+from app.predictor import build
 from app.settings import available_cpus
+from app.steps import finish
 from training.data import hold_out
 from training.evaluate import predict
 
@@ -68,7 +69,7 @@ def test_every_engine_agrees_with_float32_on_the_test_file(
 ) -> None:
     if find_spec(engine) is None:
         pytest.skip(f"{engine} is not installed")
-    predictor = Predictor(trained, torch.device("cpu"), engine_name=engine, threads=available_cpus(), max_batch=50)
+    predictor = finish(build(trained, torch.device("cpu"), engine_name=engine, threads=available_cpus(), max_batch=50))
     given_NK = predictor.predict(splits[1].pixels_NCHW)
     assert (given_NK.argmax(1) == expected_NK.argmax(1)).double().mean() >= 0.998
     assert (given_NK - expected_NK).abs().max() <= 0.02  # bfloat16 keeps 8 bits

@@ -178,7 +178,7 @@ def test_the_key_is_not_shown() -> None:
 def test_a_request_that_waits_is_answered_by_the_weights_it_was_admitted_to(
     client: TestClient, settings: Settings, old: str, monkeypatch: pytest.MonkeyPatch, png: bytes
 ) -> None:
-    service: Service = client.app.state.service  # type: ignore[attr-defined]
+    service: Service = client.app.service  # type: ignore[attr-defined]
     entered, gate = threading.Event(), threading.Event()
     predictor = service._served.predictor
     forward = predictor.estimate_each
@@ -280,7 +280,7 @@ def test_an_evaluation_that_is_not_finished_starts_anew_with_the_new_weights(
 
 @pytest.mark.anyio
 async def test_a_service_that_is_stopping_takes_no_new_weights(settings: Settings) -> None:
-    service: Service = create_app(settings).state.service
+    service: Service = create_app(settings).service
     await service.start()
     other_weights(settings.weights)
     await service.close()
@@ -290,7 +290,7 @@ async def test_a_service_that_is_stopping_takes_no_new_weights(settings: Setting
 
 @pytest.mark.anyio
 async def test_a_refusal_within_the_service_is_of_one_class(settings: Settings) -> None:
-    service: Service = create_app(settings).state.service
+    service: Service = create_app(settings).service
     await service.start()
     settings.weights.unlink()
     with pytest.raises(WeightsRefused):
@@ -337,7 +337,7 @@ def wrong_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_engine_that_is_faster_but_wrong_is_not_taken(png: bytes, caplog: pytest.LogCaptureFixture) -> None:
     app = create_app(Settings(weights=SHIPPED, device="cpu", threads=1))
     with TestClient(app) as client:
-        assert app.state.service.engine == "torch"
+        assert app.service.engine == "torch"
         assert client.post("/predict", content=png).status_code == 200
     assert "With the engine openvino: The network computes wrongly here: it gives a drawing" in caplog.text
 

@@ -37,11 +37,11 @@ class Inference:
     timeout_seconds: float | None = None
 
 
-def decode(body: bytes, json_length: str | None, *, binary: bool, max_pictures: int) -> Inference:
+def decode(body: bytes, header: str | None, *, binary: bool, max_pictures: int) -> Inference:
     """Read an inference request.
 
     Args:
-        json_length: The header Inference-Header-Content-Length as it was sent, None without. With 0 there is no JSON:
+        header: Inference-Header-Content-Length as it was sent, None without. With 0 there is no JSON:
             the body is one encoded picture.
         binary: Whether the outputs are binary if there is no JSON to say so.
 
@@ -50,8 +50,8 @@ def decode(body: bytes, json_length: str | None, *, binary: bool, max_pictures: 
         BodyTooLarge: More than `max_pictures`.
         NotOffered: Tensors in shared memory.
     """
-    length = _json_length(body, json_length)
-    if json_length is not None and length == 0:
+    length = json_length(body, header)
+    if header is not None and length == 0:
         if not body:
             raise BadRequest("The body is empty; with Inference-Header-Content-Length 0 it is one encoded picture.")
         return Inference(pictures=[body], outputs=[Wanted(name, binary) for name in OUTPUT_NAMES])
@@ -79,7 +79,7 @@ def decode(body: bytes, json_length: str | None, *, binary: bool, max_pictures: 
     )
 
 
-def _json_length(body: bytes, header: str | None) -> int:
+def json_length(body: bytes, header: str | None) -> int:
     if header is None:
         return len(body)
     length = int(header) if header.isascii() and header.isdigit() and len(header) < 20 else -1

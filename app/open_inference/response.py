@@ -1,8 +1,6 @@
 """Probabilities and familiarity -> the body of an inference response."""
 
 import struct
-import sys
-from array import array
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any, Literal
@@ -76,7 +74,4 @@ def _binary(datatype: Datatype, elements: list[Any]) -> bytes:
     if datatype == "BYTES":
         encoded = [element.encode() for element in elements]
         return b"".join(struct.pack("<I", len(element)) + element for element in encoded)
-    numbers = array("f" if datatype == "FP32" else "q", elements)
-    if sys.byteorder == "big":
-        numbers.byteswap()
-    return numbers.tobytes()
+    return struct.pack(f"<{len(elements)}{'f' if datatype == 'FP32' else 'q'}", *elements)

@@ -2,16 +2,17 @@
 
 from typing import Annotated
 
-from fastapi import Depends, Request
+from fastapi import Depends, Query, Request
 
 from app.batching import NOT_RUNNING
 from app.errors import NotReady
+from app.images import Resize
 from app.service import Service
 from app.statistics import Counts
 
 
 async def _service(request: Request) -> Service:  # async: a plain function would cost a hop to another thread
-    service: Service = request.app.state.service
+    service: Service = request.app.service
     return service
 
 
@@ -31,9 +32,18 @@ def check_ready(service: Service) -> None:
 
 
 async def _total(request: Request) -> Counts:
-    counts: Counts = await request.app.state.total()
+    counts: Counts = await request.app.total()
     return counts
 
 
 TotalDep = Annotated[Counts, Depends(_total)]
 """What all processes that serve have counted."""
+
+ResizeQuery = Annotated[
+    Resize | None,
+    Query(
+        description="What to do with a picture that is not 32x32: `crop` takes the centre square, `stretch` ignores "
+        "the proportions, `pad` adds white margins. Without it another size is refused."
+    ),
+]
+TopKQuery = Annotated[int | None, Query(ge=1, description="Answer only so many probabilities, highest first.")]

@@ -1,9 +1,9 @@
 """POST /predict/batch."""
 
 import asyncio
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Request
 from pydantic_core import to_json
 from starlette.responses import Response
 
@@ -12,8 +12,8 @@ from app.exchange import LIGHT_BYTES, headers_of
 from app.images import OWN_FAULTS, Resize, check_raw
 from app.model import IMAGE_BYTES
 from app.multipart import read_fields
-from app.routes import ServiceDep
-from app.routes.predict import PICTURE, RESIZE, TOP_K, content_kind, model_info, scores
+from app.routes import ResizeQuery, ServiceDep, TopKQuery
+from app.routes.predict import PICTURE, content_kind, model_info, scores
 from app.routes.waiting import unless_left
 from app.schemas import BatchPrediction, refusals
 from app.service import Service, Verdict
@@ -45,8 +45,8 @@ BODY = {
 async def predict_batch(
     request: Request,
     service: ServiceDep,
-    resize: Annotated[Resize | None, Query(description=RESIZE)] = None,
-    top_k: Annotated[int | None, Query(ge=1, description=TOP_K)] = None,
+    resize: ResizeQuery = None,
+    top_k: TopKQuery = None,
 ) -> Response:
     """Answers in the order of the pictures. One that cannot be read is reported in its place and the others do not
     suffer. Raw pixels cost the least: nothing has to be decoded."""
@@ -92,7 +92,7 @@ async def _answers(request: Request, service: Service, resize: Resize | None) ->
         body = await service.intake.read(headers, request.receive)
         if len(body) > most * IMAGE_BYTES:
             raise refusal
-        return [*await unless_left(request.receive, service.predict_pixels(check_raw(body)), deadline_seconds)]
+        return await unless_left(request.receive, service.predict_pixels(check_raw(body)), deadline_seconds)
     raise UnsupportedMedia(
         f"The body has the content type {kind!r}. Accepted are multipart/form-data with a field `files` for each "
         "picture (curl -F files=@1.png -F files=@2.png), or raw pixels as application/octet-stream."

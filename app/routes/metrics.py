@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 from prometheus_client.exposition import choose_encoder
 from starlette.responses import PlainTextResponse, Response
 
-from app import exposition
+from app.exposition import CountsCollector
 from app.routes import ServiceDep, TotalDep
 from app.schemas import Report, refusals
 
@@ -26,8 +26,7 @@ async def metrics(service: ServiceDep, total: TotalDep, request: Request) -> Res
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
     except (TypeError, ValueError):  # a version that is none
         encode, content_type = choose_encoder("")
-    collected = exposition.registry(total, service.checkpoint)
-    return Response(encode(collected), media_type=content_type)
+    return Response(encode(CountsCollector(total, service.checkpoint)), media_type=content_type)
 
 
 @router.get(

@@ -4,10 +4,9 @@ Paths and statuses after specification/protocol/inference_rest.md, headers after
 """
 
 import asyncio
-import re
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 from starlette.types import Receive
 
@@ -20,8 +19,7 @@ from app.open_inference import request as requests
 from app.open_inference import response as responses
 from app.open_inference import schemas, spec
 from app.open_inference.request import Inference
-from app.routes import ServiceDep, TotalDep, check_ready
-from app.routes.predict import RESIZE
+from app.routes import ResizeQuery, ServiceDep, TotalDep, check_ready
 from app.routes.waiting import unless_left
 from app.schemas import refusals
 from app.service import Rows, Service, Verdict
@@ -207,9 +205,7 @@ async def not_offered() -> None:
     },
     openapi_extra={"requestBody": BODY, "parameters": [HEADER]},
 )
-async def infer(
-    request: Request, service: ServiceDep, resize: Annotated[Resize | None, Query(description=RESIZE)] = None
-) -> Response:
+async def infer(request: Request, service: ServiceDep, resize: ResizeQuery = None) -> Response:
     """The parameter `timeout` of the request, in microseconds, shortens the time it may wait."""
     return (await respond(headers_of(request), request.receive, service, resize)).response(request)
 
@@ -229,8 +225,7 @@ async def respond(headers: Headers, receive: Receive, service: Service, resize: 
         binary = JSON not in headers.get(b"accept", b"").lower()
         return requests.decode(plain, length, binary=binary, max_pictures=service.settings.max_pictures)
 
-    json_bytes = int(length) if length is not None and re.fullmatch("[0-9]{1,19}", length) else len(body)
-    if encoding is None and json_bytes <= LITTLE_JSON_BYTES:
+    if encoding is None and requests.json_length(body, length) <= LITTLE_JSON_BYTES:
         inference = decode()
     else:
         with service.intake.holding(len(body)):
@@ -261,14 +256,11 @@ def _encoding(headers: Headers) -> str | None:
 
 async def _probabilities(receive: Receive, service: Service, inference: Inference, resize: Resize | None) -> Verdict:
     """The rows of all pictures of the request; if one of them cannot be read, the request fails and says which."""
-    deadline_seconds = service.settings.deadline_seconds
-    answers: list[Verdict | BaseException]
     if inference.pixels is not None:
         future = service.predict_pixels(check_raw(inference.pixels), inference.timeout_seconds)
-        answers = [*await unless_left(receive, future, deadline_seconds)]
     else:
-        pictures = service.predict_pictures(inference.pictures, resize, inference.timeout_seconds)
-        answers = await unless_left(receive, pictures, deadline_seconds)
+        future = service.predict_pictures(inference.pictures, resize, inference.timeout_seconds)
+    answers = await unless_left(receive, future, service.settings.deadline_seconds)
     rows: Rows = []
     checkpoint = service.checkpoint
     for index, answer in enumerate(answers):

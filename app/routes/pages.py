@@ -5,9 +5,22 @@ from pathlib import Path
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
 
 STATIC = Path(__file__).resolve().parent.parent / "static"
-FILES = StaticFiles(directory=STATIC)
+
+
+class WholeFiles(StaticFiles):
+    """All of a file or nothing: it is a few KB, and the framework's refusals of odd ranges have a body of their own."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        scope["headers"] = [header for header in scope["headers"] if header[0] != b"range"]
+        response = await super().get_response(path, scope)
+        del response.headers["accept-ranges"]
+        return response
+
+
+FILES = WholeFiles(directory=STATIC)
 
 router = APIRouter(include_in_schema=False)
 

@@ -1,8 +1,8 @@
 """POST /predict."""
 
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Request
 from pydantic_core import to_json
 from starlette.responses import Response
 from starlette.types import Receive
@@ -14,18 +14,13 @@ from app.exchange import Headers, Intake, Reply, encoding_of, headers_of, text
 from app.images import Resize
 from app.multipart import read_field
 from app.predictor import Estimate
-from app.routes import ServiceDep
+from app.routes import ResizeQuery, ServiceDep, TopKQuery
 from app.routes.waiting import unless_left
 from app.schemas import Prediction, refusals
 from app.service import Service
 
 router = APIRouter(tags=["prediction"])
 
-RESIZE = (
-    "What to do with a picture that is not 32x32: `crop` takes the centre square, `stretch` ignores the proportions, "
-    "`pad` adds white margins. Without it another size is refused."
-)
-TOP_K = "Answer only so many probabilities, highest first."
 RAW = ("application/octet-stream", "application/x-www-form-urlencoded")
 """The latter is what `curl --data-binary @picture.png` says of any body; what a body is shows in its bytes anyway."""
 PICTURE = {"schema": {"type": "string", "format": "binary"}}
@@ -52,11 +47,8 @@ BODY = {
 async def predict(
     request: Request,
     service: ServiceDep,
-    resize: Annotated[
-        Resize | None,
-        Query(description=RESIZE),
-    ] = None,
-    top_k: Annotated[int | None, Query(ge=1, description=TOP_K)] = None,
+    resize: ResizeQuery = None,
+    top_k: TopKQuery = None,
 ) -> Response:
     """The probabilities of all classes. Transparency is laid over white, EXIF orientation is respected."""
     reply = await respond(headers_of(request), request.receive, service, resize, top_k)
