@@ -19,10 +19,8 @@ import hashlib
 import io
 import json
 import math
-import os
 import pickle
 import struct
-import tempfile
 import warnings
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -35,6 +33,7 @@ from torch import Tensor
 from app import model, self_test
 from app.calibration import UNCALIBRATED, Calibration
 from app.errors import CheckpointError
+from app.files import save_tensors
 from app.model import Normalized
 from app.report import Evaluation
 
@@ -113,33 +112,6 @@ def save(checkpoint: Checkpoint, path: Path) -> str:
         "trained": checkpoint.trained,
     }
     return save_tensors(path, content)
-
-
-def save_tensors(path: Path, content: dict[str, Any]) -> str:
-    """`torch.save`, but atomic. Returns the sha256 of the file."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_atomically(path, buffer.getvalue())
-    return hashlib.sha256(buffer.getvalue()).hexdigest()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` as a whole or not at all, whenever the process is interrupted."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)  # mkstemp makes it private to this user; a container serves it as another
-            os.replace(temporary, path)
-        except BaseException:  # an interrupt, too, must leave no temporary file
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:  # the user knows nothing of the temporary file that it names
-        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def load(path: Path) -> Checkpoint:

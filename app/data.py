@@ -28,6 +28,7 @@ from torch import Tensor
 
 from app import images, numpy_pickle
 from app.checkpoint import CIFAR10_CLASSES, is_text
+from app.cpus import available_cpus
 from app.errors import DataError, RequestError
 from app.model import IMAGE_BYTES, IMAGE_SIZE
 
@@ -266,7 +267,7 @@ def _rank(path: Path) -> bytes:
 
 def _decode(paths: list[Path], folder: Path) -> Tensor:
     """The pictures as uint8 (N, 3, 32, 32). Threads, because Pillow decodes without holding the interpreter's lock."""
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(available_cpus()) as pool:
         decoded = list(pool.map(_decode_or_refuse, paths))
     broken = {
         str(path.relative_to(folder)): result

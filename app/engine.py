@@ -4,7 +4,7 @@ An engine answers for any number of pictures, but the first time it meets a numb
 NVIDIA GPU, where it fills up to 1, 2, 4, 8, ..., the second time it records them. Build and call it in one and the same
 thread: from another one, torch's threads are made anew and a forward pass of two threads takes twice the time.
 
-Shape letters: N images, C = 3, H = W = 32, D features, O and I output and input channels of a convolution.
+Shape letters: N images, C = 3, H = W = 32, D features.
 """
 
 import importlib
@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from app.bfloat16 import round_weights
 from app.device import choose_dtype
 from app.errors import SettingsError
 from app.model import IMAGE_SIZE, Normalized
@@ -28,10 +29,6 @@ logger = logging.getLogger(__name__)
 REPETITIONS = 5
 ENOUGH_SECONDS = 0.1
 """Of repetitions: on a slow machine two have to do, for it starts slowly anyway."""
-CENTRE = 128.0
-"""What is taken from pixels, 0 to 255, to have small numbers of both signs."""
-LEVEL = 8.0
-"""GELU leaves it as it is, and bfloat16 holds it exactly."""
 
 
 class Engine(Protocol):
@@ -157,78 +154,6 @@ def _cost(engine: Engine, batch: int) -> float:
         cost *= min(taken)
         logger.info("The engine %s takes %.2f ms for a batch of %d.", engine.name, 1e3 * min(taken), size)
     return cost
-
-
-def round_weights(network: Normalized) -> None:
-    """Prepare a network for bfloat16, so that what it answers is hardly changed."""
-    first, second, *others = (layer for layer in network.modules() if isinstance(layer, nn.Conv2d))
-    keep_pixels(network, first)
-    for layer in (second, *others):
-        round_kernels(layer)
-    keep_bias(first, second)
-
-
-@torch.no_grad()
-def keep_pixels(network: Normalized, first: nn.Conv2d) -> None:
-    """Have the first convolution see pixels that bfloat16 holds exactly, and with weights of twice its digits.
-
-    It lives from small differences between neighbours, which rounded normalised pixels drown: with an earlier network
-    the largest error of a probability was 0.034 on validation images, against 0.022. So it takes over the normalisation
-    and sees whole numbers around 0, twice: once for the rounded weights and once for what rounding took from them. It
-    must not pad: what the normalisation subtracts is in its bias.
-    """
-    assert first.padding == (0, 0)
-    assert first.bias is not None
-    scale_C, mean_C = (1 / (255 * network.std)).double(), (network.mean / network.std).double()
-    weight_OCHW = first.weight.double() * scale_C[:, None, None]
-    first.bias += (first.weight * (CENTRE * scale_C - mean_C)[:, None, None]).sum(dim=(1, 2, 3)).float()
-    high_OCHW = weight_OCHW.bfloat16().double()
-    first.weight = nn.Parameter(torch.cat([high_OCHW, weight_OCHW - high_OCHW], dim=1).float())
-    first.in_channels *= 2
-    network.normalize = _centred_twice  # type: ignore[method-assign]
-
-
-def _centred_twice(pixels_NCHW: Tensor) -> Tensor:
-    centred_NCHW = pixels_NCHW.float() - CENTRE
-    return torch.cat([centred_NCHW, centred_NCHW], dim=1)
-
-
-@torch.no_grad()
-def round_kernels(layer: nn.Conv2d) -> None:
-    """Round the weights to bfloat16 so that the errors within a kernel cancel.
-
-    Each weight takes over the error of the one before. Neighbouring pixels are alike, so what is felt is the error of
-    a kernel's sum; with an earlier network this halved the largest error of a probability (0.024 to 0.014).
-    """
-    rounded, error_OI = [], torch.zeros(())
-    for weight_OI in layer.weight.flatten(2).unbind(2):
-        wanted_OI = weight_OI + error_OI
-        rounded.append(wanted_OI.bfloat16().float())
-        error_OI = wanted_OI - rounded[-1]
-    layer.weight.copy_(torch.stack(rounded, 2).view_as(layer.weight))
-
-
-@torch.no_grad()
-def keep_bias(before: nn.Conv2d, layer: nn.Conv2d) -> None:
-    """Have a convolution add its bias with twice the digits of bfloat16.
-
-    All of the picture feels its error alike, so that nothing makes up for it, and the second layer has the largest
-    ones: with them rounded, the largest error of a probability was 0.031 on 10,000 images, and is 0.015 so. The layer
-    before gets one more channel, which is always `LEVEL`, also after ReLU or GELU and a maximum; of that, the middle of
-    each kernel, which never lies in the padding, takes what rounding took from the bias.
-    """
-    assert layer.bias is not None
-    assert before.bias is not None
-    rounded_O = layer.bias.bfloat16().float()
-    level_OIHW = torch.zeros_like(layer.weight[:, :1])
-    middle = [size // 2 for size in layer.kernel_size]
-    level_OIHW[:, 0, middle[0], middle[1]] = (layer.bias - rounded_O) / LEVEL
-    layer.weight = nn.Parameter(torch.cat([layer.weight, level_OIHW], dim=1))
-    layer.bias.copy_(rounded_O)
-    layer.in_channels += 1
-    before.weight = nn.Parameter(torch.cat([before.weight, torch.zeros_like(before.weight[:1])]))
-    before.bias = nn.Parameter(torch.cat([before.bias, before.bias.new_tensor([LEVEL])]))
-    before.out_channels += 1
 
 
 def _to_own_dtype(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:

@@ -2,9 +2,7 @@
 bodies may come in."""
 
 import asyncio
-import ctypes
 import logging
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from app import checkpoint, data, images, predictor, self_test
+from app import checkpoint, data, images, memory, predictor, self_test
 from app.admission import Limits
 from app.batching import Batcher, Building
 from app.checkpoint import Checkpoint
@@ -101,7 +99,7 @@ class Service:
         if self._batcher.closed:
             self._batcher = self._new_batcher()
         await self._batcher.start()
-        release_memory()
+        memory.release()
         self._start_evaluation()
 
     async def close(self) -> None:
@@ -334,10 +332,3 @@ def check_replaces(checkpoint: Checkpoint, classes: tuple[str, ...]) -> None:
 def load_aside(path: Path) -> Checkpoint:
     """`checkpoint.load` in a thread that ends; `aside` says why."""
     return finish(aside(partial(checkpoint.load, path)))
-
-
-def release_memory() -> None:
-    """Have glibc give back to the system what starting took and has freed. Does nothing elsewhere."""
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if malloc_trim is not None:
-        malloc_trim(0)

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from app import data, model
+from app import data, memory, model
 from app.checkpoint import Checkpoint
 from app.data import Split
 from app.device import choose_device, choose_dtype, describe
@@ -32,7 +32,7 @@ from training.config import RECIPES, Recipe
 from training.data import hold_out, locate
 from training.distill import Teachers
 from training.evaluate import forward
-from training.fit import Row, fit, initialize, keep_memory, set_learning_rates
+from training.fit import Row, fit, initialize, set_learning_rates
 from training.muon import Muon
 
 REPETITIONS = 3
@@ -200,7 +200,7 @@ def main() -> None:
     images, held_out = hold_out(data.read(locate(None, os.environ))[0], 0.1)
     print(f"{describe(device)}, torch {torch.__version__}; {len(images):,} images\n")
     print("| | seed | seconds | one view | six views |\n| --- | --- | --- | --- | --- |")
-    keep_memory()
+    memory.keep()
     for seed in SEEDS:
         for name, trained in (("airbench94", train_airbench), ("recipe `fast`", train_ours)):
             start = time.perf_counter()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from app import checkpoint, model
 from app.calibration import Calibration
-from app.checkpoint import CIFAR10_CLASSES, Checkpoint, load, save, write_atomically
+from app.checkpoint import CIFAR10_CLASSES, Checkpoint, load, save
 from app.errors import CheckpointError
 from app.report import Evaluation
 
@@ -279,33 +279,6 @@ def test_refusals(tmp_path: Path, given: object, sentence: str) -> None:
 def test_the_content_that_the_refusals_vary_is_itself_accepted(tmp_path: Path) -> None:
     torch.save(content(), tmp_path / "weights.pth")
     assert load(tmp_path / "weights.pth").calibration == CALIBRATION
-
-
-@pytest.mark.parametrize("failing", ["fsync", "replace"])
-def test_a_failing_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
-    file = tmp_path / "weights.pth"
-    write_atomically(file, b"old")
-
-    def interrupt(*_arguments: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, failing, interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(file, b"new")
-    assert file.read_bytes() == b"old"
-    assert [path.name for path in tmp_path.iterdir()] == ["weights.pth"]
-    monkeypatch.undo()
-    write_atomically(file, b"new")
-    assert file.read_bytes() == b"new"
-    assert file.stat().st_mode & 0o777 == 0o644
-
-
-def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(IsADirectoryError) as refusal:
-        write_atomically(tmp_path / "folder", b"new")
-    assert refusal.value.filename == str(tmp_path / "folder")
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_the_file_holds_only_what_weights_only_reads(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from app import engine, model
+from app import bfloat16, engine, model
 from app.device import choose_dtype
 from app.errors import SettingsError
 from app.steps import finish
@@ -161,7 +161,7 @@ def test_rounded_kernels_are_bfloat16_and_keep_their_sums() -> None:
     for memory_format in (torch.contiguous_format, torch.channels_last):
         layer = nn.Conv2d(16, 32, 3).to(memory_format=memory_format)
         before = layer.weight.detach().clone()
-        engine.round_kernels(layer)
+        bfloat16.round_kernels(layer)
         plain, diffused = before.bfloat16().float(), layer.weight
         assert torch.equal(diffused, diffused.bfloat16().float())
         errors = [(each - before).sum(dim=(2, 3)).abs().mean() for each in (plain, diffused)]
@@ -173,7 +173,7 @@ def test_the_first_layer_loses_nothing_of_the_pixels(network: model.Normalized) 
     """In bfloat16, with a result that is not rounded, it is right to sixteen binary digits."""
     kept = copy.deepcopy(network)
     before, after = (next(each for each in of.modules() if isinstance(each, nn.Conv2d)) for of in (network, kept))
-    engine.keep_pixels(kept, after)
+    bfloat16.keep_pixels(kept, after)
     pixels_NCHW = pictures(20)
     seen_NCHW, rounded_OCHW = kept.normalize(pixels_NCHW), after.weight.bfloat16().float()
     assert torch.equal(seen_NCHW, seen_NCHW.bfloat16().float())
@@ -195,11 +195,11 @@ def test_a_bias_is_right_to_sixteen_binary_digits(network: model.Normalized) -> 
     for each in (layer, plain):
         assert each.bias is not None
         each.bias.data += 3  # so that there is something to round
-    engine.keep_bias(before, layer)
+    bfloat16.keep_bias(before, layer)
     pixels_NCHW = pictures(20)
     with torch.no_grad():
         inputs_NCHW = F.gelu(before(network.normalize(pixels_NCHW)))
-        assert (inputs_NCHW[:, -1] == engine.LEVEL).all()
+        assert (inputs_NCHW[:, -1] == bfloat16.LEVEL).all()
         expected_NCHW = plain(inputs_NCHW[:, :-1])
         found_NCHW = layer(inputs_NCHW)
         without_NCHW = F.conv2d(inputs_NCHW[:, :-1], plain.weight, layer.bias, padding=plain.padding)

@@ -18,6 +18,7 @@ from app.data import Split
 from training.augment import draw, epoch_generator
 from training.config import RECIPES, Recipe
 from training.distill import Teachers
+from training.errors import TrainingError
 from training.fit import (
     AHEAD,
     Row,
@@ -30,7 +31,6 @@ from training.fit import (
     optimizers_for,
     set_learning_rates,
 )
-from training.meter import TrainingError
 from training.muon import Muon
 
 CPU = torch.device("cpu")
@@ -362,14 +362,14 @@ def test_recorded_steps_on_a_gpu_learn_what_plain_ones_on_the_cpu_do(count: int)
 
 RESIDENT = """
 import resource, torch
-from training.fit import keep_memory
+from app import memory
 
 def resident_after_a_large_tensor():
     torch.ones(1 << 26)  # 256 MiB, freed at once
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 
 before = resident_after_a_large_tensor()
-keep_memory()
+memory.keep()
 print(resident_after_a_large_tensor() - before)
 """
 

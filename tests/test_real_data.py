@@ -9,8 +9,8 @@ from torch import Tensor
 
 from app import checkpoint, data
 from app.checkpoint import Checkpoint
+from app.cpus import available_cpus
 from app.predictor import build
-from app.settings import available_cpus
 from app.steps import finish
 from training.data import hold_out
 from training.evaluate import predict

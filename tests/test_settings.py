@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from app.errors import SettingsError
-from app.settings import KNOWN, Settings, available_cpus, parse_settings
+from app.settings import KNOWN, Settings, parse_settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -130,28 +130,6 @@ def test_what_kubernetes_says_of_a_service_is_no_setting() -> None:
 @pytest.mark.parametrize("device", ["cpu", "mps", "cuda", "cuda:3"])
 def test_devices_by_name(device: str) -> None:
     assert parse_settings([], {"CIFAR_DEVICE": device}).device == device
-
-
-@pytest.mark.parametrize(
-    ("files", "cpus"),
-    [
-        ({"cpu.max": "150000 100000\n"}, 2),
-        ({"cpu.max": "20000 100000\n"}, 1),
-        ({"cpu.max": "max 100000\n"}, 5),
-        ({"cpu.max": "9900000 100000\n"}, 5),
-        ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
-        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 5),
-        ({}, 5),
-    ],
-)
-def test_cores_by_affinity_and_control_group(
-    files: dict[str, str], cpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: {0, 1, 2, 3, 7}, raising=False)
-    for name, content in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(content)
-    assert available_cpus(tmp_path) == cpus
 
 
 @pytest.mark.parametrize(("cores", "processes"), [(1, 1), (2, 1), (5, 2), (64, 4)])

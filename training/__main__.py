@@ -27,10 +27,11 @@ from torch import nn
 
 from app import data, model
 from app.calibration import Calibration
-from app.checkpoint import Checkpoint, load, save, write_atomically
+from app.checkpoint import Checkpoint, load, save
 from app.data import Split
 from app.device import choose_device, describe
 from app.errors import AppError
+from app.files import write_atomically
 from app.report import report
 from training import plots, robustness
 from training.ablate import VALIDATION, ablate
@@ -94,7 +95,7 @@ def train_command(options: argparse.Namespace) -> None:
         device=device,
         teachers=Teachers(teachers, train.classes) if teachers else None,
         workers=workers,
-        validate=(lambda network: _validate(network, held_out, device)) if held_out else None,
+        validate=None if held_out is None else lambda network: _validate(network, held_out, device),
         on_epoch=log.epoch if log else None,
         state_file=run / "state.pt",
         resume=options.resume,
@@ -124,14 +125,15 @@ def train_command(options: argparse.Namespace) -> None:
     calibrated = complete(untested, held_out, taken_over, device)
     log.say(_describe(calibrated.calibration))
     # The one reading of the test images, after everything is decided; none at all when images were held out.
-    checkpoint = dataclasses.replace(calibrated, evaluation=evaluate(calibrated, held_out or test, device))
+    measured_on = test if held_out is None else held_out
+    checkpoint = dataclasses.replace(calibrated, evaluation=evaluate(calibrated, measured_on, device))
     assert checkpoint.evaluation is not None
     weights = options.out or run / "cifar_net.pth"
     save(checkpoint, run / "cifar_net.pth")
     if options.out:
         _publish(checkpoint, options.out, rows, options.calibration)
     log.say(format_report(report(checkpoint.evaluation, checkpoint.classes)))
-    if held_out:
+    if held_out is not None:
         log.say("The calibration was fitted to these very images: its own figures, and the sets', flatter it a little.")
     log.say(f"Wrote {weights}. Serve it with: CIFAR_WEIGHTS={shlex.quote(str(weights))} make serve")
 

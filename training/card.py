@@ -20,7 +20,8 @@ from urllib.parse import quote
 from matplotlib.figure import Figure
 
 from app.calibration import Calibration
-from app.checkpoint import CIFAR10_CLASSES, Checkpoint, load, write_atomically
+from app.checkpoint import CIFAR10_CLASSES, Checkpoint, load
+from app.files import write_atomically
 from app.report import report, wilson_interval
 from training import plots
 from training.calibrate import JPEG_QUALITY

@@ -3,11 +3,9 @@
 Shape letters: N images, C = 3, H = W = 32, K classes.
 """
 
-import ctypes
 import os
 import pickle
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,22 +17,21 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
 
-from app.checkpoint import save_tensors
+from app import memory
 from app.data import Split
 from app.device import choose_dtype
+from app.files import save_tensors
 from app.model import IMAGE_SIZE, CifarNet, Normalized
 from app.recorded import Recorded, Step
 from training.augment import Draws, augment, draw, epoch_generator, shrink
 from training.config import Recipe
 from training.distill import Teachers, loss
-from training.meter import Meter, TrainingError
+from training.errors import TrainingError
+from training.meter import Meter
 from training.muon import Muon
 
 CHANNELS = 3
 WHITENING_IMAGES = 5000
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-KEPT_BYTES = 2**31 - 1
-KEPT_BYTES_BEFORE = 32 * 2**20  # the most that older versions accept; without any they would keep nothing
 LOW_RESOLUTIONS = (20, 26)
 AHEAD = {"cuda": 10_000}
 """So many images are augmented together on a device, in whole batches: a GPU needs that many to be busy. On a CPU, one
@@ -64,19 +61,6 @@ def join_workers(device: torch.device) -> Workers:
         return Workers()
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Workers(dist.get_rank(), count)
-
-
-def keep_memory() -> None:
-    """Have glibc keep what is freed for the next step, for the rest of the process.
-
-    By default it hands large tensors back to the system and gets them anew in the next step, cleared page by page:
-    on two cores that was a fifth of a step of the default recipe (950 -> 1,190 images/s). Does nothing elsewhere.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        if not mallopt(M_MMAP_THRESHOLD, KEPT_BYTES):
-            mallopt(M_MMAP_THRESHOLD, KEPT_BYTES_BEFORE)
-        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
@@ -169,28 +153,10 @@ def fit(
     Raises:
         TrainingError: the loss is no longer finite, the batch does not divide, or the state file is of another run.
     """
-    if recipe.batch_size % workers.count:
-        raise TrainingError(
-            f"A batch of {recipe.batch_size} images cannot be shared evenly by {workers.count} processes; "
-            f"choose --batch-size as a multiple of {workers.count}."
-        )
-    steps = max(1, round(len(train) / recipe.batch_size))
-    if len(train) // steps < workers.count:
-        raise TrainingError(
-            f"{len(train):,} images make batches of {len(train) // steps}, too few for {workers.count} processes; "
-            "start fewer of them, or choose a larger --batch-size."
-        )
-    keep_memory()
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # recorded steps and exchanged gradients are of the current one
+    steps = _steps(train, recipe, workers)
+    memory.keep()
     dtype = compute_dtype(recipe, device)
-    channels_last = recipe.precision == "auto" and device.type != "mps"  # in float32, too, a fifth faster on two cores
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    for module in (network, teachers) if teachers else (network,):
-        module.to(device)
-        module.to(memory_format=memory_format)
-    torch.backends.cudnn.benchmark = True  # steps are alike, so that trying NVIDIA's algorithms once pays
-    torch.backends.cudnn.allow_tf32 = recipe.precision == "auto"
+    memory_format = _place((network, teachers) if teachers else (network,), recipe, device)
     model: nn.Module = DistributedDataParallel(network) if workers.count > 1 else network
     optimizers = optimizers_for(network, recipe)
     introduction = teachers.introduction if teachers else "none"
@@ -248,6 +214,36 @@ def fit(
             if on_epoch is not None:
                 on_epoch(rows)
     return rows
+
+
+def _steps(train: Split, recipe: Recipe, workers: Workers) -> int:
+    """Of an epoch."""
+    if recipe.batch_size % workers.count:
+        raise TrainingError(
+            f"A batch of {recipe.batch_size} images cannot be shared evenly by {workers.count} processes; "
+            f"choose --batch-size as a multiple of {workers.count}."
+        )
+    steps = max(1, round(len(train) / recipe.batch_size))
+    if len(train) // steps < workers.count:
+        raise TrainingError(
+            f"{len(train):,} images make batches of {len(train) // steps}, too few for {workers.count} processes; "
+            "start fewer of them, or choose a larger --batch-size."
+        )
+    return steps
+
+
+def _place(modules: Iterable[nn.Module], recipe: Recipe, device: torch.device) -> torch.memory_format:
+    """Put the networks on the device, which is prepared for them; the order in memory that their pictures need."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # recorded steps and exchanged gradients are of the current one
+    torch.backends.cudnn.benchmark = True  # steps are alike, so that trying NVIDIA's algorithms once pays
+    torch.backends.cudnn.allow_tf32 = recipe.precision == "auto"
+    channels_last = recipe.precision == "auto" and device.type != "mps"  # in float32, too, a fifth faster on two cores
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    for module in modules:
+        module.to(device)
+        module.to(memory_format=memory_format)
+    return memory_format
 
 
 def _augmented(

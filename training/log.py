@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from app.checkpoint import write_atomically
+from app.files import write_atomically
 from training import plots
 
 

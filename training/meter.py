@@ -7,12 +7,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from app.errors import AppError
 from training.config import Recipe
-
-
-class TrainingError(AppError):
-    """A run that cannot go on, with a sentence that says why and what is left."""
+from training.errors import TrainingError
 
 
 class Meter:

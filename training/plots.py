@@ -22,8 +22,8 @@ from PIL import Image, ImageShow
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from app.checkpoint import write_atomically
 from app.errors import AppError
+from app.files import write_atomically
 from app.model import IMAGE_SIZE
 from app.report import per_class, wilson_interval
 from training.evaluate import MOST_NUMBERED_CLASSES
