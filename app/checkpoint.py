@@ -275,6 +275,8 @@ def _check_evaluation(evaluation: Evaluation, size: int) -> None:
     _check_kinds(evaluation, "evaluation")
     if evaluation.confusion_KK.shape != (size, size) or evaluation.confusion_KK.dtype != torch.int64:
         raise CheckpointError(f"In the weights file the confusion matrix is not {size} x {size} whole numbers.")
+    if (evaluation.confusion_KK < 0).any():
+        raise CheckpointError("In the weights file the confusion matrix counts fewer than no images.")
     if evaluation.bins_B3.ndim != 2 or evaluation.bins_B3.shape[1] != 3 or evaluation.bins_B3.dtype != torch.float64:
         raise CheckpointError("In the weights file the calibration bins are not rows of three numbers.")
     floats = [value for value in vars(evaluation).values() if isinstance(value, float)]

@@ -125,5 +125,5 @@ def test_the_runs_are_real_and_repeat(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["hello", "{}\n[1]"])
 def test_what_is_no_log_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "notes.txt").write_text(content)
-    with pytest.raises(ValueError, match=r"notes\.txt is no log: expected is a JSON object in each line"):
+    with pytest.raises(ValueError, match=r"notes\.txt is not such a log: expected is a JSON object in each line"):
         read_rows(tmp_path / "notes.txt")

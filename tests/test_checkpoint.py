@@ -255,6 +255,7 @@ REFUSED: dict[str, tuple[object, str]] = {
         r"self_test has the shape \(3, 10\); expected is \(8, 10",
     ),
     "small matrix": (evaluated(confusion_KK=torch.zeros(2, 2).long()), "confusion matrix is not 10 x 10"),
+    "negative matrix": (evaluated(confusion_KK=-EVALUATION.confusion_KK), "counts fewer than no images"),
     "no matrix": (evaluated(confusion_KK=3), "confusion_KK of the evaluation is a int"),
     "bins of two numbers": (evaluated(bins_B3=torch.zeros(3, 2).double()), "bins are not rows of three numbers"),
     "text for a figure": (evaluated(nll="low"), "nll of the evaluation is a str"),

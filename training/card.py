@@ -65,6 +65,20 @@ PROVENANCE = (
     *("precision", "processes", "seconds", "finished_at", "python"),
 )
 
+# What the files beside the weights must have.
+BESIDE = {
+    "robustness": {"weights", "dataset", "rows"},
+    "unfamiliar": {
+        *("weights", "held_out", "pictures_per_source", "used"),
+        *("sources", "mean_auroc", "mean_flagged"),
+    },
+}
+OF_AN_EPOCH = {"epoch", "loss", "learning_rate"}
+OF_A_RUN = {
+    *("ingredient", "setting", "seed", "epochs", "device", "teachers"),
+    *("validation_accuracy", "jpeg_accuracy"),
+}
+
 
 def write_card(folder: Path) -> list[Path]:
     """Write README.md and its PNGs into `folder`, for all weights files there.
@@ -84,7 +98,7 @@ def write_card(folder: Path) -> list[Path]:
     if any(checkpoint.classes == CIFAR10_CLASSES for checkpoint in checkpoints.values()):
         parts.append(CIFAR10)
     parts += [_section(path, checkpoint, pictures) for path, checkpoint in checkpoints.items()]
-    if runs := read_rows(folder / "ablation.jsonl"):
+    if runs := read_rows(folder / "ablation.jsonl", OF_A_RUN):
         parts.append("\n".join(_ablation(runs)))
     for path, figure in pictures.items():
         plots.save(figure, path)
@@ -124,8 +138,8 @@ def _section(path: Path, checkpoint: Checkpoint, pictures: dict[Path, Figure]) -
             lines += COMPARED
     if unfamiliar:
         lines += _unfamiliar(unfamiliar)
-    validated = read_rows(path.with_suffix(".validation.log.jsonl"))
-    if epochs := validated or read_rows(path.with_suffix(".log.jsonl")):
+    validated = read_rows(path.with_suffix(".validation.log.jsonl"), OF_AN_EPOCH)
+    if epochs := validated or read_rows(path.with_suffix(".log.jsonl"), OF_AN_EPOCH):
         which = "the same recipe with images held out" if validated else "the run that made these weights"
         told = "The training loss is of augmented images; with teachers, most of it is the entropy of what they say."
         lines += ["### Learning curves", "", f"Of {which}, from its log. {told}", ""]
@@ -136,12 +150,13 @@ def _section(path: Path, checkpoint: Checkpoint, pictures: dict[Path, Figure]) -
 def _read(file: Path, command: str) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text())
-        if not isinstance(found, dict):
+        if not isinstance(found, dict) or not BESIDE[command] <= found.keys():
             raise ValueError
     except ValueError:
+        wanted = ", ".join(sorted(BESIDE[command]))
         raise ValueError(
-            f"{file} is damaged: expected is a JSON object. Write it anew with `python -m training {command} "
-            f"--out {file}`, or remove it."
+            f"{file} is damaged: expected is a JSON object with {wanted}. Write it anew with `python -m training "
+            f"{command} --out {file}`, or remove it."
         ) from None
     return found
 

@@ -1,7 +1,7 @@
 """What a run leaves to read: log.jsonl, curves.png, and TensorBoard events where tensorboard is installed."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -12,18 +12,22 @@ from app.files import write_atomically
 from training import plots
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The JSON objects in `file`, one a line; none where there is no file yet.
+def read_rows(file: Path, keys: Set[str] = frozenset()) -> list[dict[str, Any]]:
+    """The JSON objects in `file`, one a line, each of them with these keys; none where there is no file yet.
 
     Raises:
         ValueError: it holds something else.
     """
     try:
         rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-        if not all(isinstance(row, dict) for row in rows):
+        if not all(isinstance(row, dict) and keys <= row.keys() for row in rows):
             raise ValueError
     except ValueError:
-        raise ValueError(f"{file} is no log: expected is a JSON object in each line. Name another file.") from None
+        wanted = f" with {', '.join(sorted(keys))}" if keys else ""
+        raise ValueError(
+            f"{file} is not such a log: expected is a JSON object{wanted} in each line. Name another file, or remove "
+            "this one."
+        ) from None
     return rows
 
 
