@@ -68,7 +68,7 @@ class Admission:
         return for_inference if load.light else max(for_inference, heavy * self._seconds_per_heavy)
 
     def check(self, load: Load, deadline_seconds: float) -> None:
-        """Whether so much more may be admitted. If nothing waits, everything may.
+        """Whether this may be admitted as well. If nothing waits, anything may.
 
         Raises:
             Overloaded: as many pictures or bytes wait as are accepted, or the answer would come too late.
@@ -103,7 +103,7 @@ class Admission:
         """Take the time of a batch into the mean."""
         self._seconds_per_picture = _blend(self._seconds_per_picture, seconds_per_picture)
 
-    def learn_heavy(self, seconds: float) -> None:
+    def learn_preparation(self, seconds: float) -> None:
         """Take the time of preparing an item that is not light into the mean."""
         self._seconds_per_heavy = _blend(self._seconds_per_heavy, seconds)
 

@@ -36,7 +36,7 @@ Building = Generator[None, None, Run[Prepared, Result]]
 QUIET_SECONDS = 0.005
 """Idle work is done only after so long without a request, so that a client who asks one by one does not feel it."""
 BROKEN_BATCHES = 10
-"""After so many in a row of which nothing could be answered, nothing will be: a GPU that has failed stays so."""
+"""This many in a row that failed as a whole mean that none will succeed: a GPU that has failed stays so."""
 STOPPING = "The service is stopping. Try again, it may be back shortly."
 NOT_RUNNING = (
     "The service is not running: whoever embeds the application has to run its lifespan, as a server does and "
@@ -166,7 +166,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         self._queue.put(Signal.WAKE)
 
     async def exchange(self, building: Building[Prepared, Result]) -> None:
-        """Run what is admitted from now on by what `building` returns, and what was admitted before by what it was.
+        """Run what is admitted from now on by what `building` returns; what was admitted before, by the old function.
 
         So all items of one `submit_all` are run by the same function. The inference thread takes a step of `building`
         between any two batches, so that nobody waits for the whole of it.
@@ -202,7 +202,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         for entry, outcome in outcomes:
             self._admission.leave(entry.load)
             if not entry.load.light and entry.prepare_seconds:
-                self._admission.learn_heavy(entry.prepare_seconds)
+                self._admission.learn_preparation(entry.prepare_seconds)
             if entry.future.done():  # cancelled meanwhile
                 continue
             if isinstance(outcome, Exception):
@@ -290,7 +290,7 @@ class Batcher(Generic[Item, Prepared, Result]):
             return outcomes, None
         start = monotonic()
         prepared = [cast(Prepared, entry.prepared) for entry in wanted]
-        outcomes += zip(wanted, _run(wanted[0].run, prepared), strict=True)
+        outcomes += zip(wanted, _run_or_retry_singly(wanted[0].run, prepared), strict=True)
         seconds = monotonic() - start
         for entry in wanted:
             queue_seconds = start - entry.admitted_at - entry.prepare_seconds
@@ -312,7 +312,7 @@ def _resolve(future: asyncio.Future[Result], outcome: Result | Exception) -> Non
         future.set_result(outcome)
 
 
-def _run(run: Run[Prepared, Result], prepared: list[Prepared]) -> list[Result | Exception]:
+def _run_or_retry_singly(run: Run[Prepared, Result], prepared: list[Prepared]) -> list[Result | Exception]:
     """The results of a batch. If it fails, each item is tried alone, so that only the culprit fails."""
     try:
         results: list[Result | Exception] = list(run(prepared))
@@ -323,4 +323,4 @@ def _run(run: Run[Prepared, Result], prepared: list[Prepared]) -> list[Result | 
         if len(prepared) == 1:
             return [error]
         logger.warning("A batch of %d failed and is tried item by item.", len(prepared), exc_info=True)
-        return [result for item in prepared for result in _run(run, [item])]
+        return [result for item in prepared for result in _run_or_retry_singly(run, [item])]

@@ -134,12 +134,12 @@ def load(path: Path) -> Checkpoint:
             content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise CheckpointError(
-            f"The weights file {path} was refused: it is no PyTorch file, or it holds Python objects besides tensors "
-            f"and plain values, which could run code when loaded. {EXPECTED}"
+            f"The weights file {path} was refused: it is not a PyTorch file, or it holds Python objects besides "
+            f"tensors and plain values, which could run code when loaded. {EXPECTED}"
         ) from None
     except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, OSError, struct.error):
         raise CheckpointError(
-            f"The weights file {path} is no PyTorch file, or it is cut short ({len(raw):,} bytes). {EXPECTED}"
+            f"The weights file {path} is not a PyTorch file, or it is cut short ({len(raw):,} bytes). {EXPECTED}"
         ) from None
     try:
         checkpoint = _parse(content)
@@ -193,7 +193,7 @@ def _parse_tutorial(state_dict: dict[Any, Any]) -> Checkpoint:
 
 
 def is_text(value: object) -> bool:
-    """Whether it can be the name of a class: what is no UTF-8 among the names of folders could not be answered."""
+    """Whether it can be the name of a class: what is not UTF-8 among the names of folders could not be answered."""
     return isinstance(value, str) and value.encode(errors="ignore").decode() == value
 
 
@@ -207,7 +207,7 @@ def _check(checkpoint: Checkpoint) -> None:
     if not checkpoint.classes:
         raise CheckpointError("The weights file names no class.")
     if not isinstance(checkpoint.trained, dict) or not _is_json(checkpoint.trained):
-        raise CheckpointError("In the weights file the field trained is no dict of plain values.")
+        raise CheckpointError("In the weights file the field trained is not a dict of plain values.")
     if len(set(checkpoint.classes)) != len(checkpoint.classes) or not all(map(is_text, checkpoint.classes)):
         raise CheckpointError("In the weights file the class names are not distinct texts.")
     for name, tensor in checkpoint.state_dict.items():
@@ -222,7 +222,7 @@ def _check(checkpoint: Checkpoint) -> None:
     _check_calibration(checkpoint.calibration)
     if checkpoint.self_test_NK is not None:
         if not _is_matrix(checkpoint.self_test_NK):
-            raise CheckpointError("In the weights file the field self_test is no matrix of finite float32 numbers.")
+            raise CheckpointError("In the weights file the field self_test is not a matrix of finite float32 numbers.")
         expected = (len(self_test.drawings()), len(checkpoint.classes))
         if checkpoint.self_test_NK.shape != expected:
             raise CheckpointError(

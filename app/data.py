@@ -203,7 +203,7 @@ def _parse_pickle(path: Path, raw: bytearray) -> tuple[Tensor, Tensor]:
         return pixels.reshape(-1, 3, IMAGE_SIZE, IMAGE_SIZE), torch.tensor(labels, dtype=torch.int64)
     except UNREADABLE:
         raise DataError(
-            f"The file {path} ({len(raw):,} bytes) is no batch of CIFAR-10's python version, or it is cut short. "
+            f"The file {path} ({len(raw):,} bytes) is not a batch of CIFAR-10's python version, or it is cut short. "
             "Nothing in it was run. Copy or download it again."
         ) from None
 
@@ -220,7 +220,7 @@ def _read_class_folders(folder: Path, names: list[str], parts: Sequence[str]) ->
         raise DataError(f"The folder {folder} has the one class folder {names[0]}; a classifier needs at least two.")
     for name in names:
         if not is_text(name):
-            raise DataError(f"The name of the class folder {name!r} is no UTF-8. Rename it.")
+            raise DataError(f"The name of the class folder {name!r} is not UTF-8. Rename it.")
     chosen: dict[str, list[tuple[Path, int]]] = {"training": [], "test": []}
     for label, name in enumerate(names):
         for part, paths in zip(chosen, _divide(folder / name), strict=True):
@@ -241,7 +241,7 @@ def _read_class_folders(folder: Path, names: list[str], parts: Sequence[str]) ->
 
 
 def _divide(class_folder: Path) -> tuple[list[Path], list[Path]]:
-    """The files of a class to train on and to test with. Hidden ones apart, a file that is no picture is reported."""
+    """The files of a class to train on and to test with. A file that is not a picture is reported, unless hidden."""
     found = [path for path in class_folder.iterdir() if not path.name.startswith(".")]
     for deeper in (path for path in found if path.is_dir()):
         if any(path.suffix.lower() in PICTURE_SUFFIXES for path in deeper.iterdir()):

@@ -71,12 +71,12 @@ class TorchEngine:
 
 
 def filled_up(pixels_NCHW: Tensor) -> Tensor:
-    """The last picture again until there are a power of two: so few sizes are all recorded before the first request."""
+    """The last picture repeated up to a power of two: those few sizes are recorded before the first request."""
     count = len(pixels_NCHW)
     return pixels_NCHW[torch.arange(1 << (count - 1).bit_length()).clamp_max(count - 1)]
 
 
-def check(name: str, device: torch.device) -> None:
+def check_available(name: str, device: torch.device) -> None:
     """Say early whether the engine `name` can be used on `device`.
 
     Raises:

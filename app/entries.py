@@ -52,7 +52,7 @@ class Entry(Generic[Item, Prepared, Result]):
             return error
         except Exception as error:  # any of it fails this item alone
             return error
-        finally:  # for nothing, too, it had to be waited for
+        finally:  # others waited for it even if it failed
             self.prepare_seconds = monotonic() - start
         return None
 
@@ -68,7 +68,7 @@ class Entry(Generic[Item, Prepared, Result]):
 
 
 class Signal(Enum):
-    """What a thread is told besides entries: to look up from its queue; that nothing more will come."""
+    """What a thread is told besides entries: to stop waiting for one; that no more will come."""
 
     WAKE = auto()
     STOP = auto()
@@ -81,9 +81,9 @@ class Turns(Generic[Item, Prepared, Result]):
     delay a single one by one batch of theirs, and get half of the time.
 
     Where four batches of single ones wait, and nothing else, they become twice as large, and so on up to the largest:
-    the more there is to do, the dearer is the interpreter between two batches, which the event loop wants all the time
-    (under three times the load that could be carried, 96 instead of 81 % of that was answered). Many pictures in one
-    request leave the event loop alone, and would only hold a single one up for longer (37 ms instead of 12).
+    the busier the event loop, the longer it takes to get the interpreter back between two batches (under three times the
+    load that could be carried, 96 instead of 81 % of that was answered). Many pictures in one request leave the event
+    loop alone, and would only hold a single one up for longer (37 ms instead of 12).
     """
 
     def __init__(self, usual_batch: int, max_batch: int) -> None:
@@ -103,7 +103,7 @@ class Turns(Generic[Item, Prepared, Result]):
         self._arrived.put(arrival)
 
     def collect(self, timeout: float | None) -> bool:
-        """Sort out what has arrived, after waiting for something for so long; whether there was anything."""
+        """Sort what has arrived, waiting up to `timeout` seconds for the first of it; whether there was anything."""
         try:
             arrival = self._arrived.get(timeout=timeout) if timeout != 0 else self._arrived.get_nowait()
         except Empty:

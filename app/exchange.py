@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Send
 
-from app.errors import BodyTooLarge, Overloaded, RequestError, TooSlow
+from app.errors import BodyTooLarge, Overloaded, RequestError, TooSlow, UnsupportedMedia
 from app.statistics import Timing
 
 Headers = Mapping[bytes, bytes]
@@ -60,21 +60,36 @@ def headers_of(request: Request) -> Headers:
     return dict(request.headers.raw)
 
 
-def text(headers: Headers, name: bytes, default: str = "") -> str:
+def header_text(headers: Headers, name: bytes, default: str = "") -> str:
     """A header in letters."""
     return headers[name].decode("latin-1") if name in headers else default
 
 
 def encoding_of(headers: Headers) -> str | None:
     """What the body is compressed with, in small letters."""
-    encoding = text(headers, b"content-encoding").strip().lower()
+    encoding = header_text(headers, b"content-encoding").strip().lower()
     if encoding in ("", "identity"):
         return None
     return "gzip" if encoding == "x-gzip" else encoding  # its old name (RFC 9110, section 8.4.1.3)
 
 
+def content_kind(headers: Headers) -> tuple[str, str]:
+    """The content type without its parameters, and the whole of it.
+
+    Raises:
+        UnsupportedMedia: The body is compressed.
+    """
+    if (encoding := encoding_of(headers)) is not None:
+        raise UnsupportedMedia(
+            f"The body has the content encoding {encoding!r}; send it without any.",
+            headers={"Accept-Encoding": "identity"},
+        )
+    content_type = header_text(headers, b"content-type", "application/octet-stream")
+    return content_type.partition(";")[0].strip().lower(), content_type
+
+
 def announced_bytes(headers: Headers) -> int | None:
-    """Of the body, if its head says how many."""
+    """The body's Content-Length, if there is a usable one."""
     length = headers.get(b"content-length", b"")
     return int(length) if length.isdigit() and len(length) < MAX_DIGITS else None
 

@@ -30,7 +30,7 @@ class CountsCollector(Collector):
         yield from self._batches()
         yield from self._predictions()
         yield from self._state()
-        yield from _together(self._counts.pids)
+        yield from _process_metrics(self._counts.pids)
 
     def _http(self) -> Iterator[Metric]:
         traffic = self._counts.traffic
@@ -96,7 +96,7 @@ class CountsCollector(Collector):
         )
 
 
-def _together(pids: Sequence[int]) -> Iterator[Metric]:
+def _process_metrics(pids: Sequence[int]) -> Iterator[Metric]:
     """The library's metrics of a process, where the system tells them, of several at once."""
     for same in zip(*(ProcessCollector(registry=None, pid=partial(int, pid)).collect() for pid in pids), strict=False):
         metric = Metric(same[0].name, same[0].documentation, same[0].type)

@@ -29,6 +29,8 @@ Resize = Literal["crop", "stretch", "pad"]
 """crop: the centre square, scaled: keeps proportions, loses the edges. stretch: both sides scaled to 32: keeps
 everything but the proportions. pad: the longer side scaled to 32, centred on white: keeps all, at less resolution."""
 
+OWN_FAULTS = (BadRequest, BodyTooLarge, WrongSize)
+"""What `decode` raises: it concerns this picture and none beside it."""
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 ACCEPTED = "Accepted are PNG, JPEG, WebP, BMP and GIF."
 SIZE = (IMAGE_SIZE, IMAGE_SIZE)
@@ -38,13 +40,12 @@ MAX_PIXELS = 50_000_000
 MAX_SIDE = 65_535
 """No JPEG, WebP or GIF can have a longer one. To scale a row of fifty million pixels takes 50 bytes for each."""
 MAX_SCANS = 32
-"""Times that a JPEG of so many pixels may go over them, smaller ones more often. Usual are up to 12; each can be of 26
-bytes and take 20 ms."""
-OWN_FAULTS = (BadRequest, BodyTooLarge, WrongSize)
-"""What `decode` raises: it concerns this picture and none beside it."""
+"""Passes that a JPEG of `max_pixels` may make over its pixels; a smaller one may make more. Up to 12 are usual; each
+can be of 26 bytes and take 20 ms."""
 MAX_BMP_RLE_PIXELS = 1_000_000
 MAX_READS_BEFORE_PIXELS, MAX_READS = 10_000, 200_000
-"""What `Metered` allows. A phone's photo takes some tens before its pixels; a PNG of 8 MB in chunks of 8 KB 50,000."""
+"""Reads that `MeteredFile` allows. A phone's photo takes some tens before its pixels; a PNG of 8 MB in chunks of 8 KB,
+50,000 in all."""
 BMP_FIELDS = struct.Struct("<14x I 10x H 16x I")
 """Bytes of the header, bits of a pixel, number of colours."""
 GREY_SCALES = {"L;2": 85, "L;4": 17}
@@ -74,12 +75,12 @@ PngImagePlugin.MAX_TEXT_MEMORY = PngImagePlugin.MAX_TEXT_CHUNK
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-class Metered(io.BytesIO):
-    """The bytes of a picture, which may be read so many times.
+class MeteredFile(io.BytesIO):
+    """The bytes of a picture, with a limit on how often they are read.
 
     Pillow goes over segments, chunks and blocks in Python, a read or more for each, and adds what is in them to what it
     has: so a read counts for as much more as there is before it, in units of 256 KiB. Eight megabytes of a million
-    pieces took up to three minutes, in which nothing else was decoded.
+    pieces took up to three minutes, and held up all other decoding.
     """
 
     left = MAX_READS_BEFORE_PIXELS
@@ -110,14 +111,14 @@ def decode(data: bytes, resize: Resize | None = None, max_pixels: int = MAX_PIXE
         resize: What to do with a picture that is not 32x32; None refuses it.
 
     Raises:
-        BadRequest: The bytes are no picture in one of the formats, or a damaged one.
+        BadRequest: The bytes are not a picture in one of the formats, or it is damaged.
         BodyTooLarge: The picture has more than `max_pixels` pixels, or is odd in a way that would take long.
         WrongSize: It is not 32x32 and `resize` is None.
     """
     Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow refuses twice as many before it makes room for them, as for a GIF's
     try:
         _check_palette(data)
-        with Image.open(source := Metered(data), formats=FORMATS) as picture:
+        with Image.open(source := MeteredFile(data), formats=FORMATS) as picture:
             source.left = MAX_READS
             _check_size(picture, resize, max_pixels)
             if picture.format in ("JPEG", "MPO"):

@@ -27,7 +27,7 @@ QUIET = frozenset(
 
 def configure(stream: TextIO) -> None:
     """Send the records of all loggers there, the server's own and Python's warnings among them."""
-    handler = logging.StreamHandler(Patient(stream))
+    handler = logging.StreamHandler(NonBlockingStream(stream))
     handler.setFormatter(logging.Formatter(TEXT) if stream.isatty() else JsonFormatter())
     root = logging.getLogger()
     root.addHandler(handler)
@@ -36,12 +36,12 @@ def configure(stream: TextIO) -> None:
     logging.captureWarnings(True)
 
 
-class Patient:
+class NonBlockingStream:
     """A stream that drops what would have to wait, and counts the lines: a pipe that nobody reads fills up, and
     writing to it would stop the event loop and with it the service."""
 
     PIECE_BYTES = select.PIPE_BUF if hasattr(select, "PIPE_BUF") else 512
-    """A pipe that can be written to has room for so much (POSIX)."""
+    """A pipe that is ready for writing has room for this much (POSIX)."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -54,7 +54,7 @@ class Patient:
             self._poll = select.poll()
             self._poll.register(self._file, select.POLLOUT)
             if stat.S_ISFIFO(os.fstat(self._file).st_mode):
-                # Another process may fill the pipe first. Not to wait then is a matter of this process's end alone.
+                # Another process may fill the pipe first. O_NONBLOCK on a descriptor of our own affects none of theirs.
                 self._file = os.open(f"/proc/self/fd/{self._file}", os.O_WRONLY | os.O_NONBLOCK)
                 weakref.finalize(self, os.close, self._file)
 
@@ -104,7 +104,7 @@ class AccessLog:
     """
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = Patient(stream)
+        self._stream = NonBlockingStream(stream)
         self._lines: list[str] = []
         self._time = ""
         self._line = _as_text if stream.isatty() else _as_json

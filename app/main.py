@@ -22,7 +22,7 @@ DESCRIPTION = """Send a picture, get the probability of each class.
 
 Every error has the same body, `ErrorBody`; every answer has the header `X-Request-ID`, taken from the request if it
 has a well-formed one. Besides what is listed for each path, 404 answers a path that does not exist, 405 a method that a
-path does not take, and 400, 408 or 431 what is no HTTP, comes too slowly or has too long a head."""
+path does not take, and 400, 408 or 431 what is not HTTP, comes too slowly or has too long a head."""
 
 
 def create_app(settings: Settings, classes: tuple[str, ...] | None = None) -> Application:
@@ -38,7 +38,7 @@ def create_app(settings: Settings, classes: tuple[str, ...] | None = None) -> Ap
         device = choose_device(settings.device)
     except ValueError as error:
         raise SettingsError(str(error)) from None
-    engine.check(settings.engine, device)
+    engine.check_available(settings.engine, device)
     checkpoint = load_aside(settings.weights)
     if classes is not None:
         check_replaces(checkpoint, classes)

@@ -110,8 +110,8 @@ class CifarNet(Normalized):
     @torch.no_grad()
     def set_whitening(self, pixels_NCHW: Tensor) -> None:
         """Have the first layer answer with the principal components of 2x2 patches, each scaled to variance 1, and
-        their negatives. What no picture has, as grey ones have no colour, would be a constant, which a batch norm turns
-        into noise: other components take its place. The normalisation has to be set before.
+        their negatives. A component without variance (colour, in grey pictures) would be a constant, which a batch norm
+        turns into noise: other components take its place. The normalisation has to be set before.
 
         Args:
             pixels_NCHW: Some thousand training images, 0..255.

@@ -11,7 +11,7 @@ from app.errors import BadRequest, RequestError
 MAX_PARTS = 32
 """A form of the web page or of curl for one picture has one; each costs time in the event loop."""
 MAX_HEADER_BYTES, MAX_SEMICOLONS = 1024, 16
-"""Of one with parameters, such as the names of field and file. To read so much takes 50 us; the time grows with the
+"""Of one with parameters, such as the names of field and file. Reading that takes 50 us; the time grows with the
 square of the semicolons."""
 
 BOUNDARY = re.compile(r"multipart/form-data; ?boundary=([\w'()+,./:=?-]{1,70})")

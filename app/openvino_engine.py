@@ -1,4 +1,4 @@
-"""The network in OpenVINO, an optional dependency; import this file only where it may be missing.
+"""The network in OpenVINO, an optional dependency: import this file where it is allowed to be missing.
 
 Its graph is built node by node from the traced network: that takes a fifth of a second, where torch.export and
 OpenVINO's converter take two.

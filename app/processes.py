@@ -43,11 +43,11 @@ COULD_NOT_START = 1
 """The exit code of a process that has said why."""
 RETRY_SECONDS = 1.0
 TELL_SECONDS = 1.0
-"""After so long what a process told before is taken for what it would tell."""
+"""To wait for a process's counts; after that its last ones are used."""
 CHECK_SECONDS = 5.0
 """Between two questions to each process whether it is there."""
 PATIENCE = 6
-"""So many without an answer, and it is stuck. Counted, not timed: a container may have been paused as a whole."""
+"""Checks without an answer after which it is stuck. Counted, not timed: a container may have been paused as a whole."""
 
 
 class Ready(NamedTuple):
@@ -109,8 +109,8 @@ class Link:
         self._end.send(ready)
 
     async def total(self) -> Counts:
-        """What all processes have counted; this one, if the supervisor is gone or stopped. Who asks before another one
-        has his answer shares it."""
+        """What all processes have counted; this one alone, if the supervisor is gone or stopped. Concurrent callers
+        share one question."""
         if self._asked is None:
             try:
                 self._end.send(Ask())
@@ -180,7 +180,7 @@ class Worker:
 
 
 class Supervisor:
-    """Keeps so many processes serving as the settings say.
+    """Keeps as many processes serving as the settings say.
 
     Args:
         listener: Bound to the address that they will share; taken over.
@@ -197,10 +197,10 @@ class Supervisor:
         self._context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
         self._workers: list[Worker] = []
         self._rounds: dict[Worker, tuple[set[Worker], float]] = {}
-        """By who asks: who has not told yet, and until when that is waited for."""
+        """By the worker that asks: those that have not told yet, and until when they are waited for."""
         self._gone = Counts()
         self._weights: str | None = None
-        """The digest of what the process serves that said so last."""
+        """The digest that was reported last by any process."""
         self._classes: tuple[str, ...] | None = None
         """What the first process answered with, and all others have to."""
         self._check_at = time.monotonic() + CHECK_SECONDS
@@ -246,7 +246,7 @@ class Supervisor:
 
     @property
     def _missing(self) -> int:
-        """So many are to be started. The first one has to show that the settings are good; if not, only one says so."""
+        """How many are to be started. The first has to show that the settings are good; if not, only one says so."""
         return self._settings.processes - len(self._workers) if self._announced and not self._stopping else 0
 
     def _fill(self) -> None:

@@ -4,8 +4,8 @@ What one turn of the event loop writes to a connection leaves in one piece: uvic
 body apart, and each is a system call that wakes the client. And under too much load, when refusals are most of the
 work, they are given before uvicorn makes a task of each.
 
-And it is never talked into another protocol, nor does it wait for ever for the head of a request, or for a body that
-nobody reads.
+It ignores offers to switch protocols, and does not wait for ever for the head of a request, or for a body that nobody
+reads.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from app.errors import BadRequest, HeadTooLarge, RequestError, TooSlow
 from app.exchange import LIGHT_BYTES, RawReply
 
 MAX_HEAD_BYTES = 64 * 1024
-"""After so much of a head, or of what follows a body in chunks, no more is read: nothing else would end it."""
+"""A longer head, or more after a body in chunks, is refused: nothing else would end it."""
 MAX_PIPELINED = 64
 """Requests that may wait behind one that runs. Those that follow are dropped, and their connection ends after these:
 what comes at once, without a wait for any answer, can be fourteen thousand."""
@@ -29,7 +29,7 @@ OFFER = frozenset({b"connection", b"upgrade", b"http2-settings"})
 
 
 class Turnstile:
-    """Lets so many requests in during one turn of the event loop, and the others in the next ones, in their order.
+    """Lets at most `PER_TURN` requests in during one turn of the event loop; the others follow in the next, in order.
 
     A turn takes in all that has arrived: of a wave of a thousand requests, a third of a second. A question about the
     health, which takes a few turns from its connection to its answer, would wait for as many of those.
@@ -63,7 +63,7 @@ class Turnstile:
             self._waiting.popleft()()
 
 
-class Joining:
+class CoalescingTransport:
     """A transport that writes in the next turn of the event loop, or before it closes."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
@@ -89,7 +89,7 @@ class Joining:
         self._parts.clear()
 
 
-class Steadfast:
+class NoUpgradeParser:
     """A parser that stays with HTTP/1.1 when a client offers another protocol, as RFC 9110, section 7.8 allows.
 
     Of itself it takes what follows the head for that protocol's: the body is lost, or read as the next request. Java's
@@ -134,8 +134,8 @@ class Protocol(HttpToolsProtocol):
         self._turnstile = turnstile
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(cast(asyncio.Transport, Joining(transport)))
-        self.parser = cast(Any, Steadfast(self))
+        super().connection_made(cast(asyncio.Transport, CoalescingTransport(transport)))
+        self.parser = cast(Any, NoUpgradeParser(self))
         self._refuse = cast(Any, self.config.app).refuse
         self._start_clock()
 
@@ -244,9 +244,9 @@ class Protocol(HttpToolsProtocol):
         self.on_response_complete()
 
     def send_400_response(self, _msg: str) -> None:
-        """What uvicorn calls when bytes are no HTTP. It would say so in a text."""
+        """Called by uvicorn when the bytes are not HTTP. Its own answer would be plain text."""
         sentence = (
-            "The bytes are no HTTP request, or one that breaks its rules. Send one of HTTP/1.1: without TLS, the path "
+            "The bytes are not an HTTP request, or break its rules. Send one of HTTP/1.1: without TLS, the path "
             "in ASCII, at most one Content-Length, and each chunk as long as it says."
         )
         self._reject(BadRequest(sentence))

@@ -35,7 +35,7 @@ class Recorded:
     def __init__(self, step: Step, *, warm_up: int, shared_memory: Any = None) -> None:
         """
         Args:
-            warm_up: So many calls run as usual first: libraries choose kernels, optimizers make their state.
+            warm_up: How many calls run as usual first: libraries choose kernels, optimizers make their state.
             shared_memory: Of torch.cuda.graph_pool_handle(), for what recordings need while they run. By default each
                 has its own.
         """
@@ -67,7 +67,7 @@ class Recorded:
         return output
 
     def _record(self, inputs: tuple[Tensor, ...]) -> Recording:
-        """Without running anything."""
+        """Capture the kernels; nothing is computed yet."""
         graph, memory = torch.cuda.CUDAGraph(), tuple(map(torch.clone, inputs))
         with torch.cuda.graph(graph, pool=self._shared_memory):
             output = self._step(*memory)

@@ -171,21 +171,10 @@ class Health(BaseModel):
     status: str = Field(description="`ok` or `ready`.", examples=["ok"])
 
 
-def refusals(*statuses: int, meanings: Mapping[int, str] = {}) -> dict[int | str, dict[str, Any]]:
-    """The documentation of error answers, for a route's `responses`; with `meanings` where they are others there."""
-    return {
-        status: {
-            "model": ErrorBody,
-            "description": meanings.get(status, MEANINGS[status]),
-            "headers": {"Retry-After": RETRY_AFTER} if status in (429, 503) else {},
-        }
-        for status in statuses
-    }
-
+BINARY = {"schema": {"type": "string", "format": "binary"}}
+"""A body that is not JSON: a picture, pixels, tensors."""
 
 RETRY_AFTER = {"description": "Seconds.", "schema": {"type": "integer"}}
-
-
 MEANINGS = {
     400: "No picture in the body, a damaged one, or a malformed form.",
     401: "The key is missing or wrong.",
@@ -201,3 +190,15 @@ MEANINGS = {
     503: "The service is starting or stopping.",
     504: "The request waited too long for its turn.",
 }
+
+
+def refusals(*statuses: int, meanings: Mapping[int, str] = {}) -> dict[int | str, dict[str, Any]]:
+    """The documentation of error answers, for a route's `responses`; with `meanings` where they are others there."""
+    return {
+        status: {
+            "model": ErrorBody,
+            "description": meanings.get(status, MEANINGS[status]),
+            "headers": {"Retry-After": RETRY_AFTER} if status in (429, 503) else {},
+        }
+        for status in statuses
+    }

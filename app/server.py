@@ -119,7 +119,7 @@ def serve(
         link: To the supervisor, if this is one of several processes.
         classes: Of other processes that serve already. Without them what is served, and where, is printed when it is.
     """
-    # The inference thread gives the interpreter away at every step of torch, and would get it back from a busy event
+    # The inference thread releases the interpreter at every step of torch, and would regain it from a busy event
     # loop only after Python's 5 ms. Measured with tests/soak.py: 445 -> 636 answers/s with torch, 967 -> 1,049 with
     # OpenVINO, which has one step.
     sys.setswitchinterval(0.0005)

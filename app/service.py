@@ -1,5 +1,5 @@
-"""What the routes serve: one loaded network behind a batcher, and its report. Of HTTP it knows how much of
-bodies may come in."""
+"""What the routes serve: one loaded network behind a batcher, and its report. It also holds the limits
+on request bodies."""
 
 import asyncio
 import logging

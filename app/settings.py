@@ -176,7 +176,7 @@ class Settings:
         Setting(seconds(0.001, 3600), "who would wait longer for a turn gets 429, who has waited longer 504"),
     ] = 5.0
     drain_seconds: Annotated[
-        float, Setting(seconds(0, 3600), "after SIGTERM: not ready, but still accepting for so long")
+        float, Setting(seconds(0, 3600), "after SIGTERM: how long requests are still accepted while /readyz says 503")
     ] = 5.0
     # On, because a service that cannot say what it did costs more than the 4 % of its requests per second.
     access_log: Annotated[bool, Setting(switch, "on or off: a line on stderr for each request")] = True

@@ -54,7 +54,7 @@ class Timing(NamedTuple):
     """Waiting for its turn."""
     prepare_seconds: float
     run_seconds: float
-    """Of the whole batch, for each of its items has waited so long."""
+    """Of the whole batch, which each of its items has waited for."""
 
 
 @dataclass(frozen=True, kw_only=True)

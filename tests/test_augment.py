@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from training.augment import Draws, augment, draw, epoch_generator, jpeg, shrink
+from training.augment import Draws, augment, draw, epoch_generator, shrink, simulate_jpeg
 from training.config import Recipe
 
 PLAIN = Recipe(network="net")
@@ -90,7 +90,7 @@ def test_cutmix_pastes_a_square_of_the_partner(photos_NCHW: Tensor) -> None:
 
 @pytest.mark.parametrize("quality", [30, 50, 75, 95])
 def test_jpeg_is_close_to_a_real_encoder(photos_NCHW: Tensor, quality: int) -> None:
-    simulated = jpeg(photos_NCHW, torch.full((8,), quality)).float()
+    simulated = simulate_jpeg(photos_NCHW, torch.full((8,), quality)).float()
     for image, ours in zip(photos_NCHW, simulated, strict=True):
         file = io.BytesIO()
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality, subsampling="4:2:0")

@@ -293,7 +293,7 @@ def test_one_batch_changes_the_mean_time_by_a_tenth() -> None:
 def test_a_request_of_one_waits_for_a_part_of_those_of_many_and_these_for_all() -> None:
     admission = Admission(LIMITS)
     admission.learn(1.0)
-    admission.learn_heavy(10.0)
+    admission.learn_preparation(10.0)
     for _ in range(50):
         admission.enter(Load(1, 1, light=False, bulk=True))
     for light in (True, False):

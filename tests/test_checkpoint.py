@@ -248,8 +248,8 @@ REFUSED: dict[str, tuple[object, str]] = {
     "one quantile": (calibrated(energy_quantiles=(0.5,)), "of the energy are not rising numbers"),
     "quantiles of text": (calibrated(energy_quantiles=("a", "b")), "of the energy are not rising numbers"),
     "unknown calibration": (calibrated(shift=1.0), "lacks a field of the format it claims, or has one too many"),
-    "a self-test that is none": (content(self_test=[1.0]), "field self_test is no matrix of finite float32"),
-    "an infinite self-test": (content(self_test=torch.full((8, 10), torch.inf)), "field self_test is no matrix"),
+    "a self-test that is none": (content(self_test=[1.0]), "field self_test is not a matrix of finite float32"),
+    "an infinite self-test": (content(self_test=torch.full((8, 10), torch.inf)), "field self_test is not a matrix"),
     "a short self-test": (
         content(self_test=torch.zeros(3, 10)),
         r"self_test has the shape \(3, 10\); expected is \(8, 10",
@@ -261,8 +261,8 @@ REFUSED: dict[str, tuple[object, str]] = {
     "text for a figure": (evaluated(nll="low"), "nll of the evaluation is a str"),
     "a figure that is none": (evaluated(nll=float("nan")), "a figure of the evaluation is not finite"),
     "no class": (content(classes=[], architecture={"name": "net", "arguments": {"num_classes": 0}}), "names no class"),
-    "no provenance": (content(trained=None), "the field trained is no dict of plain values"),
-    "a tensor for provenance": (content(trained={"seed": torch.zeros(1)}), "trained is no dict of plain values"),
+    "no provenance": (content(trained=None), "the field trained is not a dict of plain values"),
+    "a tensor for provenance": (content(trained={"seed": torch.zeros(1)}), "trained is not a dict of plain values"),
     "list for tensors": (content(state_dict=[1]), "has a field of a wrong kind"),
 }
 

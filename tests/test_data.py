@@ -187,7 +187,7 @@ def test_a_pickle_cannot_change_what_it_looks_up(name: str) -> None:
 def test_a_file_that_is_no_batch_is_refused(tmp_path: Path, content: bytes) -> None:
     write_python(tmp_path)
     (tmp_path / "test_batch").write_bytes(content)
-    with pytest.raises(DataError, match=rf"test_batch \({len(content):,} bytes\) is no batch of CIFAR-10's python"):
+    with pytest.raises(DataError, match=rf"test_batch \({len(content):,} bytes\) is not a batch of CIFAR-10's python"):
         data.read_test(tmp_path)
 
 
@@ -339,7 +339,7 @@ def test_a_class_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
         (folder / "bee").rename(folder / os.fsdecode(b"caf\xe9"))
     except OSError:
         pytest.skip("this file system takes only UTF-8")
-    with pytest.raises(DataError, match=r"The name of the class folder 'caf\\udce9' is no UTF-8"):
+    with pytest.raises(DataError, match=r"The name of the class folder 'caf\\udce9' is not UTF-8"):
         data.read(folder)
 
 

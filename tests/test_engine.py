@@ -230,7 +230,7 @@ def test_auto_without_openvino_is_torch_and_says_so(
 ) -> None:
     monkeypatch.delitem(sys.modules, "app.openvino_engine", raising=False)
     monkeypatch.setitem(sys.modules, "openvino", None)
-    engine.check("auto", CPU)
+    engine.check_available("auto", CPU)
     with caplog.at_level(logging.INFO):
         assert choose(trained("net"), "auto").name == "torch"
     assert "is not installed; the engine is torch" in caplog.text
@@ -239,12 +239,12 @@ def test_auto_without_openvino_is_torch_and_says_so(
 def test_openvino_that_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(SettingsError, match=r"OpenVINO is not installed\. Install it with `pip install openvino`, or"):
-        engine.check("openvino", CPU)
+        engine.check_available("openvino", CPU)
 
 
 def test_openvino_on_another_device_is_refused() -> None:
     with pytest.raises(SettingsError, match="computes on a CPU only, and the device is cuda:1"):
-        engine.check("openvino", torch.device("cuda:1"))
+        engine.check_available("openvino", torch.device("cuda:1"))
 
 
 @needs_openvino

@@ -94,7 +94,7 @@ def test_bytes_that_are_no_request_are_told_so_in_the_shape_of_every_error(weigh
             body = json.loads(response.read())
             assert client.recv(1) == b""
         assert (response.status, response.headers["content-type"]) == (400, "application/json")
-        assert body["error"].startswith("The bytes are no HTTP request")
+        assert body["error"].startswith("The bytes are not an HTTP request")
         assert body["request_id"] == response.headers["x-request-id"]
         lines = metrics(url).splitlines()
         assert 'cifar_requests_total{method="OTHER",route="unmatched",status="400"} 1.0' in lines
@@ -273,7 +273,7 @@ def test_sighup_has_the_weights_read_anew_and_a_bad_file_is_a_line_in_the_log(
         assert process.stderr is not None
         while "were not exchanged" not in (line := process.stderr.readline()):  # empty, and then a failure, at the end
             assert line
-        assert "is no PyTorch file" in line
+        assert "is not a PyTorch file" in line
         assert served(url, png) == old
         given = random_checkpoint(evaluation=random_evaluation())
         given.state_dict["fc3.bias"].fill_(1.0)

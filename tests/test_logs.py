@@ -22,7 +22,7 @@ from fastapi.testclient import TestClient
 from running import SECONDS, get, serving
 
 from app import logs
-from app.logs import QUIET, AccessLog, JsonFormatter, Patient
+from app.logs import QUIET, AccessLog, JsonFormatter, NonBlockingStream
 from app.main import create_app
 from app.predictor import Predictor
 from app.settings import Settings
@@ -168,7 +168,7 @@ async def test_a_log_that_nobody_reads_any_more_fails_nothing(error: Exception) 
 def test_lines_for_a_pipe_that_nobody_reads_are_dropped_and_counted() -> None:
     reading, writing = os.pipe()
     with open(reading) as reader, open(writing, "w") as stream:
-        patient = Patient(stream)
+        patient = NonBlockingStream(stream)
         for number in range(10_000):
             patient.write(f"line {number} {'x' * 100}\n" * 3)
         assert patient.dropped > 20_000
@@ -187,7 +187,7 @@ def test_lines_for_a_pipe_that_nobody_reads_are_dropped_and_counted() -> None:
 def test_a_pipe_that_another_process_fills_first_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     reading, writing = os.pipe()
     with open(reading, "rb"), open(writing, "w") as stream:
-        patient = Patient(stream)
+        patient = NonBlockingStream(stream)
         os.set_blocking(writing, False)
         with suppress(BlockingIOError):
             while True:
@@ -201,15 +201,15 @@ def test_a_pipe_that_another_process_fills_first_holds_nobody_up(monkeypatch: py
 def test_a_line_cut_short_does_not_spoil_the_next() -> None:
     reading, writing = os.pipe()
     with open(reading, "rb") as reader, open(writing, "w") as stream:
-        patient = Patient(stream)
+        patient = NonBlockingStream(stream)
         os.set_blocking(writing, False)
         with suppress(BlockingIOError):
             while True:
-                os.write(writing, b"x" * Patient.PIECE_BYTES)
-        os.read(reading, Patient.PIECE_BYTES)  # room for one piece
-        patient.write("y" * 2 * Patient.PIECE_BYTES + "\n")
+                os.write(writing, b"x" * NonBlockingStream.PIECE_BYTES)
+        os.read(reading, NonBlockingStream.PIECE_BYTES)  # room for one piece
+        patient.write("y" * 2 * NonBlockingStream.PIECE_BYTES + "\n")
         os.set_blocking(reading, False)
-        assert reader.read().endswith(b"y" * Patient.PIECE_BYTES)
+        assert reader.read().endswith(b"y" * NonBlockingStream.PIECE_BYTES)
         patient.write("next\n")
         assert reader.read() == b"\nnext\n"
         assert patient.dropped == 1

@@ -24,7 +24,7 @@ from app.admission import USUAL_BATCH
 from app.errors import DeadlineExceeded
 from app.exchange import LIGHT_BYTES
 from app.main import create_app
-from app.open_inference import request as requests
+from app.open_inference.request import Inference, decode
 from app.routes import open_inference, waiting
 from app.routes.waiting import unless_left
 from app.settings import Settings
@@ -305,7 +305,7 @@ def test_much_json_is_not_read_by_the_event_loop(
     client: TestClient, monkeypatch: pytest.MonkeyPatch, count: int, aside: bool, measured: bool
 ) -> None:
     threads: dict[str, int] = {}
-    decode, observe = requests.decode, open_inference._probabilities
+    observe = open_inference._probabilities
 
     def spy_decode(*given: Any, **options: Any) -> Any:
         threads["decode"] = threading.get_ident()
@@ -315,7 +315,7 @@ def test_much_json_is_not_read_by_the_event_loop(
         threads["event loop"] = threading.get_ident()
         return await observe(*given)
 
-    monkeypatch.setattr(requests, "decode", spy_decode)
+    monkeypatch.setattr(open_inference, "decode", spy_decode)
     monkeypatch.setattr(open_inference, "_probabilities", spy_event_loop)
     tensor = {"name": "pixels", "shape": [count, 32, 32, 3], "datatype": "UINT8", "data": [*PIXELS * count]}
     body = json.dumps({"inputs": [tensor]}).encode()
@@ -344,14 +344,13 @@ def test_a_picture_of_many_bytes_is_not_decoded_by_the_event_loop(
 def test_bodies_that_wait_to_be_read_are_counted(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     body = json.dumps({"inputs": [], "padding": " " * open_inference.LITTLE_JSON_BYTES}).encode()
     reading, read_on = threading.Event(), threading.Event()
-    decode = requests.decode
 
-    def slowly(*arguments: Any, **options: Any) -> requests.Inference:
+    def slowly(*arguments: Any, **options: Any) -> Inference:
         reading.set()
         assert read_on.wait(60)
         return decode(*arguments, **options)
 
-    monkeypatch.setattr(requests, "decode", slowly)
+    monkeypatch.setattr(open_inference, "decode", slowly)
     app = create_app(replace(settings, max_waiting_bytes=len(body) + 100))
     with TestClient(app) as client, ThreadPoolExecutor(1) as pool:
         first = pool.submit(client.post, INFER, content=body)

@@ -273,7 +273,7 @@ def test_a_process_that_cannot_start_again_is_tried_until_it_can(service: Runnin
     service.weights.write_bytes(b"not a network")
     os.kill(killed, signal.SIGKILL)
     assert service.supervisor.stderr is not None
-    while "is no PyTorch file" not in (line := service.supervisor.stderr.readline()):
+    while "is not a PyTorch file" not in (line := service.supervisor.stderr.readline()):
         assert line
     assert get(f"{service.url}/predict", png)[0] == 200
     service.weights.write_bytes(good)
@@ -384,7 +384,7 @@ def test_a_first_process_that_is_killed_is_the_end(weights: Path) -> None:
 
 def test_what_is_wrong_is_said_once(tmp_path: Path) -> None:
     shutil.copy(__file__, tmp_path / "net.pth")
-    assert "is no PyTorch file" in refusal("--processes", "2", "--weights", str(tmp_path / "net.pth"))
+    assert "is not a PyTorch file" in refusal("--processes", "2", "--weights", str(tmp_path / "net.pth"))
 
 
 def test_a_message_that_comes_in_pieces_is_read_whole() -> None:

@@ -16,7 +16,7 @@ from uvicorn.server import ServerState
 
 from app.errors import RequestError
 from app.exchange import LIGHT_BYTES, RawReply
-from app.protocol import MAX_HEAD_BYTES, MAX_PIPELINED, Joining, Protocol, Turnstile
+from app.protocol import MAX_HEAD_BYTES, MAX_PIPELINED, CoalescingTransport, Protocol, Turnstile
 
 pytestmark = pytest.mark.anyio
 POST = b"POST / HTTP/1.1\r\ncontent-length: 5\r\nx-request-id: %b\r\n%b\r\nhello"
@@ -278,7 +278,7 @@ async def test_a_broken_body_takes_no_answer_from_the_requests_before_it(before:
     assert application.called == before
 
 
-class Patient(Application):
+class NonBlockingStream(Application):
     """Answers when the client has left."""
 
     left = False
@@ -294,7 +294,7 @@ class Patient(Application):
 
 @pytest.mark.parametrize("requests", [1, 3])
 async def test_who_leaves_ends_all_that_he_asked(requests: int, caplog: pytest.LogCaptureFixture) -> None:
-    application = Patient()
+    application = NonBlockingStream()
     async with connected(application) as (_, writer):
         writer.write(requests * (POST % (b"7", b"")))
         while not application.called:
@@ -342,7 +342,7 @@ async def test_nothing_is_written_to_a_client_that_has_left_since() -> None:
             self.written += data
 
     transport = Transport()
-    joining = Joining(transport)
+    joining = CoalescingTransport(transport)
     for closing in (False, True):
         joining.write(b"answer")
         transport.closing = closing

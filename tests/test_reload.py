@@ -118,7 +118,7 @@ def other_classes(path: Path) -> None:
     ("spoil", "sentence"),
     [
         (Path.unlink, "There is no weights file"),
-        (nonsense, "was refused: it is no PyTorch file"),
+        (nonsense, "was refused: it is not a PyTorch file"),
         (overflowing, "the network gives probabilities that are not finite numbers."),
         (other_classes, "dog, frog, horse, ship, lorry; those that are served, for plane, car"),
     ],

@@ -15,7 +15,7 @@ from torch import Tensor
 from app.model import IMAGE_SIZE
 from training.config import Recipe
 
-JPEG_QUALITIES = (50, 95)
+JPEG_QUALITY_RANGE = (50, 95)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ def draw(num_images: int, epoch: int, recipe: Recipe, generator: torch.Generator
     """Draw an epoch's augmentation. Flips alternate: whoever is mirrored in one epoch is not in the next."""
     random_flip_N = torch.rand(num_images, generator=epoch_generator(recipe.seed, -1)) < 0.5
     shift_N2 = torch.randint(-recipe.shift, recipe.shift + 1, (num_images, 2), generator=generator)
-    quality_N = torch.randint(JPEG_QUALITIES[0], JPEG_QUALITIES[1] + 1, (num_images,), generator=generator)
+    quality_N = torch.randint(JPEG_QUALITY_RANGE[0], JPEG_QUALITY_RANGE[1] + 1, (num_images,), generator=generator)
     compressed_N = torch.rand(num_images, generator=generator) < recipe.jpeg
     cutout_N2 = torch.randint(0, IMAGE_SIZE - recipe.cutout + 1, (num_images, 2), generator=generator)
     partner_N = torch.randperm(num_images, generator=generator)
@@ -87,7 +87,7 @@ def augment(images_NCHW: Tensor, index_N: Tensor, draws: Draws, recipe: Recipe) 
     if recipe.jpeg:
         quality_N = draws.jpeg_quality_N[index_N]
         chosen = quality_N.nonzero()[:, 0]
-        pixels_NCHW[chosen] = jpeg(pixels_NCHW[chosen], quality_N[chosen])
+        pixels_NCHW[chosen] = simulate_jpeg(pixels_NCHW[chosen], quality_N[chosen])
     if recipe.cutout:
         corner_N2 = draws.cutout_N2[index_N]
         # Mid-grey is within a few percent of the mean colour.
@@ -146,7 +146,7 @@ def _constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return to_ycc.float().to(device), to_ycc.inverse().float().to(device), basis.to(device), tables.to(device)
 
 
-def jpeg(pixels_NCHW: Tensor, quality_N: Tensor) -> Tensor:
+def simulate_jpeg(pixels_NCHW: Tensor, quality_N: Tensor) -> Tensor:
     """What a JPEG round trip at `quality_N` (1 to 100, 4:2:0 chroma) leaves of the pixels: uint8 in, uint8 out.
 
     Entropy coding loses nothing and is left out; chroma is averaged 2x2 and enlarged bilinearly, as libjpeg does.

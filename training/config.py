@@ -24,7 +24,7 @@ class Recipe:
     epochs: int = 1
     """Passes over the training images."""
     batch_size: int = 512
-    """About so many images per step, over all processes together: an epoch is cut into equal parts."""
+    """Images per step over all processes together, about: an epoch is cut into equal parts."""
     optimizer: Literal["sgd", "muon"] = "sgd"
     """muon: orthogonalised updates for the weights of hidden layers, sgd for all else."""
     learning_rate: float = 0.1
@@ -57,8 +57,8 @@ class Recipe:
     cutout: int = 0
     """Side of a square of random place that is set to mid-grey (DeVries & Taylor 2017, arXiv:1708.04552)."""
     cutmix: float = 0.0
-    """Share of the images of which a square of random size is another image's, and so much of the target, too (Yun et
-    al., 2019, arXiv:1905.04899)."""
+    """Share of the images of which a square of random size is another image's, and that share of the target, too (Yun
+    et al., 2019, arXiv:1905.04899)."""
     jpeg: float = 0.0
     """Share of the images that go through a JPEG compression of random quality: people post JPEGs."""
     low_resolution: float = 0.0
@@ -68,7 +68,7 @@ class Recipe:
     """auto: channels_last, and bfloat16 autocast where the hardware has the instructions. float32: all of its digits,
     on NVIDIA's GPUs, too."""
     report_every: int = 0
-    """Print the running loss every so many steps, as the tutorial does; 0 for once an epoch."""
+    """Steps between two prints of the running loss, as in the tutorial; 0 for once an epoch."""
 
     def __post_init__(self) -> None:
         bounds = {

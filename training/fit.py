@@ -34,7 +34,7 @@ CHANNELS = 3
 WHITENING_IMAGES = 5000
 LOW_RESOLUTIONS = (20, 26)
 AHEAD = {"cuda": 10_000}
-"""So many images are augmented together on a device, in whole batches: a GPU needs that many to be busy. On a CPU, one
+"""How many images are augmented together on a device, in whole batches: a GPU needs that many to be busy. On a CPU, one
 batch: more of them would not stay in its caches."""
 
 

@@ -174,7 +174,7 @@ SOURCES: dict[str, Callable[[int, torch.Generator], Tensor]] = {
         terrain,
     )
 }
-"""Each makes so many pictures, uint8 (N, C, H, W)."""
+"""Each makes N pictures, uint8 (N, C, H, W)."""
 
 
 def _bytes(values: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ data", "classification", "statistics" and "model configuration". Knows neither H
 is the edge.
 
 With binary data a body is the JSON, whose length a header tells, and then the raw tensors in order, without padding.
-Numbers are little-endian and row-major; an element of BYTES is its length in four bytes and then so many bytes.
+Numbers are little-endian and row-major; an element of BYTES is its length in four bytes, and then its bytes.
 
 Shape letters: N images, H = W = 32, C = 3, K classes.
 """

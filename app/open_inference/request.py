@@ -23,7 +23,7 @@ class Wanted:
     name: str
     binary: bool
     top_k: int = 0
-    """With the classification extension: so many classes as text instead of the probabilities."""
+    """How many classes to give as text instead of the probabilities (the classification extension); 0 for none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +80,11 @@ def decode(body: bytes, header: str | None, *, binary: bool, max_pictures: int) 
 
 
 def json_length(body: bytes, header: str | None) -> int:
+    """How many bytes of an uncompressed body are JSON, by the header Inference-Header-Content-Length; all without.
+
+    Raises:
+        BadRequest: That is not a length, or more than there is.
+    """
     if header is None:
         return len(body)
     length = int(header) if header.isascii() and header.isdigit() and len(header) < 20 else -1
@@ -107,7 +112,7 @@ def _json(text: bytes, max_pictures: int) -> dict[str, Any]:
             "Inference-Header-Content-Length must say how long it is."
         ) from None
     if not isinstance(request, dict):
-        raise BadRequest('The request is no JSON object; expected is {"inputs": [...]}.')
+        raise BadRequest('The request is not a JSON object; expected is {"inputs": [...]}.')
     return request
 
 

@@ -138,7 +138,7 @@ class IndexEntry(Body):
 class InputParameters(Body):
     """Where the elements are."""
 
-    binary_data_size: int = Field(description="So many bytes follow the JSON, in place of `data`.")
+    binary_data_size: int = Field(description="How many bytes follow the JSON, in place of `data`.")
 
 
 class InputTensor(Body):
@@ -156,7 +156,7 @@ class OutputParameters(Body):
 
     binary_data: bool = Field(False, description="After the JSON.")
     classification: int = Field(
-        0, ge=0, description="Of `probabilities`: so many classes as text, the most probable first."
+        0, ge=0, description="Of `probabilities`: how many classes to give as text instead, the most probable first."
     )
 
 

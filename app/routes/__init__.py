@@ -1,4 +1,4 @@
-"""One file per subject. They translate HTTP and compute nothing."""
+"""A file for each group of paths, and what they share. They translate HTTP and compute nothing."""
 
 from typing import Annotated
 

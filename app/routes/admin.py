@@ -8,7 +8,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from app.errors import Unauthorized
 from app.routes import ServiceDep
-from app.routes.predict import model_info
+from app.routes.answers import model_info
 from app.schemas import ModelInfo, Reloaded, refusals
 
 bearer = HTTPBearer(auto_error=False, description="The key that the service was given as CIFAR_ADMIN_KEY.")

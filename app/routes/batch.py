@@ -8,14 +8,14 @@ from pydantic_core import to_json
 from starlette.responses import Response
 
 from app.errors import BadRequest, BodyTooLarge, UnsupportedMedia
-from app.exchange import LIGHT_BYTES, headers_of
+from app.exchange import LIGHT_BYTES, content_kind, headers_of
 from app.images import OWN_FAULTS, Resize, check_raw
 from app.model import IMAGE_BYTES
 from app.multipart import read_fields
 from app.routes import ResizeQuery, ServiceDep, TopKQuery
-from app.routes.predict import PICTURE, content_kind, model_info, scores
+from app.routes.answers import model_info, scores
 from app.routes.waiting import unless_left
-from app.schemas import BatchPrediction, refusals
+from app.schemas import BINARY, BatchPrediction, refusals
 from app.service import Service, Verdict
 
 router = APIRouter(tags=["prediction"])
@@ -23,14 +23,14 @@ router = APIRouter(tags=["prediction"])
 FIELDS = ("file", "files")
 FORM = {
     "type": "object",
-    "properties": {"files": {"type": "array", "items": PICTURE["schema"], "minItems": 1}},
+    "properties": {"files": {"type": "array", "items": BINARY["schema"], "minItems": 1}},
     "required": ["files"],
 }
 BODY = {
     "required": True,
     "description": "Many pictures: a form with one field `files` (or `file`) for each; or as application/octet-stream "
     f"their raw pixels one after the other, {IMAGE_BYTES:,} bytes each: 32 rows of 32 pixels of red, green and blue.",
-    "content": {"multipart/form-data": {"schema": FORM}, "application/octet-stream": PICTURE},
+    "content": {"multipart/form-data": {"schema": FORM}, "application/octet-stream": BINARY},
 }
 
 

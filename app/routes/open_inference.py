@@ -13,15 +13,14 @@ from starlette.types import Receive
 from app import compression
 from app.compression import ENCODINGS
 from app.errors import BadRequest, NotOffered, UnsupportedMedia
-from app.exchange import JSON, Headers, Reply, encoding_of, headers_of, text
+from app.exchange import JSON, Headers, Reply, encoding_of, header_text, headers_of
 from app.images import OWN_FAULTS, Resize, check_raw
-from app.open_inference import request as requests
-from app.open_inference import response as responses
 from app.open_inference import schemas, spec
-from app.open_inference.request import Inference
+from app.open_inference.request import Inference, decode, json_length
+from app.open_inference.response import encode
 from app.routes import ResizeQuery, ServiceDep, TotalDep, check_ready
 from app.routes.waiting import unless_left
-from app.schemas import refusals
+from app.schemas import BINARY, refusals
 from app.service import Rows, Service, Verdict
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
@@ -38,7 +37,6 @@ the interpreter, 0.1 s for 8 MiB of numbers, and up to ten times that for bracke
 
 PICTURE = "iVBORw0KGgoAAAANSUhEUgAAACAAAAAgAQAAAABbAUdZAAAAEUlEQVR42mP8z8DAwMQwaAkAswEBP25AfJYAAAAASUVORK5CYII="
 """A PNG, 32x32, drawn by Pillow."""
-BINARY = {"schema": {"type": "string", "format": "binary"}}
 HEADER = {
     "name": "Inference-Header-Content-Length",
     "in": "header",
@@ -217,30 +215,28 @@ async def respond(headers: Headers, receive: Receive, service: Service, resize: 
     """
     body = await service.intake.read(headers, receive)
     encoding = _encoding(headers)
-    length = None if JSON_LENGTH not in headers else text(headers, JSON_LENGTH)
+    length = None if JSON_LENGTH not in headers else header_text(headers, JSON_LENGTH)
 
-    def decode() -> Inference:
+    def read() -> Inference:
         # In one go: bodies that are inflated and wait for a thread to be read in would be in nobody's account.
         plain = body if encoding is None else compression.inflate(body, encoding, service.intake.max_bytes)
         binary = JSON not in headers.get(b"accept", b"").lower()
-        return requests.decode(plain, length, binary=binary, max_pictures=service.settings.max_pictures)
+        return decode(plain, length, binary=binary, max_pictures=service.settings.max_pictures)
 
-    if encoding is None and requests.json_length(body, length) <= LITTLE_JSON_BYTES:
-        inference = decode()
+    if encoding is None and json_length(body, length) <= LITTLE_JSON_BYTES:
+        inference = read()
     else:
         with service.intake.holding(len(body)):
-            inference = await asyncio.to_thread(decode)
+            inference = await asyncio.to_thread(read)
     rows, checkpoint = await _probabilities(receive, service, inference, resize)
     probabilities_NK, familiarity_N = zip(*rows, strict=True)
-    answer, json_length = responses.encode(
-        inference, probabilities_NK, familiarity_N, checkpoint.classes, checkpoint.sha256[:12]
-    )
-    extra = [] if json_length is None else [(JSON_LENGTH, b"%d" % json_length)]
-    accepted = compression.accepted(text(headers, b"accept-encoding"))
+    answer, json_bytes = encode(inference, probabilities_NK, familiarity_N, checkpoint.classes, checkpoint.sha256[:12])
+    extra = [] if json_bytes is None else [(JSON_LENGTH, b"%d" % json_bytes)]
+    accepted = compression.accepted(header_text(headers, b"accept-encoding"))
     if accepted is not None and len(answer) > WORTH_COMPRESSING_BYTES:
         extra.append((b"content-encoding", accepted.encode()))
         answer = await asyncio.to_thread(compression.deflate, answer, accepted)
-    return Reply(answer, JSON if json_length is None else OCTETS, tuple(extra))
+    return Reply(answer, JSON if json_bytes is None else OCTETS, tuple(extra))
 
 
 def _encoding(headers: Headers) -> str | None:

@@ -11,8 +11,8 @@ from app.errors import DeadlineExceeded
 T = TypeVar("T")
 
 PATIENCE_SECONDS = 0.05
-"""Watching takes a task for each request, more than a small picture's share of a forward pass. So it begins only when
-an answer has not come for so long; who has left by then is noticed at once."""
+"""Watching takes a task for each request, more than a small picture's share of a forward pass. So it begins only after
+this time; a client that has left by then is noticed at once."""
 
 GRACE_SECONDS = 1.0
 """What was taken up within the deadline may still be finished."""
