@@ -81,9 +81,9 @@ class Turns(Generic[Item, Prepared, Result]):
     delay a single one by one batch of theirs, and get half of the time.
 
     Where four batches of single ones wait, and nothing else, they become twice as large, and so on up to the largest:
-    the busier the event loop, the longer it takes to get the interpreter back between two batches (under three times the
-    load that could be carried, 96 instead of 81 % of that was answered). Many pictures in one request leave the event
-    loop alone, and would only hold a single one up for longer (37 ms instead of 12).
+    the busier the event loop, the longer it takes to get the interpreter back between two batches (under three times
+    the load that could be carried, 96 instead of 81 % of that was answered). Many pictures in one request leave the
+    event loop alone, and would only hold a single one up for longer (37 ms instead of 12).
     """
 
     def __init__(self, usual_batch: int, max_batch: int) -> None:

@@ -108,14 +108,19 @@ def evaluate_probabilities(
     )
 
 
+def negative_log_likelihood(probabilities_NK: Tensor, labels_N: Tensor) -> float:
+    """The mean over the images, in nats."""
+    true_N = probabilities_NK.gather(1, labels_N[:, None])
+    # Below the smallest normal float32 a probability has underflowed; the logarithm must stay finite.
+    return -true_N.clamp_min(torch.finfo(torch.float32).tiny).log().mean().item()
+
+
 def _scores(probabilities_NK: Tensor, labels_N: Tensor) -> tuple[float, float, float]:
     """Negative log likelihood, Brier score and expected calibration error."""
     true_N = probabilities_NK.gather(1, labels_N[:, None])[:, 0]
-    # Below the smallest normal float32 a probability has underflowed; the logarithm must stay finite.
-    nll = -true_N.clamp_min(torch.finfo(torch.float32).tiny).log().mean().item()
     # sum_k (p_k - y_k)^2 = sum_k p_k^2 - 2 p_true + 1
     brier = (probabilities_NK.square().sum(dim=1) - 2 * true_N + 1).mean().item()
-    return nll, brier, calibration_error(probabilities_NK, labels_N)
+    return negative_log_likelihood(probabilities_NK, labels_N), brier, calibration_error(probabilities_NK, labels_N)
 
 
 def _prediction_sets(

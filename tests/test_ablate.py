@@ -55,7 +55,7 @@ def test_a_run_is_a_line_and_is_not_run_again(tmp_path: Path, monkeypatch: pytes
         return nn.Identity()
 
     monkeypatch.setattr(module, "_train", count)
-    monkeypatch.setattr(module, "_accuracy", lambda *_: len(trained) / 10)
+    monkeypatch.setattr(module, "validate", lambda *_: {"validation_accuracy": len(trained) / 10})
     recipe = Recipe(network="net", flip=True, shift=1, epochs=3)
     with pytest.raises(KeyboardInterrupt):
         ablate(greys(), recipe, [0, 5, 6], file, device=CPU)
@@ -78,7 +78,7 @@ def test_a_run_is_a_line_and_is_not_run_again(tmp_path: Path, monkeypatch: pytes
 
 def test_runs_that_cannot_be_compared_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_train", lambda *_: nn.Identity())
-    monkeypatch.setattr(module, "_accuracy", lambda *_: 0.5)
+    monkeypatch.setattr(module, "validate", lambda *_: {"validation_accuracy": 0.5})
     images, recipe, file = greys(), Recipe(distillation=0.5), tmp_path / "a.jsonl"
     teacher = dataclasses.replace(random_checkpoint(), sha256="a teacher's")
 

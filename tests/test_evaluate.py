@@ -77,12 +77,6 @@ def test_the_same_twice_is_the_same_to_the_last_digit() -> None:
     assert (first.nll, first.brier, first.ece) == (second.nll, second.brier, second.ece)
 
 
-@pytest.mark.parametrize("batch_size", [0, -5])
-def test_an_impossible_batch_size_is_refused(batch_size: int) -> None:
-    with pytest.raises(ValueError, match=f"batch size {batch_size} is not possible"):
-        predict(BatchSizes().eval(), split().pixels_NCHW, batch_size)
-
-
 def test_the_calibration_of_the_checkpoint_is_applied() -> None:
     logits_NK = checkpoint().network()(split().pixels_NCHW)
     figures = evaluate(checkpoint(temperature=0.25), split())

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from app import data, model
 from app.calibration import Calibration
@@ -40,7 +39,7 @@ from training.card import write_card
 from training.config import LARGEST_SEED, RECIPES, Recipe, add_flags, override
 from training.data import download, hold_out, locate
 from training.distill import Teachers
-from training.evaluate import evaluate, format_report, predict
+from training.evaluate import evaluate, format_report, predict, validate
 from training.fit import Row, compute_dtype, fit, initialize, join_workers
 from training.log import RunLog, read_rows, write_rows
 from training.provenance import hold_out_for, load_teachers, provenance, take_over_calibration
@@ -95,7 +94,7 @@ def train_command(options: argparse.Namespace) -> None:
         device=device,
         teachers=Teachers(teachers, train.classes) if teachers else None,
         workers=workers,
-        validate=None if held_out is None else lambda network: _validate(network, held_out, device),
+        validate=None if held_out is None else lambda network: validate(network, held_out, device),
         on_epoch=log.epoch if log else None,
         state_file=run / "state.pt",
         resume=options.resume,
@@ -184,17 +183,6 @@ def _local_gpu(asked: str | None) -> str | None:
     local_rank = os.environ.get("LOCAL_RANK")
     ours = local_rank and asked in (None, "cuda") and torch.cuda.is_available()
     return f"cuda:{local_rank}" if ours else asked
-
-
-def _validate(network: nn.Module, held_out: Split, device: torch.device) -> dict[str, float]:
-    network.eval()
-    probabilities_NK = predict(network, held_out.pixels_NCHW, device=device).double()
-    true_N = probabilities_NK.gather(1, held_out.labels_N[:, None])
-    right_N = probabilities_NK.argmax(dim=1) == held_out.labels_N
-    return {
-        "validation_loss": -true_N.clamp_min(1e-30).log().mean().item(),
-        "validation_accuracy": right_N.double().mean().item(),
-    }
 
 
 def _split(options: argparse.Namespace, weights: Checkpoint | None = None) -> Split:

@@ -22,7 +22,7 @@ from training.calibrate import JPEG_QUALITY
 from training.config import Recipe, override
 from training.data import hold_out
 from training.distill import Teachers, introduce
-from training.evaluate import predict
+from training.evaluate import validate
 from training.fit import fit, initialize
 from training.log import read_rows, write_rows
 from training.robustness import jpeg
@@ -89,8 +89,8 @@ def ablate(
             row = {"ingredient": ingredient, "setting": setting, "seed": seed, "epochs": recipe.epochs}
             network = _train(changed, train, teachers, device)
             row |= {
-                "validation_accuracy": _accuracy(network, held_out, device),
-                "jpeg_accuracy": _accuracy(network, compressed, device),
+                "validation_accuracy": validate(network, held_out, device)["validation_accuracy"],
+                "jpeg_accuracy": validate(network, compressed, device)["validation_accuracy"],
                 "device": here,
                 "teachers": introduce(teachers),
                 "common": common,
@@ -108,12 +108,7 @@ def _train(recipe: Recipe, train: Split, teachers: Sequence[Checkpoint], device:
     initialize(network, recipe, train.pixels_NCHW)
     taught_by = Teachers(teachers, train.classes) if recipe.distillation else None
     fit(network, train, recipe, device=device, teachers=taught_by, show_progress=True)
-    return network.eval()
-
-
-def _accuracy(network: nn.Module, split: Split, device: torch.device) -> float:
-    predicted_N = predict(network, split.pixels_NCHW, device=device).argmax(dim=1)
-    return (predicted_N == split.labels_N).double().mean().item()
+    return network
 
 
 def _digest(recipe: Recipe, images: Split, teachers: Sequence[Checkpoint]) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from app.calibration import UNCALIBRATED, Calibration
 from app.checkpoint import Checkpoint
 from app.data import Split
-from app.report import Evaluation, evaluate_probabilities
+from app.report import Evaluation, evaluate_probabilities, negative_log_likelihood
 
 BATCH_SIZE = 250
 MOST_NUMBERED_CLASSES = 30
@@ -31,13 +31,8 @@ def forward(
     Args:
         network: In evaluation mode; it is moved to `device`.
         batch_size: How many images at a time; it need not divide their number. Answers depend on it by rounding only.
-
-    Raises:
-        ValueError: `batch_size` is less than 1.
     """
     assert not network.training, "dropout and batch norm would make an image's answer depend on its batch"
-    if batch_size < 1:
-        raise ValueError(f"The batch size {batch_size} is not possible; give at least 1.")
     network.to(device)
     # By default NVIDIA's convolutions round float32 to 10 bits (TF32), and may differ from run to run.
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
@@ -66,7 +61,6 @@ def evaluate(
 
     Raises:
         DataError: The classes of the images are not those of the checkpoint.
-        ValueError: `batch_size` is less than 1.
     """
     split = split.labelled_for(checkpoint.classes)
     logits_NK = forward(checkpoint.network(), split.pixels_NCHW, batch_size, device).double()
@@ -79,6 +73,16 @@ def evaluate(
         uncalibrated_NK=logits_NK.softmax(dim=1),
         set_threshold=checkpoint.calibration.set_threshold,
     )
+
+
+def validate(network: nn.Module, held_out: Split, device: torch.device) -> dict[str, float]:
+    """Loss, in nats, and accuracy, in [0, 1], of a network on held-out images; it is in evaluation mode afterwards."""
+    probabilities_NK = predict(network.eval(), held_out.pixels_NCHW, device=device).double()
+    right_N = probabilities_NK.argmax(dim=1) == held_out.labels_N
+    return {
+        "validation_loss": negative_log_likelihood(probabilities_NK, held_out.labels_N),
+        "validation_accuracy": right_N.double().mean().item(),
+    }
 
 
 def format_report(report: dict[str, Any]) -> str:
