@@ -170,7 +170,7 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="Python objects besides tensors and plain values, which could run code"):
         load(file)
     file.write_bytes(pickle.dumps(Hostile(trap)))
-    with pytest.raises(CheckpointError, match=r"no PyTorch file"):
+    with pytest.raises(CheckpointError, match=r"not a PyTorch file"):
         load(file)
     assert not trap.exists()
 
@@ -187,7 +187,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, keep: int) -> None:
     file = tmp_path / "weights.pth"
     save(example(), file)
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match=rf"cut short \({file.stat().st_size:,} bytes\)|no PyTorch file"):
+    with pytest.raises(CheckpointError, match=rf"cut short \({file.stat().st_size:,} bytes\)|not a PyTorch file"):
         load(file)
 
 
@@ -197,7 +197,7 @@ def test_a_truncated_file_of_an_old_torch_is_refused(tmp_path: Path, keep: int) 
     file = tmp_path / "weights.pth"
     torch.save(example().state_dict, file, _use_new_zipfile_serialization=False)
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match=r"no PyTorch file"):
+    with pytest.raises(CheckpointError, match=r"not a PyTorch file"):
         load(file)
 
 
