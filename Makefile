@@ -32,7 +32,7 @@ clean: ## remove .venv and caches
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 ..."; exit 1; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv --clear .venv
 
 # OpenVINO is up to twice as fast on a CPU; where it has no wheel the service runs on torch alone.
 .venv/.service: .venv/bin/python pyproject.toml

@@ -12,6 +12,9 @@ from app.errors import SettingsError, StartError
 from app.processes import COULD_NOT_START, Supervisor
 from app.settings import Settings, parse_settings
 
+INTERRUPTED = 128 + signal.SIGINT
+"""The exit code after Ctrl-C before anything was served."""
+
 
 def bind(settings: Settings) -> socket.socket:
     """The listening address, taken before the network is loaded, because a taken port is better known early.
@@ -40,8 +43,14 @@ def bind(settings: Settings) -> socket.socket:
 
 
 def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
+    # Until the server takes the signals over. By default the first process of a container ignores SIGTERM, and Ctrl-C
+    # is a traceback of whatever is being imported.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # would end the process; what is being read is the newest anyway
+    if sys.stderr is None:  # closed by who started this
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
     try:
         settings = parse_settings(arguments, environment)
         listener = bind(settings)
@@ -53,7 +62,8 @@ def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
         return Supervisor(settings, listener).run()
     from app.server import serve  # with torch, which takes a second; --help, a bad value and a supervisor do without it
 
-    return serve(settings, listener)
+    with listener:
+        return serve(settings, listener)
 
 
 if __name__ == "__main__":

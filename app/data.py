@@ -28,8 +28,8 @@ from torch import Tensor
 
 from app import images, numpy_pickle
 from app.checkpoint import CIFAR10_CLASSES, is_text
-from app.cpus import available_cpus
 from app.errors import DataError, RequestError
+from app.machine import available_cpus
 from app.model import IMAGE_BYTES, IMAGE_SIZE
 
 RECORD_BYTES = 1 + IMAGE_BYTES

@@ -90,7 +90,7 @@ def check_available(name: str, device: torch.device) -> None:
             "Set the device to cpu, or the engine to auto or torch."
         )
     try:
-        importlib.import_module("openvino")
+        importlib.import_module("app.openvino_engine")
     except ImportError:
         raise SettingsError(
             "The engine openvino was asked for, but OpenVINO is not installed. "

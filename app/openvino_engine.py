@@ -7,16 +7,22 @@ Shape letters: N images, C = 3, H = W = 32, D features.
 """
 
 import operator
+import sys
 from collections.abc import Callable
 from typing import Any, cast
 
-import openvino
 import torch
 import torch.nn.functional as F
-from openvino import opset13 as ops
 from torch import Tensor, fx, nn
 
 from app.model import IMAGE_SIZE
+
+# Importing OpenVINO imports its converter, which is not needed here, reports to Google Analytics, writes to the user's
+# home, and for that forks this process with all of its sockets. As a module that is missing, it is left out.
+sys.modules.setdefault("openvino.tools.ovc", None)  # type: ignore[arg-type]
+
+import openvino  # noqa: E402
+from openvino import opset13 as ops  # noqa: E402
 
 FUNCTIONS: dict[Any, Callable[..., Any]] = {
     operator.add: ops.add,

@@ -41,7 +41,8 @@ logger = logging.getLogger(__name__)
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 COULD_NOT_START = 1
 """The exit code of a process that has said why."""
-RETRY_SECONDS = 1.0
+RETRY_SECONDS, MOST_RETRY_SECONDS = 1.0, 30.0
+"""After a process that could not start; twice as long after each further one."""
 TELL_SECONDS = 1.0
 """To wait for a process's counts; after that its last ones are used."""
 CHECK_SECONDS = 5.0
@@ -206,6 +207,8 @@ class Supervisor:
         self._check_at = time.monotonic() + CHECK_SECONDS
         self._start_at = 0.0
         """No process before that."""
+        self._failures = 0
+        """Processes in a row that have ended before they served."""
         self._announced = False
         self._stopping = False
         self._exit_code = 0
@@ -321,6 +324,7 @@ class Supervisor:
 
     def _greet(self, worker: Worker) -> None:
         worker.ready = self._announced = True
+        self._failures = 0
         if worker.outdated:
             worker.signal(signal.SIGHUP)
 
@@ -359,8 +363,11 @@ class Supervisor:
             self._exit_code = COULD_NOT_START
             return
         logger.error("Process %d ended (exit code %s). Another one takes its place.", pid, exit_code)
-        if not worker.ready:
-            self._start_at = time.monotonic() + RETRY_SECONDS  # it would not go better at once
+        if exit_code == -signal.SIGKILL and worker.unanswered < PATIENCE:  # the latter was killed here
+            logger.error("It was killed, for want of memory most likely: give it more, or set CIFAR_PROCESSES lower.")
+        if not worker.ready:  # it would not go better at once, and ever less so
+            self._failures += 1
+            self._start_at = time.monotonic() + min(RETRY_SECONDS * 2 ** (self._failures - 1), MOST_RETRY_SECONDS)
 
 
 def _work(settings: Settings, listener: socket.socket, end: Connection, classes: tuple[str, ...] | None) -> None:

@@ -4,11 +4,13 @@ import asyncio
 import gc
 import logging
 import math
+import os
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from types import FrameType
 from typing import Any, cast
@@ -24,6 +26,8 @@ from app.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+REQUEST_SECONDS = 0.2
+"""For the request of a connection that was accepted when the socket closed."""
 BROKEN = 70
 """The exit code of a process whose engine has failed (EX_SOFTWARE of sysexits.h)."""
 
@@ -73,6 +77,29 @@ class Server(uvicorn.Server):
         if hasattr(signal, "SIGHUP"):
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hang_up)
         self._on_started()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the socket and answer what has come until then, which is more than what has been accepted.
+
+        uvicorn alone resets the connections that wait for that, and closes those whose request it has not read yet.
+        """
+        loop = asyncio.get_running_loop()
+        for listener in sockets or ():
+            with suppress(BlockingIOError):
+                while True:
+                    connection, _ = listener.accept()
+                    await loop.connect_accepted_socket(self._protocol, connection)
+        for server in self.servers:
+            server.close()
+        for listener in sockets or ():
+            listener.close()
+        await asyncio.sleep(REQUEST_SECONDS)
+        await super().shutdown(sockets)
+
+    def _protocol(self) -> asyncio.Protocol:
+        return self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
 
     def handle_exit(self, sig: int, _frame: FrameType | None) -> None:
         if self._service.draining or sig != signal.SIGTERM or not self.started:
@@ -147,13 +174,21 @@ def serve(
             link.open(ready, app.count, lambda: server.handle_exit(signal.SIGTERM, None))
         if classes is None:
             processes = f" in {settings.processes} processes" if settings.processes > 1 else ""
-            print(f"Serving {service.describe()}{processes} on {url(listener)}", flush=True)
+            say(f"Serving {service.describe()}{processes} on {url(listener)}")
 
     server = Server(config, service, on_started)
     server.run(sockets=[listener])
     if service.broken:
         return BROKEN
     return 0 if server.started or service.draining else COULD_NOT_START
+
+
+def say(text: str) -> None:
+    """On stdout, if it takes it: serving depends on neither a disk with room nor a reader."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or what it still holds would fail at the exit
 
 
 def url(listener: socket.socket) -> str:

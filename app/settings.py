@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_type_hints
 
-from app.cpus import available_cpus
 from app.errors import SettingsError
+from app.machine import available_cpus, available_memory
 
 PREFIX = "CIFAR_"
 PROJECT = Path(__file__).resolve().parent.parent
@@ -27,6 +27,8 @@ ENGINES = ("auto", "torch", "openvino")
 KUBERNETES = re.compile(r"CIFAR_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_[A-Z]+(_(PROTO|PORT|ADDR))?)")
 """What it puts into every container of the namespace of a Service named cifar, or cifar- and more; and CIFAR_PORT as
 an address: https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables."""
+BYTES_OF_A_PROCESS = 1024 * MIB
+"""That are counted on for each: 0.7 GB and what a large picture takes."""
 SHARES_ADDRESS = sys.platform == "linux"
 """Whether the system deals connections out among several processes that listen on one address."""
 
@@ -113,8 +115,10 @@ def one_of(names: Sequence[str]) -> Parse:
 
 
 def usual_processes(threads: int | None = None) -> int:
-    """One keeps two cores busy, and gives both to a lone client with many pictures; memory sets the limit."""
-    return max(1, min((threads or available_cpus()) // 2, 4)) if SHARES_ADDRESS else 1
+    """One keeps two cores busy, and gives both to a lone client with many pictures."""
+    if not SHARES_ADDRESS:
+        return 1
+    return int(max(1, min((threads or available_cpus()) // 2, 4, available_memory() // BYTES_OF_A_PROCESS)))
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,10 @@ class Settings:
     ] = dataclasses.field(default_factory=available_cpus)
     processes: Annotated[
         int,
-        Setting(process_count, "worker processes, 0.7 GB of memory each (default: one for every two threads, up to 4)"),
+        Setting(
+            process_count,
+            "worker processes of 0.7 GB (default: one for every two threads, as many as there is memory for, up to 4)",
+        ),
     ] = dataclasses.field(default_factory=usual_processes)
     max_body_bytes: Annotated[int, Setting(whole(1, 1024 * MIB), "a larger request body is refused")] = 8 * MIB
     max_pixels: Annotated[

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import subprocess
 import sys
 from importlib.util import find_spec
 
@@ -238,6 +239,7 @@ def test_auto_without_openvino_is_torch_and_says_so(
 
 def test_openvino_that_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.delitem(sys.modules, "app.openvino_engine", raising=False)
     with pytest.raises(SettingsError, match=r"OpenVINO is not installed\. Install it with `pip install openvino`, or"):
         engine.check_available("openvino", CPU)
 
@@ -248,6 +250,14 @@ def test_openvino_on_another_device_is_refused() -> None:
 
 
 @needs_openvino
+@needs_openvino
+def test_openvino_does_not_report_to_anybody() -> None:
+    """Importing it does, otherwise, in a fork of the service that keeps its sockets open."""
+    imported = "import sys, app.openvino_engine; print([name for name in sys.modules if 'telemetry' in name])"
+    ran = subprocess.run([sys.executable, "-c", imported], capture_output=True, text=True, check=True)
+    assert ran.stdout == "[]\n"
+
+
 def test_with_openvino_torch_keeps_to_one_thread() -> None:
     before = torch.get_num_threads()
     try:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from app import checkpoint, data
 from app.checkpoint import Checkpoint
-from app.cpus import available_cpus
+from app.machine import available_cpus
 from app.predictor import build
 from app.steps import finish
 from training.data import hold_out

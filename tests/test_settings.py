@@ -1,5 +1,6 @@
 """Where values come from, and the sentence for each bad one."""
 
+import math
 import re
 from pathlib import Path
 
@@ -132,11 +133,24 @@ def test_devices_by_name(device: str) -> None:
     assert parse_settings([], {"CIFAR_DEVICE": device}).device == device
 
 
+@pytest.mark.parametrize(("memory", "processes"), [(2e8, 1), (1.9 * 2**30, 1), (3e9, 2), (1e11, 4)])
+def test_no_more_processes_than_there_is_memory_for(
+    memory: float, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel would kill them one after the other."""
+    monkeypatch.setattr("app.settings.available_cpus", lambda: 64)
+    monkeypatch.setattr("app.settings.available_memory", lambda: memory)
+    monkeypatch.setattr("app.settings.SHARES_ADDRESS", True)
+    assert Settings().processes == processes
+    assert Settings(processes=3).processes == 3
+
+
 @pytest.mark.parametrize(("cores", "processes"), [(1, 1), (2, 1), (5, 2), (64, 4)])
 def test_a_process_for_every_two_cores_up_to_four_where_they_can_share_an_address(
     cores: int, processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("app.settings.available_cpus", lambda: cores)
+    monkeypatch.setattr("app.settings.available_memory", lambda: math.inf)
     monkeypatch.setattr("app.settings.SHARES_ADDRESS", True)
     assert Settings().processes == processes
     assert parse_settings([], {"CIFAR_PROCESSES": "16"}).processes == 16

@@ -56,6 +56,57 @@ def test_a_signal_during_the_start_ends_it_cleanly(weights: Path, sent: signal.S
     assert (process.returncode, out, err) == (0, "", "")
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not tell what a process catches")
+@pytest.mark.parametrize(("sent", "exit_codes"), [(signal.SIGTERM, {0}), (signal.SIGINT, {0, 130})])
+def test_a_signal_while_torch_is_imported_ends_it_without_a_word(
+    weights: Path, sent: signal.Signals, exit_codes: set[int]
+) -> None:
+    """The kernel ignores SIGTERM for the first process of a container that does not catch it."""
+    process = subprocess.Popen(
+        command("--weights", str(weights)),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    eventually(lambda: signals(process.pid, "SigCgt", signal.SIGTERM))
+    process.send_signal(sent)
+    out, err = process.communicate(timeout=SECONDS)
+    assert process.returncode in exit_codes
+    assert (out, err) == ("", "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no such device")
+def test_a_full_disk_for_stdout_is_no_reason_not_to_serve(weights: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with open("/dev/full", "w") as full:
+        process = subprocess.Popen(
+            command("--drain-seconds", "0", "--weights", str(weights), "--port", str(port)),
+            cwd=ROOT,
+            env=environment(),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    try:
+        eventually(lambda: serves(port))
+        process.terminate()
+        _, err = process.communicate(timeout=SECONDS)
+        assert (process.returncode, err) == (0, "")
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def serves(port: int) -> bool:
+    try:
+        return get(f"http://127.0.0.1:{port}/readyz")[0] == 200
+    except OSError:
+        return False
+
+
 STOPPED_AT_THE_START = """
 import os, signal, sys
 from app import __main__ as command
@@ -99,7 +150,7 @@ def test_a_hang_up_before_the_port_is_open_does_not_end_it(weights: Path) -> Non
         text=True,
     )
     try:
-        eventually(lambda: ignores_hang_up(process.pid))
+        eventually(lambda: signals(process.pid, "SigIgn", signal.SIGHUP))
         process.send_signal(signal.SIGHUP)
         assert process.stdout is not None
         assert process.stdout.readline().startswith("Serving ")
@@ -110,9 +161,10 @@ def test_a_hang_up_before_the_port_is_open_does_not_end_it(weights: Path) -> Non
         process.communicate()
 
 
-def ignores_hang_up(pid: int) -> bool:
-    (line,) = (line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigIgn:"))
-    return bool(int(line.split()[1], 16) & 1 << signal.SIGHUP - 1)
+def signals(pid: int, kind: str, of: signal.Signals) -> bool:
+    """Whether a process catches (SigCgt) or ignores (SigIgn) a signal."""
+    (line,) = (line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith(f"{kind}:"))
+    return bool(int(line.split()[1], 16) & 1 << of - 1)
 
 
 def test_weights_that_are_missing(tmp_path: Path) -> None:

@@ -1,0 +1,75 @@
+"""How a server stops, and what it needs to be started with; in this process, where a test can come in between."""
+
+import asyncio
+import gc
+import http.client
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import uvicorn
+
+from app import server
+from app.main import create_app
+from app.protocol import Protocol, Turnstile
+from app.server import Server, say
+from app.settings import Settings
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(autouse=True)
+def garbage() -> Iterator[None]:
+    """A server sets the garbage collector up for its process."""
+    threshold = gc.get_threshold()
+    yield
+    gc.unfreeze()
+    gc.set_threshold(*threshold)
+
+
+async def test_what_waits_to_be_accepted_when_the_socket_closes_is_answered(settings: Settings, png: bytes) -> None:
+    app = create_app(settings)
+    config = uvicorn.Config(
+        app,
+        http=lambda **options: Protocol(turnstile=Turnstile(), **options),  # type: ignore[arg-type]
+        log_config=None,
+        timeout_graceful_shutdown=60,
+    )
+    config.load()
+    listener = socket.create_server(("127.0.0.1", 0))
+    running = Server(config, app.service, lambda: None)
+    running.lifespan = config.lifespan_class(config)
+    await running.startup([listener])
+    host, port = listener.getsockname()
+    clients = [http.client.HTTPConnection(host, port, timeout=60) for _ in range(5)]
+    for client in clients:
+        client.connect()  # the event loop does not run meanwhile, so that none of them is accepted
+
+    def ask() -> list[int]:
+        for client in clients:
+            client.request("POST", "/predict", png, {"content-type": "image/png"})
+        statuses = [client.getresponse().status for client in clients]
+        for client in clients:
+            client.close()
+        return statuses
+
+    statuses, _ = await asyncio.gather(asyncio.to_thread(ask), running.shutdown([listener]))
+    assert statuses == [200] * 5
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((host, port))
+
+
+def test_what_cannot_be_said_is_no_reason_not_to_serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Full:
+        def write(self, _text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+        def flush(self) -> None: ...
+
+        def fileno(self) -> int:
+            return file.fileno()
+
+    with (tmp_path / "stdout").open("w") as file:
+        monkeypatch.setattr(server.sys, "stdout", Full())  # type: ignore[attr-defined]
+        say("Serving.")
