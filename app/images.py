@@ -64,8 +64,8 @@ TURNS = {
 """What sets a picture upright, by its EXIF orientation."""
 
 # What Pillow raises for bad bytes: cut short or damaged (OSError), a field out of range (ValueError), a broken chunk
-# (SyntaxError), a missing palette (AssertionError), a header cut short (the others). tests/test_images.py damages
-# pictures of every format to keep it true.
+# (SyntaxError), a missing palette (AssertionError), a header cut short (the others; seen with earlier versions only).
+# tests/test_images.py damages pictures of every format to keep it true.
 DAMAGED = (OSError, ValueError, SyntaxError, AssertionError, IndexError, struct.error)
 
 # Texts in a PNG: of 1 MB when inflated, where Pillow allows 64, which keep a core busy for 0.1 s.

@@ -48,7 +48,7 @@ def folder(tmp_path: Path) -> Path:
 
 def card(folder: Path) -> str:
     written = write_card(folder)
-    text = (folder / "README.md").read_text()
+    text = (folder / "README.md").read_text(encoding="utf-8")
     shown = set(re.findall(r"!\[[^]]+\]\(([^)]+)\)", text))
     assert {path.name for path in written} == {"README.md", *shown}
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in shown)

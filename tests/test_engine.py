@@ -261,6 +261,7 @@ def test_openvino_does_not_report_to_anybody() -> None:
 def test_with_openvino_torch_keeps_to_one_thread() -> None:
     before = torch.get_num_threads()
     try:
+        torch.set_num_threads(2)
         choose(trained("net"), "openvino", threads=2)
         assert torch.get_num_threads() == 1
         choose(trained("net"), "torch", threads=2)

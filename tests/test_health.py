@@ -99,12 +99,12 @@ def test_pages_and_all_they_name_are_there(client: TestClient, path: str) -> Non
 
 def test_a_file_is_served_whole_whatever_part_of_it_is_asked_for(client: TestClient) -> None:
     response = client.get("/static/docs.js", headers={"range": "bytes=9-1"})
-    assert (response.status_code, response.text) == (200, (STATIC / "docs.js").read_text())
+    assert (response.status_code, response.text) == (200, (STATIC / "docs.js").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(("script", "path"), [("predict.js", "/"), ("docs.js", "/docs")])
 def test_what_a_script_looks_for_is_there(client: TestClient, script: str, path: str) -> None:
-    text, page = (STATIC / script).read_text(), client.get(path).text
+    text, page = (STATIC / script).read_text(encoding="utf-8"), client.get(path).text
     identities = re.findall(r'(?:\$|getElementById)\("(\w+)"\)', text)
     assert identities
     assert [name for name in identities if f'id="{name}"' not in page] == []
@@ -116,4 +116,4 @@ def test_what_a_script_looks_for_is_there(client: TestClient, script: str, path:
 
 @pytest.mark.parametrize("name", sorted(path.name for path in STATIC.iterdir()))
 def test_nothing_is_fetched_from_elsewhere(name: str) -> None:
-    assert not re.search(r"https?:|//[a-z]+\.|@import", (STATIC / name).read_text())
+    assert not re.search(r"https?:|//[a-z]+\.|@import", (STATIC / name).read_text(encoding="utf-8"))

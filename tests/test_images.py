@@ -354,8 +354,9 @@ def test_odd_metadata_are_nothing_to_warn_of() -> None:
         encode(drawing())[:-200],
         encode(drawing(), "JPEG")[:300],
         without_palette(encode(drawing().quantize(16))),
+        encode(drawing())[:-12] + chunk(b"zTXt", b"a\0\1") + encode(drawing())[-12:],
     ],
-    ids=["empty", "text", "svg", "tiff", "cut png", "cut jpeg", "no palette"],
+    ids=["empty", "text", "svg", "tiff", "cut png", "cut jpeg", "no palette", "unknown compression after the pixels"],
 )
 def test_what_is_no_picture_gets_a_sentence(data: bytes) -> None:
     with pytest.raises(BadRequest) as refusal:

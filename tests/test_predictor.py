@@ -91,7 +91,8 @@ def test_nothing_can_be_trained_by_accident() -> None:
 def test_the_number_of_threads_is_kept() -> None:
     before = torch.get_num_threads()
     try:
-        finish(build(random_checkpoint(), CPU, threads=1, max_batch=1))
+        torch.set_num_threads(2)
+        finish(build(random_checkpoint(), CPU, engine_name="torch", threads=1, max_batch=1))
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)

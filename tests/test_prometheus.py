@@ -247,7 +247,10 @@ def test_server_timing_explains_the_answer(client: TestClient, png: bytes, path:
     total = parts.pop("total")
     assert list(parts) == ["queue", "decode", "inference"]
     assert sum(parts.values()) <= total + 0.02  # four numbers, rounded to hundredths
-    assert scrape(client).one("cifar_decode_seconds_sum") > 0
+    metrics = scrape(client)
+    for part, milliseconds in parts.items():
+        assert milliseconds == pytest.approx(1e3 * metrics.one(f"cifar_{part}_seconds_sum"), abs=0.006)
+    assert min(parts["decode"], parts["inference"]) > 0
 
 
 def test_no_answer_no_timing(client: TestClient) -> None:

@@ -234,13 +234,15 @@ def test_no_request_fails_and_each_answer_fits_the_weights_it_names(
     threads = [threading.Thread(target=ask) for _ in range(4)]
     for thread in threads:
         thread.start()
-    checkpoint.save(random_checkpoint(evaluation=random_evaluation()), settings.weights)
-    exchange(old)
-    settings.weights.write_bytes(content)
-    exchange(new)
-    stop.set()
-    for thread in threads:
-        thread.join()
+    try:
+        checkpoint.save(random_checkpoint(evaluation=random_evaluation()), settings.weights)
+        exchange(old)
+        settings.weights.write_bytes(content)
+        exchange(new)
+    finally:  # or they would ask for ever
+        stop.set()
+        for thread in threads:
+            thread.join()
     assert {answer.status_code for answer in answers} == {200}
     bodies = [answer.json() for answer in answers]
     assert {body["model"]["sha256"] for body in bodies} == {old, new}

@@ -52,7 +52,7 @@ def test_defaults_when_nothing_is_given() -> None:
 
 
 def test_the_readme_names_the_defaults() -> None:
-    rows = re.findall(r"^\| (`CIFAR_[^|]*`) \| ([^|]*) \|", (ROOT / "README.md").read_text(), re.M)
+    rows = re.findall(r"^\| (`CIFAR_[^|]*`) \| ([^|]*) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
     stated = {name: default for names, default in rows for name in re.findall(r"CIFAR_(\w+)", names)}
     settings = Settings()
     assert stated["MAX_BODY_BYTES"] == f"{settings.max_body_bytes // 2**20} MiB"

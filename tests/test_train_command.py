@@ -63,7 +63,7 @@ def write_images(parent: Path) -> Path:
 
 
 def run(*arguments: str, folder: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(data_folder)}
     return subprocess.run(
         [*TRAIN, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
@@ -268,7 +268,7 @@ def test_two_processes_reach_the_loss_of_one(data_folder: Path) -> None:
     flags = ["--recipe", "debug", "--data", ".", "--epochs", "3", "--precision", "float32", "--device", "cpu"]
     alone = run(*flags, "--name", "one", folder=data_folder)
     assert alone.returncode == 0, alone.stderr
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(data_folder)}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     pair = subprocess.run(
         [*torchrun, *TRAIN[1:], *flags, "--name", "two"],
@@ -276,7 +276,7 @@ def test_two_processes_reach_the_loss_of_one(data_folder: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
     assert pair.returncode == 0, pair.stderr
@@ -301,7 +301,7 @@ def heeding_interrupts() -> Iterator[None]:
 @pytest.mark.usefixtures("heeding_interrupts")
 def test_interrupting_leaves_no_half_written_file(data_folder: Path) -> None:
     flags = ["--recipe", "debug", "--data", ".", "--name", "long", "--epochs", "400"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(data_folder)}
     with subprocess.Popen([*TRAIN, *flags], cwd=data_folder, env=environment, stderr=subprocess.PIPE) as process:
         state_file = data_folder / "runs" / "long" / "state.pt"
         end = time.monotonic() + 60
@@ -453,7 +453,10 @@ def test_seeds_have_the_bounds_of_the_recipes(
 
 
 @pytest.mark.parametrize("command", ["robustness", "unfamiliar"])
-def test_each_command_suggests_its_own_file(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_command_suggests_its_own_file(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # or a name may be wrapped
     with pytest.raises(SystemExit):
         cli.main([command, "--help"])
     assert set(re.findall(r"cifar_net\.(\w+)\.json", capsys.readouterr().out)) == {command}
@@ -485,7 +488,7 @@ def test_the_commands_leave_what_the_card_is_made_of(finished_folder: Path, monk
     assert cli.main(["card", "--folder", "weights"]) == 0
     assert Path("weights/net.validation.log.jsonl").read_bytes() == Path("runs/held/log.jsonl").read_bytes()
     assert Path("weights/net.curves.png").read_bytes() == Path("runs/held/curves.png").read_bytes()
-    text = Path("weights/README.md").read_text()
+    text = Path("weights/README.md").read_text(encoding="utf-8")
     final, evaluation = load(Path("weights/net.pth")), load(Path(held)).evaluation
     assert final.evaluation is not None
     assert evaluation is not None
