@@ -117,7 +117,7 @@ def test_what_the_protocol_does_not_name_is_ignored() -> None:
 
 CHANNELS_FIRST = nested(IMAGE, 1, 3, 32, 32)
 REFUSED: dict[str, tuple[Any, str]] = {
-    "no object": ([], r"no JSON object; expected is {\"inputs\""),
+    "no object": ([], r"not a JSON object; expected is {\"inputs\""),
     "no inputs": ({}, r"inputs \[\]; expected is exactly one: 'pixels' \(UINT8, shape \[-1, 32, 32, 3\]\)"),
     "inputs no list": ({"inputs": {"name": "pixels"}}, "expected is a list of JSON objects"),
     "input no object": ({"inputs": ["pixels"]}, "expected is a list of JSON objects"),
