@@ -85,8 +85,8 @@ class Server(uvicorn.Server):
         """
         loop = asyncio.get_running_loop()
         for listener in sockets or ():
-            with suppress(BlockingIOError):
-                while True:
+            with suppress(OSError):  # none waits, or there is no room for one
+                for _ in range(self.config.backlog):
                     connection, _ = listener.accept()
                     await loop.connect_accepted_socket(self._protocol, connection)
         for server in self.servers:

@@ -194,7 +194,7 @@ def _content(
         if not isinstance(data, list):
             raise BadRequest(f"{owner} has neither a list `data` nor the parameter `binary_data_size`.")
         return (tensors.json_pixels(data, count), []) if spec is PIXELS else (None, tensors.json_strings(data, count))
-    if tensor.get("data"):  # an empty one is what the schema has for none
+    if tensor.get("data") not in (None, []):  # as clients send it that have a place for both
         raise BadRequest(f"{owner} has both `data` and `binary_data_size`; expected is one of them.")
     if type(size) is not int or size != len(tail):
         raise BadRequest(f"{owner} has the binary_data_size {show(size)}, but {len(tail):,} bytes follow the JSON.")
