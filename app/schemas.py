@@ -184,10 +184,10 @@ MEANINGS = {
     413: "The body has too many bytes, or the picture too many pixels or pieces.",
     415: "A content type or content encoding that the service does not read.",
     422: "A picture that is not 32x32 without `resize`, or a parameter with a value that is not accepted.",
-    429: "The service has as much to do as it accepts.",
+    429: "The service has as much to do as it accepts. The header Retry-After says when to try again.",
     500: "A defect of the service; its log has the details under the request_id.",
     501: "A part of the protocol that this service does not offer.",
-    503: "The service is starting or stopping.",
+    503: "The service is starting or stopping. The header Retry-After says when to try again.",
     504: "The request waited too long for its turn.",
 }
 
