@@ -42,6 +42,17 @@ def bind(settings: Settings) -> socket.socket:
     return listener
 
 
+def open_standard_streams() -> None:
+    """Whoever starts this may have closed some of the three, and what is opened next would get their numbers."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free: this one
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 - for as long as the process lives
+
+
 def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     # Until the server takes the signals over. By default the first process of a container ignores SIGTERM, and Ctrl-C
     # is a traceback of whatever is being imported.
@@ -49,8 +60,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # would end the process; what is being read is the newest anyway
-    if sys.stderr is None:  # closed by who started this
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+    open_standard_streams()
     try:
         settings = parse_settings(arguments, environment)
         listener = bind(settings)

@@ -22,6 +22,7 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -33,7 +34,7 @@ from app import checkpoint, processes
 from app.__main__ import bind
 from app.errors import SettingsError
 from app.model import IMAGE_BYTES
-from app.processes import Ask, Link, Ready, Supervisor, Total
+from app.processes import Ask, Link, Ready, Supervisor, Total, Worker
 from app.settings import Settings
 from app.statistics import Counts, Execution, Timing
 
@@ -136,6 +137,22 @@ def test_nobody_else_gets_the_address_before_the_first_process_listens() -> None
     with supervisor._bind() as own:
         own.listen()
         socket.create_connection(address).close()
+    supervisor._reserved.close()
+
+
+def test_what_cannot_start_is_tried_less_and_less_often(settings: Settings) -> None:
+    supervisor = Supervisor(replace(settings, processes=2), bind(replace(settings, port=0)))
+    supervisor._announced = True
+    waits = []
+    for _ in range(7):
+        ours, theirs = multiprocessing.Pipe()
+        theirs.close()
+        ended = SimpleNamespace(pid=1, exitcode=1, join=lambda: None)
+        worker = Worker(ended, ours)  # type: ignore[arg-type]
+        supervisor._workers.append(worker)
+        supervisor._bury(worker)
+        waits.append(supervisor._start_at - time.monotonic())
+    assert waits == pytest.approx([1, 2, 4, 8, 16, 30, 30], abs=0.5)
     supervisor._reserved.close()
 
 

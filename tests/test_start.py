@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pickle
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -98,6 +99,23 @@ def test_a_full_disk_for_stdout_is_no_reason_not_to_serve(weights: Path) -> None
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_closed_streams_are_no_reason_not_to_serve(weights: Path, processes: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    started = shlex.join(command("--drain-seconds", "0", "--weights", str(weights), "--port", str(port)))
+    process = subprocess.Popen(
+        ["sh", "-c", f"exec {started} --processes {processes} <&- >&- 2>&-"], cwd=ROOT, env=environment()
+    )
+    try:
+        eventually(lambda: serves(port))
+        process.terminate()
+        assert process.wait(SECONDS) == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 def serves(port: int) -> bool:
