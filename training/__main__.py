@@ -36,18 +36,17 @@ from training import plots, robustness
 from training.ablate import VALIDATION, ablate
 from training.calibrate import complete
 from training.card import write_card
-from training.config import LARGEST_SEED, RECIPES, Recipe, add_flags, override
+from training.config import RECIPES, Recipe, override
 from training.data import download, hold_out, locate
 from training.distill import Teachers
 from training.evaluate import evaluate, format_report, predict, validate
 from training.fit import Row, compute_dtype, fit, initialize, join_workers
+from training.flags import RUNS, parser
 from training.log import RunLog, read_rows, write_rows
 from training.provenance import hold_out_for, load_teachers, provenance, take_over_calibration
 from training.summary import summarize
 from training.unfamiliar import compare, format_comparison
 
-DEFAULT_WEIGHTS = Path(__file__).parent.parent / "weights" / "cifar_net.pth"
-RUNS = Path("runs")
 NAMED_CLASSES = 5
 
 
@@ -309,131 +308,25 @@ def download_command(options: argparse.Namespace) -> None:
     print(f"CIFAR-10 is in {folder}.")
 
 
-def _positive(text: str) -> int:
-    if not (text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    if not (text.isdecimal() and int(text) <= LARGEST_SEED):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {LARGEST_SEED:,}")
-    return int(text)
-
-
-def parser() -> argparse.ArgumentParser:
-    """All commands and flags."""
-    root = argparse.ArgumentParser(
-        prog="python -m training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = root.add_subparsers(metavar="COMMAND", required=True)
-
-    where = argparse.ArgumentParser(add_help=False)
-    where.add_argument("--data", help="folder of the data set; else CIFAR_DATA, else ./data")
-    compute = argparse.ArgumentParser(add_help=False)
-    compute.add_argument("--device", help="cuda, cuda:1, mps or cpu; the first that is there by default")
-    result = argparse.ArgumentParser(add_help=False)
-    result.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")
-    held = argparse.ArgumentParser(add_help=False)
-    held.add_argument("--validation", type=float, default=0.0, help="use this share of the training images instead")
-
-    taught = argparse.ArgumentParser(add_help=False)
-    taught.add_argument(
-        "--teacher",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="weights to learn from, for a recipe with distillation; of several, the mean of what they say",
-    )
-
-    train = commands.add_parser("train", parents=[where, compute, taught], help="train a network", allow_abbrev=False)
-    train.add_argument(
-        "--recipe", choices=RECIPES, default="default", help="the choices to begin with, from training/config.py"
-    )
-    train.add_argument("--name", help="of the folder under runs/; recipe, time and process number by default")
-    train.add_argument("--resume", action="store_true", help="continue the run of this name where it stopped")
-    train.add_argument("--out", type=Path, help="write the weights here as well, e.g. weights/cifar_net.pth")
-    train.add_argument(
-        "--calibration",
-        type=Path,
-        metavar="FILE",
-        help="weights of a run with --validation, whose calibration this run on all images takes over; read at the end",
-    )
-    train.add_argument("--threads", type=_positive, help="CPU threads; torch's choice by default")
-    add_flags(
-        train.add_argument_group(
-            "fields of the recipe",
-            "each overrides what the recipe has",
-        )
-    )
-    train.set_defaults(command=train_command)
-
-    measure = commands.add_parser("evaluate", parents=[where, compute, held, result], help="measure some weights")
-    measure.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS)
-    measure.add_argument("--batch-size", type=_positive, default=500)
-    measure.add_argument(
-        "--out", type=Path, help="write the weights here with these figures, which the service answers per class"
-    )
-    measure.set_defaults(command=evaluate_command)
-
-    robust = commands.add_parser(
-        "robustness", parents=[where, compute, held, result], help="measure some weights on worse pictures"
-    )
-    robust.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS)
-    robust.add_argument("--out", type=Path, help="write the JSON here as well, e.g. weights/cifar_net.robustness.json")
-    robust.set_defaults(command=robustness_command)
-
-    without = commands.add_parser(
-        "ablate", parents=[where, compute, taught], help="train without one ingredient at a time"
-    )
-    without.add_argument("--recipe", choices=RECIPES, default="default")
-    without.add_argument("--seeds", type=_seed, nargs="+", default=[0, 1, 2])
-    without.add_argument("--epochs", type=_positive, default=4, help="of each run")
-    without.add_argument("--out", type=Path, default=RUNS / "ablation.jsonl", help="a line for each run")
-    without.add_argument("--threads", type=_positive, help="CPU threads; torch's choice by default")
-    without.set_defaults(command=ablate_command)
-
-    show = commands.add_parser("show", parents=[where, compute, held], help="a labelled grid of images")
-    show.add_argument("--weights", type=Path, help="also write what these weights predict")
-    show.add_argument("--count", type=_positive, default=32)
-    show.add_argument("--seed", type=_seed, default=0)
-    show.add_argument("--out", type=Path, help="PNG to write; a window by default where there is a display")
-    show.set_defaults(command=show_command)
-
-    plot = commands.add_parser("plot", parents=[where, compute, held], help="figures of some weights")
-    plot.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS)
-    plot.add_argument("--out", type=Path, default=RUNS / "plots", help="folder for the PNGs")
-    plot.set_defaults(command=plot_command)
-
-    notice = commands.add_parser(
-        "unfamiliar",
-        parents=[where, compute, held, result],
-        help="do the weights notice pictures that show none of the classes?",
-    )
-    notice.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS)
-    notice.add_argument("--out", type=Path, help="write the JSON here as well, e.g. weights/cifar_net.unfamiliar.json")
-    notice.add_argument("--count", type=_positive, default=500, help="pictures of each source")
-    notice.set_defaults(command=unfamiliar_command)
-
-    summary = commands.add_parser("summary", help="a network, layer by layer")
-    summary.add_argument("--network", choices=model.NETWORKS, default="cifar_net")
-    summary.set_defaults(command=summary_command)
-
-    describe_weights = commands.add_parser("card", help="write the model card of the weights in a folder")
-    describe_weights.add_argument("--folder", type=Path, default=DEFAULT_WEIGHTS.parent)
-    describe_weights.set_defaults(command=card_command)
-
-    fetch = commands.add_parser("download", parents=[where], help="download CIFAR-10")
-    fetch.set_defaults(command=download_command)
-    return root
+COMMANDS = {
+    "train": train_command,
+    "evaluate": evaluate_command,
+    "robustness": robustness_command,
+    "ablate": ablate_command,
+    "show": show_command,
+    "plot": plot_command,
+    "unfamiliar": unfamiliar_command,
+    "summary": summary_command,
+    "card": card_command,
+    "download": download_command,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; what a user got wrong ends in one sentence, not in a traceback."""
-    options = parser().parse_args(arguments)
+    options = parser(__doc__).parse_args(arguments)
     try:
-        options.command(options)
+        COMMANDS[options.command](options)
         sys.stdout.flush()
     except BrokenPipeError:  # of `| head`; what is still to be written would be a traceback at the exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

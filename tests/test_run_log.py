@@ -1,0 +1,45 @@
+"""What a run leaves to read."""
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from training.log import RunLog
+
+ROWS = [
+    {"epoch": 1, "loss": 2.0, "learning_rate": 0.1, "images_per_second": 10.0, "train_seconds": 1.0},
+    {"epoch": 2, "loss": 1.5, "learning_rate": 0.05, "images_per_second": 10.0, "train_seconds": 1.0},
+]
+
+
+def test_where_tensorboard_is_installed_it_gets_the_figures_of_each_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[tuple[str, float, int]] = []
+
+    class SummaryWriter:
+        def __init__(self, folder: str) -> None:
+            assert folder == str(tmp_path)
+
+        def add_scalar(self, name: str, value: float, epoch: int) -> None:
+            written.append((name, value, epoch))
+
+        def flush(self) -> None: ...
+
+    module = ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    log = RunLog(tmp_path)
+    for end in (1, 2):
+        log.epoch(ROWS[:end])
+    assert written == [(name, value, row["epoch"]) for row in ROWS for name, value in row.items()]
+
+
+def test_without_it_a_run_has_its_log_and_its_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    log = RunLog(tmp_path / "run")
+    log.epoch(ROWS)
+    assert log.tensorboard is None
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["curves.png", "log.jsonl"]
