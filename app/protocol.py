@@ -202,6 +202,9 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._undigested_bytes = 0
+        hosts = [name for name, _ in self.headers].count(b"host")
+        if hosts > 1 or (not hosts and self.parser.get_http_version() == "1.1"):  # RFC 9112, section 3.2
+            raise BufferError  # which the parser passes on as what it cannot read
         method: bytes = self.parser.get_method()
         if self.parser.should_upgrade() and method != b"CONNECT":
             lines = [b"%b %b HTTP/%b" % (method, self.url, self.parser.get_http_version().encode())]
@@ -214,7 +217,7 @@ class Protocol(HttpToolsProtocol):
         if in_turn and not self.expect_100_continue and method == b"POST":
             self._refusal = self._refuse(self.url.decode("latin-1"), self.headers)
         if len(self.pipeline) >= MAX_PIPELINED:
-            raise BufferError  # which the parser passes on as what it cannot read
+            raise BufferError
         if self._refusal is None:
             super().on_headers_complete()
             if not self.pipeline:
@@ -247,7 +250,7 @@ class Protocol(HttpToolsProtocol):
         """Called by uvicorn when the bytes are not HTTP. Its own answer would be plain text."""
         sentence = (
             "The bytes are not an HTTP request, or break its rules. Send one of HTTP/1.1: without TLS, the path "
-            "in ASCII, at most one Content-Length, and each chunk as long as it says."
+            "in ASCII, one Host, at most one Content-Length, and each chunk as long as it says."
         )
         self._reject(BadRequest(sentence))
 

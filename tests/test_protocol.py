@@ -19,7 +19,7 @@ from app.exchange import LIGHT_BYTES, RawReply
 from app.protocol import MAX_HEAD_BYTES, MAX_PIPELINED, CoalescingTransport, Protocol, Turnstile
 
 pytestmark = pytest.mark.anyio
-POST = b"POST / HTTP/1.1\r\ncontent-length: 5\r\nx-request-id: %b\r\n%b\r\nhello"
+POST = b"POST / HTTP/1.1\r\nhost: test\r\ncontent-length: 5\r\nx-request-id: %b\r\n%b\r\nhello"
 SECONDS = 10
 
 
@@ -147,7 +147,7 @@ async def test_a_client_that_wants_no_more_is_let_go() -> None:
 async def test_a_head_without_end_is_refused() -> None:
     application = Application()
     async with connected(application) as (reader, writer):
-        writer.write(b"GET / HTTP/1.1\r\n")
+        writer.write(b"GET / HTTP/1.1\r\nhost: test\r\n")
         for number in range(MAX_HEAD_BYTES // 1024 + 1):
             await asyncio.sleep(0.001)  # so that each comes in a piece of its own
             writer.write(b"x-%d: %b\r\n" % (number, b"x" * 1024))
@@ -170,7 +170,7 @@ async def test_a_head_that_comes_a_byte_at_a_time_is_not_waited_for(before: byte
         if before:
             writer.write(before)
             assert (await answer(reader))[0] == 200
-        writer.write(b"GET / HTTP/1.1\r\nx: ")
+        writer.write(b"GET / HTTP/1.1\r\nhost: test\r\nx: ")
         async with asyncio.timeout(SECONDS):
             while not connection.transport.is_closing():  # a byte after that, and all would be reset
                 writer.write(b"y")
@@ -199,7 +199,7 @@ async def test_a_slow_body_or_answer_is_not_a_slow_head() -> None:
         assert await asyncio.wait_for(reader.read(), SECONDS) == b""
 
 
-CHUNKS = b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n", b"5\r\nhello\r\n", b"0\r\n\r\n"
+CHUNKS = b"POST / HTTP/1.1\r\nhost: test\r\ntransfer-encoding: chunked\r\n\r\n", b"5\r\nhello\r\n", b"0\r\n\r\n"
 
 
 async def send_in_pieces(writer: asyncio.StreamWriter) -> None:
@@ -231,6 +231,24 @@ async def test_the_last_chunk_of_a_body_is_no_head(full: bool) -> None:
         await send_in_pieces(writer)
         assert (await answer(reader))[0] == (429 if full else 200)
         assert await asyncio.wait_for(reader.read(), SECONDS) == b""  # nothing is said of a head
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"GET / HTTP/1.1\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n", 400),
+        (b"GET / HTTP/1.0\r\nhost: a\r\nHost: a\r\n\r\n", 400),
+        (b"GET / HTTP/1.0\r\n\r\n", 200),
+        (b"GET / HTTP/1.1\r\nHOST:\r\n\r\n", 200),
+        (b"GET / HTTP/1.1\r\nupgrade: h2c\r\nconnection: upgrade\r\n\r\n", 400),
+    ],
+)
+async def test_a_request_has_one_host(head: bytes, status: int) -> None:
+    """RFC 9112, section 3.2; before HTTP/1.1 it may have none."""
+    async with connected(Application()) as (reader, writer):
+        writer.write(head)
+        assert (await answer(reader))[0] == status
 
 
 async def test_what_is_no_request_is_not_answered_before_the_request_that_it_follows() -> None:
@@ -362,7 +380,7 @@ async def test_what_follows_a_body_is_no_header() -> None:
     async with connected(Looking()) as (reader, writer):
         writer.write(CHUNKS[0] + CHUNKS[1] + b"0\r\ncontent-encoding: gzip\r\n\r\n")
         assert (await answer(reader))[2] == b"5"
-    assert seen == [[(b"transfer-encoding", b"chunked")]]
+    assert seen == [[(b"host", b"test"), (b"transfer-encoding", b"chunked")]]
 
 
 class Hasty(Application):
@@ -457,7 +475,7 @@ async def test_an_offer_of_who_wants_no_more_is_answered_and_he_is_let_go(connec
 async def test_many_offers_at_once_are_answered_one_by_one() -> None:
     count = MAX_PIPELINED
     async with connected(Application()) as (reader, writer):
-        writer.write(b"GET / HTTP/1.1\r\nconnection: upgrade\r\nupgrade: a\r\n\r\n" * count)
+        writer.write(b"GET / HTTP/1.1\r\nhost: test\r\nconnection: upgrade\r\nupgrade: a\r\n\r\n" * count)
         assert {(await answer(reader))[0] for _ in range(count)} == {200}
 
 
@@ -466,7 +484,7 @@ async def test_of_too_many_requests_at_once_the_first_ones_are_answered(offer: b
     application = Application()
     application.gate.clear()
     async with connected(application) as (reader, writer):
-        writer.write(b"GET / HTTP/1.1\r\n%b\r\n" % offer * 1500)
+        writer.write(b"GET / HTTP/1.1\r\nhost: test\r\n%b\r\n" % offer * 1500)
         while not application.called:
             await asyncio.sleep(0)
         application.gate.set()
@@ -477,7 +495,7 @@ async def test_of_too_many_requests_at_once_the_first_ones_are_answered(offer: b
 
 async def test_a_tunnel_is_not_dug(caplog: pytest.LogCaptureFixture) -> None:
     async with connected(Application()) as (reader, writer):
-        writer.write(b"CONNECT /other HTTP/1.1\r\n\r\n")
+        writer.write(b"CONNECT /other HTTP/1.1\r\nhost: test\r\n\r\n")
         assert (await answer(reader))[0] == 200  # as the application has it
     assert not caplog.records
 
@@ -522,8 +540,8 @@ async def test_a_turn_lets_in_so_many_and_the_next_ones_the_others_in_their_orde
 @pytest.mark.parametrize(
     "light",
     [
-        b"GET /other HTTP/1.1\r\n\r\n",
-        b"POST /other HTTP/1.1\r\ncontent-length: %d\r\n\r\n" % LIGHT_BYTES + bytes(LIGHT_BYTES),
+        b"GET /other HTTP/1.1\r\nhost: test\r\n\r\n",
+        b"POST /other HTTP/1.1\r\nhost: test\r\ncontent-length: %d\r\n\r\n" % LIGHT_BYTES + bytes(LIGHT_BYTES),
     ],
     ids=["a question", "what the event loop does not decode"],
 )
