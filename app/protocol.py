@@ -117,26 +117,32 @@ class NoUpgradeParser:
                 self._parser.feed_data(head)
 
 
+Refuse = Callable[[str, Iterable[tuple[bytes, bytes]]], Callable[[], RawReply] | None]
+"""Of the path and the headers of a POST request: what answers it at its end, or None if it may come in."""
+Reject = Callable[[RequestError], RawReply]
+"""The answer to what has not become a request."""
+
+
 class Protocol(HttpToolsProtocol):
-    """Of an application with the methods `refuse` and `reject`, for connections that share a turnstile."""
+    """For connections that share a turnstile; what is refused, and how, the application says."""
 
     _held = b""
     _refusal: Callable[[], RawReply] | None = None
-    _refuse: Callable[[str, Iterable[tuple[bytes, bytes]]], Callable[[], RawReply] | None]
     _head_without_offer: bytes | None = None
     _running: RequestResponseCycle | None = None
     """The request that the application has; uvicorn's `cycle` is the last one that has come, which may be behind it."""
     _undigested_bytes = 0
     """What has come since a head was whole or some of a body was there."""
 
-    def __init__(self, *args: Any, turnstile: Turnstile, **options: Any) -> None:
+    def __init__(self, *args: Any, turnstile: Turnstile, refuse: Refuse, reject: Reject, **options: Any) -> None:
         super().__init__(*args, **options)
         self._turnstile = turnstile
+        self._refuse = refuse
+        self._reject_with = reject
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(cast(asyncio.Transport, CoalescingTransport(transport)))
         self.parser = cast(Any, NoUpgradeParser(self))
-        self._refuse = cast(Any, self.config.app).refuse
         self._start_clock()
 
     def data_received(self, data: bytes) -> None:
@@ -262,7 +268,7 @@ class Protocol(HttpToolsProtocol):
             self.cycle.keep_alive = False  # the request before it is answered first, and nothing after that
             self.flow.pause_reading()
             return
-        self._write(cast(Any, self.config.app).reject(error), keep_alive=False)
+        self._write(self._reject_with(error), keep_alive=False)
 
     def _write(self, reply: RawReply, *, keep_alive: bool) -> None:
         status, headers, body = reply

@@ -158,7 +158,7 @@ def serve(
     service = app.service
     config = uvicorn.Config(
         app,
-        http=cast(Any, partial(Protocol, turnstile=Turnstile())),
+        http=cast(Any, partial(Protocol, turnstile=Turnstile(), refuse=app.refuse, reject=app.reject)),
         log_config=None,
         proxy_headers=False,  # nothing here depends on who asks, and looking takes time for each request
         access_log=False,  # ours is cheaper, and knows the request's id and route

@@ -75,7 +75,8 @@ async def listening(
     config.load()
     state, turnstile = ServerState(), Turnstile()
     loop = asyncio.get_running_loop()
-    protocol = partial(Protocol, config, state, {}, turnstile=turnstile)
+    refuse, reject = application.refuse, application.reject
+    protocol = partial(Protocol, config, state, {}, turnstile=turnstile, refuse=refuse, reject=reject)
     async with await loop.create_server(protocol, "127.0.0.1", 0) as server:
         clients = []
 

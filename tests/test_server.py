@@ -5,6 +5,7 @@ import gc
 import http.client
 import socket
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ async def test_what_waits_to_be_accepted_when_the_socket_closes_is_answered(sett
     app = create_app(settings)
     config = uvicorn.Config(
         app,
-        http=lambda **options: Protocol(turnstile=Turnstile(), **options),  # type: ignore[arg-type]
+        http=partial(Protocol, turnstile=Turnstile(), refuse=app.refuse, reject=app.reject),  # type: ignore[arg-type]
         log_config=None,
         timeout_graceful_shutdown=60,
     )
