@@ -1,5 +1,4 @@
-"""What the routes serve: one loaded network behind a batcher, and its report. It also holds the limits
-on request bodies."""
+"""What the routes serve: one loaded network behind a batcher, its report, and the limits on request bodies."""
 
 import asyncio
 import logging

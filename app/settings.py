@@ -28,7 +28,7 @@ KUBERNETES = re.compile(r"CIFAR_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d
 """What it puts into every container of the namespace of a Service named cifar, or cifar- and more; and CIFAR_PORT as
 an address: https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables."""
 BYTES_OF_A_PROCESS = 1024 * MIB
-"""That are counted on for each: 0.7 GB and what a large picture takes."""
+"""Memory that each is given when their number is chosen: 0.7 GB, and what a large picture takes."""
 SHARES_ADDRESS = sys.platform == "linux"
 """Whether the system deals connections out among several processes that listen on one address."""
 
