@@ -3,6 +3,7 @@
 import io
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from app import checkpoint, model
+from app.admission import Load
 from app.checkpoint import CIFAR10_CLASSES, Checkpoint
 from app.main import create_app
 from app.report import Evaluation, evaluate_probabilities
+from app.service import Service
 from app.settings import Settings
 
 os.environ["no_proxy"] = "*"  # urllib would ask a proxy even for what is on this machine
@@ -64,6 +67,17 @@ def encode(picture: Image.Image, format: str = "PNG", **options: object) -> byte
     buffer = io.BytesIO()
     picture.save(buffer, format, **options)
     return buffer.getvalue()
+
+
+@contextmanager
+def occupied(service: Service, pictures: int = 1) -> Iterator[None]:
+    """As if so many pictures were being answered."""
+    admission, load = service._batcher._admission, Load(0, pictures, light=True, bulk=pictures > 1)
+    admission.enter(load)
+    try:
+        yield
+    finally:
+        admission.leave(load)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import drawing, encode
+from conftest import drawing, encode, occupied
 from fastapi.testclient import TestClient
 from PIL import Image
 
@@ -150,17 +150,15 @@ def test_a_batch_is_admitted_whole_or_not_at_all(settings: Settings) -> None:
     """Pictures are counted, not requests; a batch larger than the queue is admitted when nothing else waits."""
     app = create_app(Settings(weights=settings.weights, device="cpu", threads=1, max_batch=2, max_waiting=4))
     with TestClient(app) as client:
-        batcher = app.service._batcher
-        batcher._admission.waiting = 1  # as if one were being answered
-        for kwargs in ({"files": form(*pictures(4))}, {"content": raw(4), "headers": OCTETS}):
-            response = client.post("/predict/batch", **kwargs)
-            assert response.status_code == 429
-            assert int(response.headers["retry-after"]) >= 1
-            assert batcher._admission.waiting == 1
-        assert client.post("/predict/batch", content=raw(3), headers=OCTETS).status_code == 200
-        batcher._admission.waiting = 0
+        with occupied(app.service):
+            for kwargs in ({"files": form(*pictures(4))}, {"content": raw(4), "headers": OCTETS}):
+                response = client.post("/predict/batch", **kwargs)
+                assert response.status_code == 429
+                assert int(response.headers["retry-after"]) >= 1
+                assert app.service.waiting == 1
+            assert client.post("/predict/batch", content=raw(3), headers=OCTETS).status_code == 200
         assert client.post("/predict/batch", content=raw(9), headers=OCTETS).status_code == 200
-        assert batcher._admission.waiting == 0
+        assert app.service.waiting == 0
 
 
 def test_a_raw_batch_costs_one_item_for_each_full_batch(client: TestClient) -> None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from conftest import drawing, encode
+from conftest import drawing, encode, occupied
 from fastapi.testclient import TestClient
 from starlette.types import Message
 
@@ -198,12 +198,10 @@ def test_a_defect_is_one_fixed_sentence_and_a_line_in_the_log(
 def test_full_is_429_with_the_time_to_come_back(settings: Settings, png: bytes, limit: dict[str, Any]) -> None:
     app = create_app(replace(settings, **limit))
     with TestClient(app) as client:
-        service: Service = app.service
-        service._batcher._admission.waiting = 1  # as if one were being answered
-        response = client.post("/predict", content=png, headers=OCTETS)
+        with occupied(app.service):
+            response = client.post("/predict", content=png, headers=OCTETS)
         refused(response, 429, "The service has as much to do as it accepts")
         assert int(response.headers["retry-after"]) >= 1
-        service._batcher._admission.waiting = 0
         assert client.post("/predict", content=png, headers=OCTETS).status_code == 200
 
 

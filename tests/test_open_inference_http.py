@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import drawing, encode
+from conftest import drawing, encode, occupied
 from fastapi.testclient import TestClient
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
@@ -197,12 +197,10 @@ def test_an_unreadable_element_fails_the_request_and_is_named(client: TestClient
 
 
 def test_too_much_to_do_is_429(client: TestClient) -> None:
-    batcher = client.app.service._batcher  # type: ignore[attr-defined]
-    batcher._admission.waiting = 2048  # as if so many were being answered
-    response = infer(client, *request())
+    with occupied(client.app.service, 2048):  # type: ignore[attr-defined]
+        response = infer(client, *request())
     refused(response, 429, "The service has as much to do as it accepts: 2,048 pictures wait.")
     assert int(response.headers["retry-after"]) >= 1
-    batcher._admission.waiting = 0
 
 
 def test_the_timeout_of_a_request_is_in_microseconds(client: TestClient, png: bytes) -> None:

@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 import pytest
-from conftest import encode
+from conftest import encode, occupied
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from PIL import Image
@@ -13,7 +13,7 @@ from prometheus_client import generate_latest
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from app.admission import Limits, Load
+from app.admission import Limits
 from app.batching import Batcher
 from app.exposition import CountsCollector
 from app.logs import QUIET
@@ -140,13 +140,10 @@ def test_pictures_of_a_batch_are_predictions_of_their_own(client: TestClient) ->
 
 def test_what_waits_and_what_is_too_much(settings: Settings, png: bytes) -> None:
     app = create_app(Settings(weights=settings.weights, device="cpu", threads=1, max_waiting=1))
-    with TestClient(app) as client:
-        admission = app.service._batcher._admission
-        admission.enter(Load(10, 1, light=True, bulk=False))  # as if one were being answered
+    with TestClient(app) as client, occupied(app.service):
         assert client.post("/predict", content=png, headers=PNG).status_code == 429
         app.service.draining = True
         metrics = scrape(client)
-        admission.leave(Load(10, 1, light=True, bulk=False))
     assert (metrics.one("cifar_queue_depth"), metrics.one("cifar_ready")) == (1, 0)
     assert metrics.of("cifar_refusals_total", "reason") == {("overloaded",): 1}
     assert metrics.one("cifar_decode_seconds_count") == 0
