@@ -45,7 +45,7 @@ class CountsCollector(Collector):
         )
         yield _histogram(
             "cifar_request_seconds",
-            "From the head of a request to the end of its answer.",
+            "From when a request is let in to the end of its answer.",
             by_route,
             ("route",),
         )

@@ -191,7 +191,7 @@ class Settings:
         str | None,
         Setting(
             secret,
-            "lets POST /admin/reload exchange the weights; others can read a flag, so set the variable",
+            "of POST /admin/reload, at least 16 characters; others can read a flag, so set the variable",
         ),
     ] = dataclasses.field(default=None, repr=False)
 

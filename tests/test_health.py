@@ -8,6 +8,7 @@ from urllib.parse import urljoin
 import pytest
 from fastapi.testclient import TestClient
 
+from app.checkpoint import CIFAR10_CLASSES
 from app.main import create_app
 from app.routes.pages import STATIC
 from app.service import Service
@@ -91,10 +92,18 @@ def test_pages_and_all_they_name_are_there(client: TestClient, path: str) -> Non
     page = client.get(path)
     assert page.status_code == 200
     assert page.headers["content-type"].startswith("text/html")
+    assert page.headers["content-security-policy"].startswith("default-src 'self';")
+    assert not re.search(r"<script>|<style>| on\w+=| style=", page.text)  # which that forbids
     links = re.findall(r'(?:href|src)="([^":]*)"', page.text)
     assert "static/style.css" in links
     assert not [link for link in links if link.startswith("/")]  # a proxy may serve this below a path
     assert [client.get(urljoin(path, link)).status_code for link in links] == [200] * len(links)
+
+
+def test_the_form_works_without_javascript(client: TestClient, png: bytes) -> None:
+    form = re.search(r'<form .*?action="(.*?)" method="post" enctype="multipart/form-data">', client.get("/").text)
+    assert form
+    assert client.post(f"/{form[1]}", files={"file": png}).json()["label"] in CIFAR10_CLASSES
 
 
 def test_a_file_is_served_whole_whatever_part_of_it_is_asked_for(client: TestClient) -> None:

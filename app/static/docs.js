@@ -1,4 +1,4 @@
-// Shows /openapi.json: each operation with its parameters, bodies and answers, then the fields of each body.
+// Shows /openapi.json: a list of the operations; each with its parameters, bodies and answers; the fields of each body.
 // The usual viewer is megabytes fetched from elsewhere; without the internet it is a blank page.
 function element(tag, ...children) {
   const made = document.createElement(tag);
@@ -12,17 +12,22 @@ const prose = (text = "") =>
 
 function table(heads, rows) {
   const head = element("tr", ...heads.map((text) => element("th", text)));
+  for (const cell of head.children) cell.scope = "col";
   const lines = rows.map((cells) => element("tr", ...cells.map((cell) => element("td", ...[cell].flat(Infinity)))));
   return element("table", element("thead", head), element("tbody", ...lines));
+}
+
+function link(id, ...children) {
+  const made = element("a", ...children);
+  made.href = `#${id}`;
+  return made;
 }
 
 function type(schema) {
   if (!schema) return "";
   if (schema.$ref) {
     const name = schema.$ref.split("/").pop();
-    const link = element("a", name);
-    link.href = `#${name}`;
-    return link;
+    return link(name, name);
   }
   if (schema.enum) return schema.enum.join(" | ");
   if (schema.anyOf) return schema.anyOf.flatMap((each, index) => (index ? [" | ", type(each)] : [type(each)]));
@@ -34,7 +39,9 @@ function type(schema) {
 function operation(path, method, spec) {
   const verb = element("span", method.toUpperCase());
   verb.className = "method";
-  const parts = [element("h2", verb, ` ${path}`), element("p", element("strong", spec.summary))];
+  const heading = element("h2", verb, ` ${path}`);
+  heading.id = method + path;
+  const parts = [heading, element("p", element("strong", spec.summary))];
   if (spec.description) parts.push(element("p", ...prose(spec.description)));
   if (spec.parameters)
     parts.push(
@@ -55,7 +62,7 @@ function operation(path, method, spec) {
 }
 
 function body(name, schema) {
-  const heading = element("h2", name);
+  const heading = element("h3", name);
   heading.id = name;
   const fields = Object.entries(schema.properties ?? {}).map(([field, of]) => [
     element("code", field), type(of.allOf?.[0] ?? of), prose(of.description),
@@ -64,11 +71,15 @@ function body(name, schema) {
 }
 
 const docs = document.getElementById("docs");
-const api = await fetch("openapi.json").then((response) => response.json()).catch((error) => {
+const load = (response) => (response.ok ? response.json() : Promise.reject(response.status));
+const api = await fetch("openapi.json").then(load).catch((error) => {
   docs.append(element("p", "The description could not be loaded. Reload this page when the service runs."));
   throw error;
 });
 docs.append(...api.info.description.split("\n\n").map((text) => element("p", ...prose(text))));
-for (const [path, operations] of Object.entries(api.paths))
-  for (const [method, spec] of Object.entries(operations)) docs.append(operation(path, method, spec));
-docs.append(...Object.entries(api.components.schemas).map(([name, schema]) => body(name, schema)));
+const operations = Object.entries(api.paths).flatMap(([path, methods]) =>
+  Object.entries(methods).map(([method, spec]) => [path, method, spec]));
+const contents = operations.map(([path, method]) => element("li", link(method + path, `${method.toUpperCase()} ${path}`)));
+docs.append(element("nav", element("ul", ...contents)));
+docs.append(...operations.map((each) => operation(...each)));
+docs.append(element("h2", "Bodies"), ...Object.entries(api.components.schemas).map(([name, schema]) => body(name, schema)));

@@ -1,6 +1,8 @@
-// Sends the chosen or dropped picture to /predict and draws the answer.
+// Sends the chosen, dropped or pasted picture to /predict and draws the answer.
 const $ = (id) => document.getElementById(id);
 const form = $("form"), button = form.querySelector("button");
+const PATIENCE_MILLISECONDS = 30_000;
+let running = null;  // aborts the request of the newest picture
 
 function bar(label, probability) {
   const item = document.createElement("li");
@@ -19,7 +21,7 @@ function bar(label, probability) {
 function familiarity({ familiarity: share, unfamiliar }) {
   if (share === null) return "";
   if (unfamiliar) return "Little like the pictures it was trained on: it may well show something else.";
-  return `More familiar than ${(100 * share).toFixed(0)} % of the pictures it was tested with.`;
+  return `More familiar than ${Math.floor(100 * share)} % of the pictures that were held out of its training.`;
 }
 
 function showAnswer(answer, picture) {
@@ -29,36 +31,56 @@ function showAnswer(answer, picture) {
   // Of other pictures than it was trained for, the set promises nothing.
   const all = answer.prediction_set?.length === Object.keys(answer.probabilities).length;  // says nothing either
   const likely = answer.unfamiliar || all ? null : answer.prediction_set;
-  $("set").textContent = likely ? `Likely ${likely.join(" or ")}: of pictures like those it was trained on, such a list holds the right class 95 times in 100.` : "";
+  $("set").textContent = likely ? `Likely ${likely.join(" or ")}: of pictures like those it was trained on, such answers hold the right class 95 times in 100.` : "";
   $("familiarity").textContent = familiarity(answer);
   $("familiarity").classList.toggle("warning", answer.unfamiliar === true);
   $("bars").replaceChildren(...Object.entries(answer.probabilities).map(([label, p]) => bar(label, p)));
   $("answer").hidden = false;
 }
 
-function showError(sentence) {
-  $("error").textContent = sentence;
+function showError({ error, detail }, status) {
+  const sized = detail?.expected && `The picture is ${detail.width} × ${detail.height}. Choose above what to do with it.`;
+  $("error").textContent = sized || error || `Something between this page and the service answered with ${status}.`;
   $("error").hidden = false;
-  $("answer").hidden = true;
+}
+
+// What is shown belongs to what the form says; nothing, while that is being changed or answered.
+function clear() {
+  running?.abort();
+  running = null;
+  $("answer").hidden = $("error").hidden = true;
+  button.ariaDisabled = "false";  // not `disabled`, which would take the focus from it
+  button.textContent = "Classify";
 }
 
 async function classify(picture) {
-  if (button.ariaDisabled === "true") return;
+  clear();
+  const own = running = new AbortController();
+  button.ariaDisabled = "true";
+  button.textContent = "Classifying…";
   const body = new FormData();
   body.append("file", picture);
   const resize = $("resize").value;
-  button.ariaDisabled = "true";  // not `disabled`, which would take the focus from it
-  $("error").hidden = true;
+  let show;
   try {
-    const response = await fetch("predict" + (resize && `?resize=${resize}`), { method: "POST", body });
-    const answer = await response.json().catch(() => ({ error: `The answer was ${response.status} ${response.statusText}.` }));
-    if (response.ok) showAnswer(answer, picture);
-    else showError(answer.error);
+    const signal = AbortSignal.any([own.signal, AbortSignal.timeout(PATIENCE_MILLISECONDS)]);
+    const response = await fetch("predict" + (resize && `?resize=${resize}`), { method: "POST", body, signal });
+    const answer = await response.json().catch(() => ({}));
+    show = () => (response.ok && answer.label ? showAnswer(answer, picture) : showError(answer, response.status));
   } catch {
-    showError("The service did not answer. Is it still running?");
-  } finally {
-    button.ariaDisabled = "false";
+    show = () => showError({ error: "There is no answer. Is the service still running, and the file still there?" });
   }
+  if (own !== running) return;  // another picture has been chosen meanwhile
+  clear();
+  show();
+}
+
+function take(files) {
+  if (files.length === 0) return;
+  const first = new DataTransfer();
+  first.items.add(files[0]);
+  $("file").files = first.files;
+  classify(files[0]);
 }
 
 async function introduce() {
@@ -69,10 +91,11 @@ async function introduce() {
   $("classes").textContent = `It knows ${labels.slice(0, -1).join(", ")} and ${labels.at(-1)}, and takes anything else for one of these.`;
 }
 
-introduce();
+introduce().catch(() => {});  // the first picture will say that nobody answers
+form.addEventListener("change", clear);
 form.addEventListener("submit", (event) => {
   event.preventDefault();
-  classify($("file").files[0]);
+  if (!running) classify($("file").files[0]);
 });
 document.addEventListener("dragover", (event) => {
   event.preventDefault();
@@ -82,7 +105,6 @@ document.addEventListener("dragleave", () => document.body.classList.remove("dro
 document.addEventListener("drop", (event) => {
   event.preventDefault();
   document.body.classList.remove("dropping");
-  if (event.dataTransfer.files.length === 0) return;
-  $("file").files = event.dataTransfer.files;
-  classify(event.dataTransfer.files[0]);
+  take(event.dataTransfer.files);
 });
+document.addEventListener("paste", (event) => take(event.clipboardData.files));
