@@ -56,6 +56,7 @@ def test_the_readme_names_the_defaults() -> None:
     stated = {name: default for names, default in rows for name in re.findall(r"CIFAR_(\w+)", names)}
     settings = Settings()
     assert stated["MAX_BODY_BYTES"] == f"{settings.max_body_bytes // 2**20} MiB"
+    assert stated["MAX_PIXELS"] == f"{settings.max_pixels // 10**6} million"
     assert settings.max_pictures == 1024
     assert stated["DEADLINE_SECONDS"] == f"{settings.deadline_seconds:g}"
     assert stated["DRAIN_SECONDS"] == f"{settings.drain_seconds:g}"
