@@ -182,17 +182,14 @@ RECIPES["fast"] = replace(
 def add_flags(parser: argparse._ActionsContainer) -> None:
     """One flag for each field of `Recipe`, named after it and with its text: `--batch-size 64`, `--no-flip`."""
     texts = descriptions()
-    for field in dataclasses.fields(Recipe):
-        kind, text = get_type_hints(Recipe)[field.name], texts[field.name].replace("%", "%%")
-        flag = "--" + field.name.replace("_", "-")
+    for name, kind in get_type_hints(Recipe).items():
+        flag, text = "--" + name.replace("_", "-"), texts[name].replace("%", "%%")
         if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        elif choices := get_args(kind):
+            parser.add_argument(flag, choices=choices, help=text)
         else:
-            choices = get_args(kind) or None
-            metavar = None if choices else "VALUE"
-            parser.add_argument(
-                flag, type=str if choices else kind, choices=choices, metavar=metavar, default=None, help=text
-            )
+            parser.add_argument(flag, type=kind, metavar="VALUE", help=text)
 
 
 def descriptions() -> dict[str, str]:
