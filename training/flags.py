@@ -31,14 +31,17 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
     where = argparse.ArgumentParser(add_help=False)
     where.add_argument("--data", help="folder of the data set; else CIFAR_DATA, else ./data")
-    compute = argparse.ArgumentParser(add_help=False)
+    compute = argparse.ArgumentParser(add_help=False, parents=[where])
     compute.add_argument("--device", help="cuda, cuda:1, mps or cpu; the first that is there by default")
+    held = argparse.ArgumentParser(add_help=False, parents=[compute])
+    held.add_argument("--validation", type=float, default=0.0, help="use this share of the training images instead")
+    measured = argparse.ArgumentParser(add_help=False, parents=[held])
+    measured.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS)
     result = argparse.ArgumentParser(add_help=False)
     result.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")
-    held = argparse.ArgumentParser(add_help=False)
-    held.add_argument("--validation", type=float, default=0.0, help="use this share of the training images instead")
 
-    taught = argparse.ArgumentParser(add_help=False)
+    taught = argparse.ArgumentParser(add_help=False, parents=[compute])
+    taught.add_argument("--threads", type=_positive, help="CPU threads; torch's choice by default")
     taught.add_argument(
         "--teacher",
         type=Path,
@@ -48,7 +51,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         help="weights to learn from, for a recipe with distillation; of several, the mean of what they say",
     )
 
-    train = commands.add_parser("train", parents=[where, compute, taught], help="train a network", allow_abbrev=False)
+    train = commands.add_parser("train", parents=[taught], help="train a network", allow_abbrev=False)
     train.add_argument(
         "--recipe", choices=RECIPES, default="default", help="the choices to begin with, from training/config.py"
     )
@@ -61,52 +64,39 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         metavar="FILE",
         help="weights of a run with --validation, whose calibration this run on all images takes over; read at the end",
     )
-    train.add_argument("--threads", type=_positive, help="CPU threads; torch's choice by default")
-    add_flags(
-        train.add_argument_group(
-            "fields of the recipe",
-            "each overrides what the recipe has",
-        )
-    )
+    add_flags(train.add_argument_group("fields of the recipe", "each overrides what the recipe has"))
 
-    measure = commands.add_parser("evaluate", parents=[where, compute, held, result], help="measure some weights")
-    measure.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS)
+    measure = commands.add_parser("evaluate", parents=[measured, result], help="measure some weights")
     measure.add_argument("--batch-size", type=_positive, default=500)
     measure.add_argument(
         "--out", type=Path, help="write the weights here with these figures, which the service answers per class"
     )
 
     robust = commands.add_parser(
-        "robustness", parents=[where, compute, held, result], help="measure some weights on worse pictures"
+        "robustness", parents=[measured, result], help="measure some weights on worse pictures"
     )
-    robust.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS)
     robust.add_argument("--out", type=Path, help="write the JSON here as well, e.g. weights/cifar_net.robustness.json")
 
-    without = commands.add_parser(
-        "ablate", parents=[where, compute, taught], help="train without one ingredient at a time"
-    )
+    without = commands.add_parser("ablate", parents=[taught], help="train without one ingredient at a time")
     without.add_argument("--recipe", choices=RECIPES, default="default")
     without.add_argument("--seeds", type=_seed, nargs="+", default=[0, 1, 2])
     without.add_argument("--epochs", type=_positive, default=4, help="of each run")
     without.add_argument("--out", type=Path, default=RUNS / "ablation.jsonl", help="a line for each run")
-    without.add_argument("--threads", type=_positive, help="CPU threads; torch's choice by default")
 
-    show = commands.add_parser("show", parents=[where, compute, held], help="a labelled grid of images")
+    show = commands.add_parser("show", parents=[held], help="a labelled grid of images")
     show.add_argument("--weights", type=Path, help="also write what these weights predict")
     show.add_argument("--count", type=_positive, default=32)
     show.add_argument("--seed", type=_seed, default=0)
     show.add_argument("--out", type=Path, help="PNG to write; a window by default where there is a display")
 
-    plot = commands.add_parser("plot", parents=[where, compute, held], help="figures of some weights")
-    plot.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS)
+    plot = commands.add_parser("plot", parents=[measured], help="figures of some weights")
     plot.add_argument("--out", type=Path, default=RUNS / "plots", help="folder for the PNGs")
 
     notice = commands.add_parser(
         "unfamiliar",
-        parents=[where, compute, held, result],
+        parents=[measured, result],
         help="do the weights notice pictures that show none of the classes?",
     )
-    notice.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS)
     notice.add_argument("--out", type=Path, help="write the JSON here as well, e.g. weights/cifar_net.unfamiliar.json")
     notice.add_argument("--count", type=_positive, default=500, help="pictures of each source")
 
