@@ -143,6 +143,7 @@ def load(path: Path) -> Checkpoint:
         ) from None
     try:
         checkpoint = _parse(content)
+        _check(checkpoint)
         checkpoint.network()
     except CheckpointError as error:
         raise CheckpointError(f"{error} (File {path}.) {EXPECTED}") from None
@@ -162,7 +163,7 @@ def _parse(content: object) -> Checkpoint:
         )
     try:
         evaluation = content["evaluation"]
-        checkpoint = Checkpoint(
+        return Checkpoint(
             architecture=content["architecture"]["name"],
             arguments=content["architecture"]["arguments"],
             state_dict=content["state_dict"],
@@ -174,22 +175,18 @@ def _parse(content: object) -> Checkpoint:
         )
     except (KeyError, TypeError, ValueError):
         raise CheckpointError("The weights file lacks a field of the format it claims, or has one too many.") from None
-    _check(checkpoint)
-    return checkpoint
 
 
 def _parse_tutorial(state_dict: dict[Any, Any]) -> Checkpoint:
     """The tutorial saves the bare state_dict and normalises with mean 0.5 and standard deviation 0.5 outside."""
     half = torch.full((3,), 0.5)
-    checkpoint = Checkpoint(
+    return Checkpoint(
         architecture="net",
         arguments={"num_classes": len(CIFAR10_CLASSES)},
         state_dict={"mean": half, "std": half, **state_dict},
         classes=CIFAR10_CLASSES,
         trained={"recipe": "the tutorial's own state_dict"},
     )
-    _check(checkpoint)
-    return checkpoint
 
 
 def is_text(value: object) -> bool:
