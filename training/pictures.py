@@ -18,6 +18,7 @@ from matplotlib import cbook
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from app.images import to_tensor
 from app.model import IMAGE_SIZE
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -224,8 +225,8 @@ def _drawn(count: int, draw: Callable[[ImageDraw.ImageDraw], None], generator: t
     for _ in range(count):
         picture = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), _colour(generator))
         draw(ImageDraw.Draw(picture))
-        pictures.append(_pixels(picture))
-    return torch.stack(pictures)
+        pictures.append(picture.tobytes())
+    return to_tensor(pictures)
 
 
 def _pasted(count: int, things: Sequence[Image.Image], generator: torch.Generator) -> Tensor:
@@ -239,8 +240,8 @@ def _pasted(count: int, things: Sequence[Image.Image], generator: torch.Generato
         picture = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), _colour(generator))
         corner = tuple((IMAGE_SIZE - side) // 2 + int(_between(-4, 5, generator)) for _ in range(2))
         picture.paste(thing, cast(tuple[int, int], corner), thing)
-        pictures.append(_pixels(picture))
-    return torch.stack(pictures)
+        pictures.append(picture.tobytes())
+    return to_tensor(pictures)
 
 
 def _cropped(count: int, picture: Image.Image, generator: torch.Generator) -> Tensor:
@@ -251,8 +252,8 @@ def _cropped(count: int, picture: Image.Image, generator: torch.Generator) -> Te
         side = min(width, height) * _between(1 / 8, 1, generator)
         left, top = _between(0, width - side, generator), _between(0, height - side, generator)
         box = (left, top, left + side, top + side)
-        pictures.append(_pixels(picture.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS, box=box)))
-    return torch.stack(pictures)
+        pictures.append(picture.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS, box=box).tobytes())
+    return to_tensor(pictures)
 
 
 def _font(size: int, generator: torch.Generator) -> ImageFont.FreeTypeFont:
@@ -267,8 +268,3 @@ def _sample(name: str) -> Path:
 def _read(path: Path) -> Image.Image:
     with Image.open(path) as picture:
         return picture.convert("RGBA")
-
-
-def _pixels(picture: Image.Image) -> Tensor:
-    pixels_HWC = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(IMAGE_SIZE, IMAGE_SIZE, 3)
-    return pixels_HWC.permute(2, 0, 1)
