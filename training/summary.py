@@ -6,6 +6,7 @@ Shape letters: N = 1 image, C = 3, H = W = 32.
 import copy
 import io
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -35,19 +36,16 @@ def layers(network: nn.Module) -> list[Layer]:
     rows: list[Layer] = []
     seen: set[str] = set()
 
-    def watch(name: str, module: nn.Module) -> None:
-        def record(module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            parameters = 0 if name in seen else sum(parameter.numel() for parameter in module.parameters())
-            seen.add(name)
-            rows.append(
-                Layer(name, type(module).__name__, tuple(output.shape[1:]), parameters, _multiply_adds(module, output))
-            )
-
-        module.register_forward_hook(record)
+    def record(name: str, module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        parameters = 0 if name in seen else sum(parameter.numel() for parameter in module.parameters())
+        seen.add(name)
+        rows.append(
+            Layer(name, type(module).__name__, tuple(output.shape[1:]), parameters, _multiply_adds(module, output))
+        )
 
     for name, module in network.named_modules():
         if not any(module.children()):
-            watch(name, module)
+            module.register_forward_hook(partial(record, name))
     with torch.inference_mode():
         network(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
     return rows
