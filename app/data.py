@@ -124,7 +124,7 @@ def _read(folder: Path, parts: Sequence[str]) -> list[Split]:
         for layout, suffix, parse in (("bin", ".bin", _parse_records), ("py", "", _parse_pickle)):
             if (found := _find_batches(folder, layout, suffix)) is not None:
                 return [_cifar10(part, found, suffix, parse) for part in parts]
-        names = _class_names(folder)
+        names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
         if any(path.suffix.lower() in PICTURE_SUFFIXES for name in names for path in (folder / name).iterdir()):
             return _read_class_folders(folder, names, parts)
     except OSError as error:
@@ -209,10 +209,6 @@ def _parse_pickle(path: Path, raw: bytearray) -> tuple[Tensor, Tensor]:
 
 
 # Class folders
-
-
-def _class_names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def _read_class_folders(folder: Path, names: list[str], parts: Sequence[str]) -> list[Split]:
