@@ -45,6 +45,11 @@ class Evaluation:
     set_size: float | None = None
     """Mean number of classes in a set."""
 
+    @property
+    def accuracy(self) -> float:
+        """Share of the images whose most probable class is the true one."""
+        return _ratio(int(self.confusion_KK.diagonal().sum()), int(self.confusion_KK.sum()))
+
 
 def confusion_matrix(predicted_N: Tensor, labels_N: Tensor, num_classes: int) -> Tensor:
     """Counts (K, K) as int64, row = true class, column = predicted class."""
@@ -193,7 +198,7 @@ def report(evaluation: Evaluation, classes: tuple[str, ...]) -> dict[str, Any]:
     return {
         "dataset": {"name": evaluation.dataset, "sha256": evaluation.digest, "images": total},
         "evaluated_at": evaluation.evaluated_at,
-        "accuracy": _ratio(correct, total),
+        "accuracy": evaluation.accuracy,
         "correct": correct,
         "interval": wilson_interval(correct, total),
         "calibration": {

@@ -156,10 +156,8 @@ class Service:
 
     def describe(self) -> str:
         """What is served, in words, for the line that a person sees at the start."""
-        engine, evaluation, accuracy = self._served.predictor.engine, self.checkpoint.evaluation, ""
-        if evaluation is not None:
-            known = report(evaluation, self.checkpoint.classes)
-            accuracy = f" ({known['accuracy']:.2%} on {known['dataset']['name']})"
+        engine, known = self._served.predictor.engine, self.checkpoint.evaluation
+        accuracy = f" ({known.accuracy:.2%} on {known.dataset})" if known is not None else ""
         return (
             f"{self.settings.weights}: {self.checkpoint.architecture} {self.checkpoint.sha256[:12]}{accuracy}, "
             f"{str(engine.dtype).removeprefix('torch.')} with {engine.name} on "

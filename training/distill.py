@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from app import model
 from app.checkpoint import Checkpoint
 from app.errors import CheckpointError
-from app.report import report
 from training.config import Recipe
 
 TEMPERATURE = 2.0
@@ -68,10 +67,9 @@ def _introduce(teacher: Checkpoint) -> str:
     words = f"{teacher.architecture} {teacher.sha256[:12]}"
     if "epochs" in teacher.trained:
         words += f", {teacher.trained['epochs']} epochs"
-    if teacher.evaluation is None:
-        return words
-    known = report(teacher.evaluation, teacher.classes)
-    return f"{words} ({known['accuracy']:.2%} of {known['dataset']['name']})"
+    if (known := teacher.evaluation) is not None:
+        words += f" ({known.accuracy:.2%} of {known.dataset})"
+    return words
 
 
 def loss(logits_NK: Tensor, labels_NK: Tensor, answers_NK: Tensor | None, recipe: Recipe) -> Tensor:
