@@ -127,10 +127,10 @@ def request_id_of(headers: Headers) -> str:
     return f"{random.getrandbits(64):016x}"
 
 
-def error_response(scope: Scope, error: RequestError, headers: dict[str, str] | None = None) -> Response:
-    error.headers = {**(headers or {}), **error.headers}
-    scope["state"]["refusal"] = error.reason
-    return refusal(error, scope["state"]["request_id"]).response(Request(scope))
+def error_response(request: Request, error: RequestError) -> Response:
+    state = request.scope["state"]
+    state["refusal"] = error.reason
+    return refusal(error, state["request_id"]).response(request)
 
 
 def server_timing(timing: Timing, total: float) -> tuple[bytes, bytes]:
@@ -145,11 +145,11 @@ def install(app: FastAPI, paths: Set[str], ledger: Ledger) -> None:
 
     async def on_http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return error_response(request.scope, _translate(request, error), dict(error.headers or {}))
+        return error_response(request, _translate(request, error))
 
     async def on_invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return error_response(request.scope, _explain(error.errors()))
+        return error_response(request, _explain(error.errors()))
 
     app.add_exception_handler(HTTPException, on_http_exception)
     app.add_exception_handler(RequestValidationError, on_invalid)
