@@ -123,14 +123,13 @@ def train_command(options: argparse.Namespace) -> None:
     calibrated = complete(untested, held_out, taken_over, device)
     log.say(_describe(calibrated.calibration))
     # The one reading of the test images, after everything is decided; none at all when images were held out.
-    measured_on = test if held_out is None else held_out
-    checkpoint = dataclasses.replace(calibrated, evaluation=evaluate(calibrated, measured_on, device))
-    assert checkpoint.evaluation is not None
+    evaluation = evaluate(calibrated, test if held_out is None else held_out, device)
+    checkpoint = dataclasses.replace(calibrated, evaluation=evaluation)
     weights = options.out or run / "cifar_net.pth"
     save(checkpoint, run / "cifar_net.pth")
     if options.out:
         _publish(checkpoint, options.out, rows, options.calibration)
-    log.say(format_report(report(checkpoint.evaluation, checkpoint.classes)))
+    log.say(format_report(report(evaluation, checkpoint.classes)))
     if held_out is not None:
         log.say("The calibration was fitted to these very images: its own figures, and the sets', flatter it a little.")
     log.say(f"Wrote {weights}. Serve it with: CIFAR_WEIGHTS={shlex.quote(str(weights))} make serve")
@@ -153,15 +152,15 @@ def _publish(checkpoint: Checkpoint, weights: Path, rows: list[Row], calibration
     """Write the weights where they are wanted, and beside them what the model card reads: the log of the run, and that
     of the run which the calibration is from. Nothing may be left of other weights."""
     save(checkpoint, weights)
+    _forget_others(weights)
     write_rows(weights.with_suffix(".log.jsonl"), rows)
-    _forget_others(weights, ".robustness.json", ".unfamiliar.json", ".validation.log.jsonl")
     if calibration and (validated := read_rows(calibration.parent / "log.jsonl")):
         write_rows(weights.with_suffix(".validation.log.jsonl"), validated)
 
 
-def _forget_others(weights: Path, *kinds: str) -> None:
+def _forget_others(weights: Path) -> None:
     """Remove what lies beside a weights file and is of those that were there before."""
-    for kind in kinds:
+    for kind in (".log.jsonl", ".validation.log.jsonl", ".robustness.json", ".unfamiliar.json"):
         weights.with_suffix(kind).unlink(missing_ok=True)
 
 
@@ -205,7 +204,7 @@ def evaluate_command(options: argparse.Namespace) -> None:
     if options.out:
         save(dataclasses.replace(checkpoint, evaluation=evaluation), options.out)
         if options.out.resolve() != options.weights.resolve():
-            _forget_others(options.out, ".robustness.json", ".unfamiliar.json", ".validation.log.jsonl", ".log.jsonl")
+            _forget_others(options.out)
 
 
 def robustness_command(options: argparse.Namespace) -> None:
