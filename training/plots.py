@@ -109,28 +109,20 @@ def learning_curves(rows: Sequence[Mapping[str, float]]) -> Figure:
     epochs = [row["epoch"] for row in rows]
     validated = [row for row in rows if "validation_accuracy" in row]
     figure = Figure(figsize=(12 if validated else 8, 3.6), layout="constrained")
-    panels = list(figure.subplots(1, 3 if validated else 2, squeeze=False)[0])
+    loss, *between, rate = figure.subplots(1, 3 if validated else 2)
     marker = "o" if len(rows) < 10 else ""  # a line of one point is invisible
 
-    loss = panels.pop(0)
     loss.plot(epochs, [row["loss"] for row in rows], color=BLUE, marker=marker, label="training")
     if validated:
+        (accuracy,) = between
         seen = [row["epoch"] for row in validated]
-        loss.plot(
-            seen,
-            [row["validation_loss"] for row in validated],
-            color=VERMILION,
-            ls="--",
-            marker=marker,
-            label="validation",
-        )
+        style = {"color": VERMILION, "ls": "--", "marker": marker}
+        loss.plot(seen, [row["validation_loss"] for row in validated], label="validation", **style)
         loss.legend(frameon=False)
-        accuracy = panels.pop(0)
-        accuracy.plot(seen, [row["validation_accuracy"] for row in validated], color=VERMILION, ls="--", marker=marker)
+        accuracy.plot(seen, [row["validation_accuracy"] for row in validated], **style)
         accuracy.set_title("validation accuracy", fontsize=10)
         accuracy.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     loss.set_title("loss", fontsize=10)
-    rate = panels.pop(0)
     rate.plot(epochs, [row["learning_rate"] for row in rows], color=GREY, marker=marker)
     rate.set_title("learning rate at the end of the epoch", fontsize=10)
     for axes in figure.axes:
