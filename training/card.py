@@ -68,16 +68,10 @@ PROVENANCE = (
 # What the files beside the weights must have.
 BESIDE = {
     "robustness": {"weights", "dataset", "rows"},
-    "unfamiliar": {
-        *("weights", "held_out", "pictures_per_source", "used"),
-        *("sources", "mean_auroc", "mean_flagged"),
-    },
+    "unfamiliar": {"weights", "held_out", "pictures_per_source", "used", "sources", "mean_auroc", "mean_flagged"},
 }
 OF_AN_EPOCH = {"epoch", "loss", "learning_rate"}
-OF_A_RUN = {
-    *("ingredient", "setting", "seed", "epochs", "device", "teachers"),
-    *("validation_accuracy", "jpeg_accuracy"),
-}
+OF_A_RUN = {"ingredient", "setting", "seed", "epochs", "device", "teachers", "validation_accuracy", "jpeg_accuracy"}
 
 
 def write_card(folder: Path) -> list[Path]:
