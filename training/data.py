@@ -25,13 +25,12 @@ def hold_out(train: Split, share: float) -> tuple[Split, Split]:
             f"A share of {share} of {len(train):,} training images cannot be held out; give a number between 0 and 1 "
             "that leaves at least one image on each side, for example 0.1."
         )
-    first, last = slice(None, -count), slice(-count, None)
-    rest = replace(train, pixels_NCHW=train.pixels_NCHW[first], labels_N=train.labels_N[first])
+    rest = replace(train, pixels_NCHW=train.pixels_NCHW[:-count], labels_N=train.labels_N[:-count])
     held = replace(
         train,
         name=f"validation ({count:,} held-out training images)",
-        pixels_NCHW=train.pixels_NCHW[last],
-        labels_N=train.labels_N[last],
+        pixels_NCHW=train.pixels_NCHW[-count:],
+        labels_N=train.labels_N[-count:],
     )
     return rest, held
 
