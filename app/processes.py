@@ -307,9 +307,12 @@ class Supervisor:
             return
         match message:
             case Ready(engine, weights, classes):
+                worker.ready = self._announced = True
+                self._failures = 0
                 self._classes = classes
                 self._settings = replace(self._settings, engine=engine)
-                self._greet(worker)
+                if worker.outdated:
+                    worker.signal(signal.SIGHUP)
                 self._compare(weights)
             case Reloaded(weights):
                 self._compare(weights)
@@ -321,12 +324,6 @@ class Supervisor:
             case Told(counts):
                 worker.counts, worker.asked, worker.unanswered = counts, False, 0
                 self._count_off(worker)
-
-    def _greet(self, worker: Worker) -> None:
-        worker.ready = self._announced = True
-        self._failures = 0
-        if worker.outdated:
-            worker.signal(signal.SIGHUP)
 
     def _compare(self, weights: str) -> None:
         """Have all read the file again if one of them has found another one there. Who has it already does nothing."""
