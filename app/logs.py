@@ -83,7 +83,7 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
-            "time": _timestamp(record.created),
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
@@ -119,7 +119,8 @@ class AccessLog:
             return
         if not self._lines:
             asyncio.get_running_loop().call_soon(self._write)
-            self._time = _timestamp()  # of the turn; it takes as long as all the rest of a line
+            # Of the turn; it takes as long as all the rest of a line.
+            self._time = datetime.now(UTC).isoformat(timespec="milliseconds")
         self._lines.append(self._line(self._time, request_id, method, route, status, seconds * 1e3))
 
     def _write(self) -> None:
@@ -139,9 +140,3 @@ def _as_json(time: str, request_id: str, method: str, route: str, status: int, m
         f'"message": "{method} {route} {status}", "request_id": "{request_id}", "method": "{method}", '
         f'"route": "{route}", "status": {status}, "milliseconds": {milliseconds:.2f}}}\n'
     )
-
-
-def _timestamp(seconds: float | None = None) -> str:
-    """UTC, to the millisecond; now, if nothing else is said."""
-    moment = datetime.now(UTC) if seconds is None else datetime.fromtimestamp(seconds, UTC)
-    return moment.isoformat(timespec="milliseconds")
