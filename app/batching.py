@@ -140,10 +140,15 @@ class Batcher(Generic[Item, Prepared, Result]):
         return [self._admit(item, Load(size, count, light, bulk), deadline_seconds) for item, size, count in items]
 
     def _check(self, load: Load, deadline_seconds: float) -> None:
-        self._check_open()
+        self.check_open()
         self._admission.check(load, deadline_seconds)
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Whether anything is admitted.
+
+        Raises:
+            NotReady: it has not been started, or is stopping.
+        """
         if not self.running:
             raise NotReady(STOPPING if self._closing else NOT_RUNNING, retry_after_seconds=1)
 
@@ -175,7 +180,7 @@ class Batcher(Generic[Item, Prepared, Result]):
             NotReady: the service is stopping.
             Exception: whatever `building` raised. Nothing has changed then.
         """
-        self._check_open()
+        self.check_open()
         built: asyncio.Future[Run[Prepared, Result]] = self._loop.create_future()
         self._exchanges.append((building, built))
         self._queue.put(Signal.WAKE)

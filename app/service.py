@@ -112,8 +112,9 @@ class Service:
 
         Raises:
             WeightsRefused: the file cannot be used, or it is for other classes. The old weights go on serving.
-            NotReady: the service is stopping.
+            NotReady: the service has not been started, or is stopping.
         """
+        self._batcher.check_open()
         async with self._reloading:
             try:
                 served = Served(await asyncio.to_thread(load_aside, self.settings.weights))

@@ -66,6 +66,14 @@ def served(client: TestClient, png: bytes) -> str:
     return sha256
 
 
+def test_a_service_that_has_not_been_started_reloads_nothing(settings: Settings) -> None:
+    client = TestClient(create_app(settings), raise_server_exceptions=False)  # without `with`: no lifespan
+    other_weights(settings.weights)
+    response = reload(client)
+    assert response.status_code == 503
+    assert response.json()["error"].startswith("The service is not running")
+
+
 def test_new_weights_answer_and_every_answer_names_them(
     client: TestClient, settings: Settings, old: str, png: bytes
 ) -> None:
