@@ -36,11 +36,19 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     held = argparse.ArgumentParser(add_help=False, parents=[compute])
     held.add_argument("--validation", type=float, default=0.0, help="use this share of the training images instead")
     measured = argparse.ArgumentParser(add_help=False, parents=[held])
-    measured.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS)
+    measured.add_argument(
+        "--weights", type=Path, default=DEFAULT_WEIGHTS, help="to measure; the shipped ones by default"
+    )
     result = argparse.ArgumentParser(add_help=False)
     result.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")
 
     taught = argparse.ArgumentParser(add_help=False, parents=[compute])
+    taught.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        default="default",
+        help="the choices to begin with, from training/config.py (default: %(default)s)",
+    )
     taught.add_argument("--threads", type=_positive, help="CPU threads; torch's choice by default")
     taught.add_argument(
         "--teacher",
@@ -52,9 +60,6 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     )
 
     train = commands.add_parser("train", parents=[taught], help="train a network", allow_abbrev=False)
-    train.add_argument(
-        "--recipe", choices=RECIPES, default="default", help="the choices to begin with, from training/config.py"
-    )
     train.add_argument("--name", help="of the folder under runs/; recipe, time and process number by default")
     train.add_argument("--resume", action="store_true", help="continue the run of this name where it stopped")
     train.add_argument("--out", type=Path, help="write the weights here as well, e.g. weights/cifar_net.pth")
@@ -67,7 +72,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     add_flags(train.add_argument_group("fields of the recipe", "each overrides what the recipe has"))
 
     measure = commands.add_parser("evaluate", parents=[measured, result], help="measure some weights")
-    measure.add_argument("--batch-size", type=_positive, default=500)
+    measure.add_argument("--batch-size", type=_positive, default=500, help="images at a time (default: %(default)s)")
     measure.add_argument(
         "--out", type=Path, help="write the weights here with these figures, which the service answers per class"
     )
@@ -78,19 +83,20 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     robust.add_argument("--out", type=Path, help="write the JSON here as well, e.g. weights/cifar_net.robustness.json")
 
     without = commands.add_parser("ablate", parents=[taught], help="train without one ingredient at a time")
-    without.add_argument("--recipe", choices=RECIPES, default="default")
-    without.add_argument("--seeds", type=_seed, nargs="+", default=[0, 1, 2])
-    without.add_argument("--epochs", type=_positive, default=4, help="of each run")
-    without.add_argument("--out", type=Path, default=RUNS / "ablation.jsonl", help="a line for each run")
+    without.add_argument("--seeds", type=_seed, nargs="+", default=[0, 1, 2], help="of the runs (default: 0 1 2)")
+    without.add_argument("--epochs", type=_positive, default=4, help="of each run (default: %(default)s)")
+    without.add_argument(
+        "--out", type=Path, default=RUNS / "ablation.jsonl", help="a line for each run (default: %(default)s)"
+    )
 
     show = commands.add_parser("show", parents=[held], help="a labelled grid of images")
     show.add_argument("--weights", type=Path, help="also write what these weights predict")
-    show.add_argument("--count", type=_positive, default=32)
-    show.add_argument("--seed", type=_seed, default=0)
+    show.add_argument("--count", type=_positive, default=32, help="of the images (default: %(default)s)")
+    show.add_argument("--seed", type=_seed, default=0, help="by which they are chosen (default: %(default)s)")
     show.add_argument("--out", type=Path, help="PNG to write; a window by default where there is a display")
 
     plot = commands.add_parser("plot", parents=[measured], help="figures of some weights")
-    plot.add_argument("--out", type=Path, default=RUNS / "plots", help="folder for the PNGs")
+    plot.add_argument("--out", type=Path, default=RUNS / "plots", help="folder for the PNGs (default: %(default)s)")
 
     notice = commands.add_parser(
         "unfamiliar",
@@ -98,13 +104,15 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         help="do the weights notice pictures that show none of the classes?",
     )
     notice.add_argument("--out", type=Path, help="write the JSON here as well, e.g. weights/cifar_net.unfamiliar.json")
-    notice.add_argument("--count", type=_positive, default=500, help="pictures of each source")
+    notice.add_argument("--count", type=_positive, default=500, help="pictures of each source (default: %(default)s)")
 
     summary = commands.add_parser("summary", help="a network, layer by layer")
-    summary.add_argument("--network", choices=model.NETWORKS, default="cifar_net")
+    summary.add_argument(
+        "--network", choices=model.NETWORKS, default="cifar_net", help="of app/model.py (default: %(default)s)"
+    )
 
     describe_weights = commands.add_parser("card", help="write the model card of the weights in a folder")
-    describe_weights.add_argument("--folder", type=Path, default=DEFAULT_WEIGHTS.parent)
+    describe_weights.add_argument("--folder", type=Path, default=DEFAULT_WEIGHTS.parent, help="weights/ by default")
 
     commands.add_parser("download", parents=[where], help="download CIFAR-10")
     return root
