@@ -124,8 +124,8 @@ def load(path: Path) -> Checkpoint:
         raw = path.read_bytes()
     except FileNotFoundError:
         raise CheckpointError(
-            f"There is no weights file {path}. Train one with `python -m training train`, "
-            "or name another one with --weights, or for the service with CIFAR_WEIGHTS."
+            f"There is no weights file {path}. Train one with `python -m training train`, or name one that is there; "
+            "the service takes it from CIFAR_WEIGHTS."
         ) from None
     except OSError as error:
         raise CheckpointError(f"The weights file {path} cannot be read: {error.strerror}.") from None

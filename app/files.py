@@ -18,6 +18,12 @@ def save_tensors(path: Path, content: dict[str, Any]) -> str:
     return hashlib.sha256(buffer.getvalue()).hexdigest()
 
 
+def forget_unfinished(path: Path) -> None:
+    """Remove what `write_atomically` leaves of `path` when the process is killed meanwhile."""
+    for temporary in path.parent.glob(f".{path.name}.*"):
+        temporary.unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace `path` by `content` as a whole or not at all, whenever the process is interrupted."""
     path.parent.mkdir(parents=True, exist_ok=True)

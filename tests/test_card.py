@@ -96,6 +96,15 @@ def test_robustness_brings_the_figure_on_exact_pixels(folder: Path) -> None:
     assert "measured apart from these files: three public ResNets" in text
 
 
+def test_what_is_no_card_is_not_overwritten(folder: Path) -> None:
+    write_card(folder)
+    write_card(folder)
+    (folder / "README.md").write_text("# My project\n")
+    with pytest.raises(ValueError, match=r"README\.md is not a model card, and would be overwritten"):
+        write_card(folder)
+    assert (folder / "README.md").read_text() == "# My project\n"
+
+
 @pytest.mark.parametrize("kind", ["robustness", "unfamiliar"])
 @pytest.mark.parametrize("content", ["{", "[1]", "{}"])
 def test_a_damaged_file_beside_the_weights_is_named(folder: Path, kind: str, content: str) -> None:

@@ -165,6 +165,12 @@ def test_resuming_what_is_not_the_same_run_is_refused(tmp_path: Path, other: dic
         train(**run | other, resume=True)
 
 
+def test_how_often_the_loss_is_printed_does_not_matter(tmp_path: Path) -> None:
+    run: dict[str, Any] = {"split": stripes(40), "state_file": tmp_path / "state.pt"}
+    train(DEBUG, **run)
+    train(dataclasses.replace(DEBUG, report_every=1), **run, resume=True)
+
+
 def test_what_is_no_state_is_a_sentence(tmp_path: Path) -> None:
     contents: list[Any] = [[1, 2], {"network": {}}]
     for content in contents:
@@ -193,7 +199,7 @@ def test_batches_that_the_processes_cannot_share_are_refused(images: int, batch_
         train(recipe, stripes(images), workers=Workers(rank=1, count=2))
 
 
-@pytest.mark.parametrize("kept", [0, 1000, -100])
+@pytest.mark.parametrize("kept", [0, 1000, 5000, 20000, -100])
 def test_a_state_cut_short_is_a_sentence(tmp_path: Path, kept: int) -> None:
     state_file, split = tmp_path / "state.pt", stripes(40)
     train(DEBUG, split, state_file=state_file)

@@ -31,7 +31,7 @@ def test_where_tensorboard_is_installed_it_gets_the_figures_of_each_epoch(
     module = ModuleType("torch.utils.tensorboard")
     module.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    log = RunLog(tmp_path)
+    log = RunLog(tmp_path, resume=False)
     for end in (1, 2):
         log.epoch(ROWS[:end])
     assert written == [(name, value, row["epoch"]) for row in ROWS for name, value in row.items()]
@@ -39,7 +39,23 @@ def test_where_tensorboard_is_installed_it_gets_the_figures_of_each_epoch(
 
 def test_without_it_a_run_has_its_log_and_its_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    log = RunLog(tmp_path / "run")
+    log = RunLog(tmp_path / "run", resume=False)
     log.epoch(ROWS)
     assert log.tensorboard is None
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["curves.png", "log.jsonl"]
+
+
+def test_a_run_that_has_begun_is_not_begun_again(tmp_path: Path) -> None:
+    """Also before its first epoch has ended."""
+    RunLog(tmp_path, resume=False)
+    with pytest.raises(ValueError, match="already holds a run"):
+        RunLog(tmp_path, resume=False)
+    RunLog(tmp_path, resume=True)
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path) -> None:
+    left, other = tmp_path / ".state.pt.x7", tmp_path / "state.pt"
+    left.touch()
+    other.touch()
+    RunLog(tmp_path, resume=True)
+    assert (left.exists(), other.exists()) == (False, True)

@@ -1,5 +1,6 @@
 """`python -m training` as a user runs it, on a small data set in CIFAR-10's binary layout."""
 
+import errno
 import json
 import os
 import re
@@ -169,7 +170,7 @@ def test_a_run_on_all_images_takes_over_the_calibration_of_one_with_held_out_ima
         ),
         (["--validation", "0.1"], "A run with --validation makes its own calibration"),
         (["--calibration", "runs/plain/cifar_net.pth"], "has no calibration; name one that a run with --validation"),
-        (["--out", "runs"], "runs is a folder; name a file for the weights"),
+        (["--out", "runs"], "runs is a folder; --out takes a file, for example runs/result."),
     ],
 )
 def test_a_calibration_that_does_not_fit_is_refused_before_the_training(
@@ -299,8 +300,34 @@ def heeding_interrupts() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+def test_a_finished_run_is_not_overwritten_even_without_its_state(
+    data_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(data_folder)
+    train = ["train", "--recipe", "debug", "--data", ".", "--name", "kept"]
+    assert cli.main(train) == 0
+    weights = Path("runs/kept/cifar_net.pth").read_bytes()
+    Path("runs/kept/state.pt").unlink()
+    Path("runs/kept/log.jsonl").unlink()
+    for flags, sentence in (([], "already holds a run"), (["--resume"], "without the state.pt to go on from")):
+        assert cli.main([*train, *flags]) == 2
+        assert sentence in capsys.readouterr().err
+    assert Path("runs/kept/cifar_net.pth").read_bytes() == weights
+
+
+def test_where_nothing_can_be_written_is_known_before_the_training(
+    data_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(data_folder)
+    Path("file").touch()
+    assert cli.main(["train", "--recipe", "debug", "--data", ".", "--name", "early", "--out", "file/net.pth"]) == 2
+    assert "file cannot be read or written" in capsys.readouterr().err
+    assert not Path("runs/early").exists()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=str)
 @pytest.mark.usefixtures("heeding_interrupts")
-def test_interrupting_leaves_no_half_written_file(data_folder: Path) -> None:
+def test_interrupting_leaves_no_half_written_file(data_folder: Path, sent: signal.Signals) -> None:
     flags = ["--recipe", "debug", "--data", ".", "--name", "long", "--epochs", "400"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(data_folder)}
     with subprocess.Popen([*TRAIN, *flags], cwd=data_folder, env=environment, stderr=subprocess.PIPE) as process:
@@ -308,7 +335,7 @@ def test_interrupting_leaves_no_half_written_file(data_folder: Path) -> None:
         end = time.monotonic() + 60
         while not state_file.exists() and time.monotonic() < end:
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors.decode()
     assert b"Traceback" not in errors
@@ -425,9 +452,12 @@ def test_evaluate_agrees_with_the_file_and_prints_only_json(
 def test_what_cannot_be_written_is_a_sentence_after_the_figures(
     finished_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def fsync(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     monkeypatch.chdir(finished_folder)
-    Path("taken").mkdir()
-    known = ["--weights", "runs/plain/cifar_net.pth", "--data", ".", "--out", "taken"]
+    monkeypatch.setattr(os, "fsync", fsync)
+    known = ["--weights", "runs/plain/cifar_net.pth", "--data", ".", "--out", "full"]
     for command, figures in (("evaluate", "accuracy"), ("robustness", "JPEG quality 75")):
         assert cli.main([command, *known]) == 2
         said = capsys.readouterr()
@@ -506,6 +536,8 @@ def test_robustness_begins_with_what_evaluate_says(
 ) -> None:
     monkeypatch.chdir(finished_folder)
     held = ["--weights", "runs/held/cifar_net.pth", "--data", ".", "--validation", "0.1", "--json"]
+    assert cli.main(["evaluate", *held[:-1]]) == 0
+    assert "fitted to these very images" in capsys.readouterr().out
     assert cli.main(["evaluate", *held]) == 0
     evaluated = json.loads(capsys.readouterr().out)
     assert cli.main(["robustness", *held, "--out", "new/robustness.json"]) == 0

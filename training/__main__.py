@@ -14,9 +14,11 @@ download   CIFAR-10 from its home page
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -48,6 +50,7 @@ from training.summary import summarize
 from training.unfamiliar import compare, format_comparison
 
 NAMED_CLASSES = 5
+FLATTERED = "The calibration was fitted to these very images: its own figures, and the sets', flatter it a little."
 
 
 def train_command(options: argparse.Namespace) -> None:
@@ -61,14 +64,10 @@ def train_command(options: argparse.Namespace) -> None:
     workers = join_workers(device)
     torch.manual_seed(recipe.seed)
 
-    if options.out and options.out.is_dir():
-        raise ValueError(f"{options.out} is a folder; name a file for the weights, for example {options.out}/net.pth.")
     if options.resume and not options.name:
         raise ValueError("Which run is to be resumed? Give the --name of its folder under runs/.")
     # With the process's number: a script may start several in one second.
     run = RUNS / (options.name or f"{options.recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
-    if workers.is_first and not options.resume and (run / "state.pt").exists():
-        raise ValueError(f"{run} already holds a run; add --resume to continue it, or choose another one with --name.")
     images, test = data.read(locate(options.data, os.environ))
     if options.calibration and recipe.validation:
         raise ValueError("A run with --validation makes its own calibration; leave out --calibration, or --validation.")
@@ -79,7 +78,7 @@ def train_command(options: argparse.Namespace) -> None:
 
     network = model.build(recipe.network, num_classes=len(train.classes))
     initialize(network, recipe, train.pixels_NCHW)
-    log = RunLog(run) if workers.is_first else None
+    log = RunLog(run, resume=options.resume) if workers.is_first else None
     if log:
         if options.resume and not (run / "state.pt").exists():
             log.say(f"{run} holds no run yet; this one begins at the beginning.")
@@ -127,11 +126,11 @@ def train_command(options: argparse.Namespace) -> None:
     checkpoint = dataclasses.replace(calibrated, evaluation=evaluation)
     weights = options.out or run / "cifar_net.pth"
     save(checkpoint, run / "cifar_net.pth")
-    if options.out:
-        _publish(checkpoint, options.out, rows, options.calibration)
     log.say(format_report(report(evaluation, checkpoint.classes)))
     if held_out is not None:
-        log.say("The calibration was fitted to these very images: its own figures, and the sets', flatter it a little.")
+        log.say(FLATTERED)
+    if options.out:
+        _publish(checkpoint, options.out, rows, options.calibration)
     log.say(f"Wrote {weights}. Serve it with: CIFAR_WEIGHTS={shlex.quote(str(weights))} make serve")
 
 
@@ -201,6 +200,8 @@ def evaluate_command(options: argparse.Namespace) -> None:
     figures = report(evaluation, checkpoint.classes)
     figures["weights"] = {"file": options.weights.name, "sha256": checkpoint.sha256}
     print(json.dumps(figures, indent=2) if options.json else format_report(figures))
+    if checkpoint.calibration.digest == split.digest and not options.json:
+        print(FLATTERED)
     if options.out:
         save(dataclasses.replace(checkpoint, evaluation=evaluation), options.out)
         if options.out.resolve() != options.weights.resolve():
@@ -307,6 +308,19 @@ def download_command(options: argparse.Namespace) -> None:
     print(f"CIFAR-10 is in {folder}.")
 
 
+def _check_writable(file: Path) -> None:
+    """Whether a file could be written: better known before hours of work than after them.
+
+    Raises:
+        OSError, ValueError: it could not.
+    """
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder; --out takes a file, for example {file / 'result'}.")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(file.parent, os.W_OK):
+        raise ValueError(f"Nothing can be written into the folder {file.parent}; name another one with --out.")
+
+
 COMMANDS = {
     "train": train_command,
     "evaluate": evaluate_command,
@@ -325,6 +339,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; what a user got wrong ends in one sentence, not in a traceback."""
     options = parser(__doc__).parse_args(arguments)
     try:
+        if getattr(options, "out", None) and options.command != "plot":
+            _check_writable(options.out)
         COMMANDS[options.command](options)
         sys.stdout.flush()
     except BrokenPipeError:  # of `| head`; what is still to be written would be a traceback at the exit
@@ -349,4 +365,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: whoever takes the machine back sends it
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names of classes that its encoding has no letters for
     sys.exit(main())

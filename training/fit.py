@@ -3,6 +3,7 @@
 Shape letters: N images, C = 3, H = W = 32, K classes.
 """
 
+import io
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator
@@ -162,6 +163,7 @@ def fit(
     introduction = teachers.introduction if teachers else "none"
     rows: list[Row] = []
     origin = {**vars(recipe), "images": train.digest, "teachers": introduction}
+    del origin["report_every"]  # which changes only what is printed
     if resume and state_file is not None and state_file.exists():
         rows = _load_state(state_file, origin, network, optimizers)
     _check_same(len(rows), workers)
@@ -287,11 +289,12 @@ def _save_state(
 
 
 def _load_state(file: Path, origin: dict[str, Any], network: nn.Module, optimizers: list[Optimizer]) -> list[Row]:
+    raw = io.BytesIO(file.read_bytes())
     try:
-        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(raw, map_location="cpu", weights_only=True)
         if not {"origin", "network", "optimizers", "rows"} <= state.keys():
             raise EOFError
-    except (RuntimeError, EOFError, AttributeError, pickle.UnpicklingError):
+    except (RuntimeError, EOFError, OSError, ValueError, AttributeError, pickle.UnpicklingError):
         raise TrainingError(f"{file} is damaged or cut short; start a new run under another --name.") from None
     if changed := [name for name, value in origin.items() if state["origin"].get(name) != value]:
         raise TrainingError(

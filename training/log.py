@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from app.files import write_atomically
+from app.files import forget_unfinished, write_atomically
 from training import plots
 
 
@@ -43,8 +43,27 @@ REDRAW_SECONDS = 10.0
 class RunLog:
     """Writes under `folder`; one line a finished epoch, in the file and on the terminal."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, resume: bool) -> None:
+        """
+        Raises:
+            ValueError: there is a run already, which may be going on, and `resume` is not set; or one that is finished
+                and has no state to resume from.
+        """
+        begun, ended = (folder / "state.pt").exists(), (folder / "cifar_net.pth").exists()
+        if resume and ended and not begun:
+            raise ValueError(
+                f"{folder} holds a finished run without the state.pt to go on from; choose another --name."
+            )
         folder.mkdir(parents=True, exist_ok=True)
+        try:
+            if not resume and (begun or ended):
+                raise FileExistsError
+            (folder / "log.jsonl").open("a" if resume else "x").close()
+        except FileExistsError:
+            raise ValueError(
+                f"{folder} already holds a run; add --resume to continue it, or choose another one with --name."
+            ) from None
+        forget_unfinished(folder / "state.pt")
         self.folder = folder
         self.tensorboard = _tensorboard(folder)
         self._drawn_at = -REDRAW_SECONDS

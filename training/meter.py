@@ -67,6 +67,6 @@ class Meter:
         if not torch.isfinite(loss).all():
             self.bar.close()
             raise TrainingError(
-                f"The loss is no longer finite in epoch {self.epoch + 1}, step {self.step}. The state of the last "
-                "finished epoch is kept. Try a lower --learning-rate or a longer --warmup."
+                f"The loss is no longer finite in epoch {self.epoch + 1}, step {self.step}. "
+                "Start a new run with a lower --learning-rate or a longer --warmup."
             )

@@ -87,7 +87,7 @@ def image_grid(
     figure = Figure(figsize=(width * inches, height * inches))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
-    axes.imshow(grid_CHW.permute(1, 2, 0).tolist(), interpolation="nearest")
+    axes.imshow(grid_CHW.permute(1, 2, 0).numpy(), interpolation="nearest")
     for index, label in enumerate(labels_N.tolist()):
         predicted = label if predictions_N is None else int(predictions_N[index])
         row, column = divmod(index, columns)

@@ -46,10 +46,10 @@ def load_teachers(files: list[Path], recipe: Recipe, images: Split) -> list[Chec
     if recipe.distillation and not files:
         raise ValueError(
             f"The recipe has distillation {recipe.distillation}: it learns from a teacher. Train one with --recipe "
-            "teacher and name its weights with --teacher, or learn from the labels alone with --distillation 0."
+            "teacher and name its weights with --teacher, or choose a recipe that learns from labels alone, like fast."
         )
     if files and not recipe.distillation:
-        raise ValueError("The recipe has distillation 0; leave out --teacher, or give it a share, --distillation 0.7.")
+        raise ValueError("The recipe has distillation 0; leave out --teacher, or choose one that has it, like default.")
     teachers = [load(file) for file in files]
     for file, teacher in zip(files, teachers, strict=True):
         if recipe.validation and not _unseen(teacher, images, recipe.validation):

@@ -125,10 +125,10 @@ def format_comparison(found: dict[str, Any]) -> str:
         f"AUROC of {found['held_out']['images']:,} images, {found['held_out']['name']}, against "
         f"{found['pictures_per_source']:,} pictures of each source",
         "",
-        f"{'':{width}}  {'  '.join(f'{method:>11.11}' for method in methods)}  called unfamiliar",
+        f"{'':{width}}  {'  '.join(f'{method:>15}' for method in methods)}  called unfamiliar",
     ]
     for row in [*found["sources"], {"source": "mean", "auroc": found["mean_auroc"], "flagged": found["mean_flagged"]}]:
-        figures = "  ".join(f"{row['auroc'][method]:11.3f}" for method in methods)
+        figures = "  ".join(f"{row['auroc'][method]:15.3f}" for method in methods)
         lines.append(f"{row['source']:{width}}  {figures}  {row['flagged']:17.1%}")
-    lines.append(f"{'held out':{width}}  {' ' * (13 * len(methods) - 2)}  {found['held_out']['flagged']:17.1%}")
+    lines.append(f"{'held out':{width}}  {' ' * (17 * len(methods) - 2)}  {found['held_out']['flagged']:17.1%}")
     return "\n".join(lines)
