@@ -59,7 +59,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
     if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # would end the process; what is being read is the newest anyway
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # would end the process; the weights are still to be read
     open_standard_streams()
     try:
         settings = parse_settings(arguments, environment)

@@ -107,7 +107,8 @@ class Link:
         self._count = count
         asyncio.get_running_loop().add_reader(self._end.fileno(), self._receive, stop)
         os.set_blocking(self._end.fileno(), True)  # uvloop has changed that, and a long message comes in two pieces
-        self._end.send(ready)
+        with suppress(OSError):  # the supervisor is gone, which the reader will notice
+            self._end.send(ready)
 
     async def total(self) -> Counts:
         """What all processes have counted; this one alone, if the supervisor is gone or stopped. Concurrent callers

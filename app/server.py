@@ -58,7 +58,6 @@ class Server(uvicorn.Server):
         except StartError as error:  # from the application's lifespan it would come out as a traceback
             print(error, file=sys.stderr)
             self.should_exit = True
-        if self.should_exit:  # or a signal has come meanwhile
             return
         try:
             for listener in sockets or ():
@@ -66,6 +65,8 @@ class Server(uvicorn.Server):
         except OSError as error:  # bound it is; another program has begun to listen there since
             print(f"The service cannot listen: {error.strerror}. Choose another port with --port.", file=sys.stderr)
             self.should_exit = True
+        if self.should_exit:  # or a signal has come meanwhile
+            await self._service.close()  # a thread that still computes when the interpreter ends would abort it
             return
         # What is loaded stays; without this, a full garbage collection stops all requests for 60 ms now and then.
         gc.collect()
@@ -75,7 +76,7 @@ class Server(uvicorn.Server):
         if not self.started:
             return
         if hasattr(signal, "SIGHUP"):
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hang_up)
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.hang_up)
         self._on_started()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -95,6 +96,9 @@ class Server(uvicorn.Server):
             listener.close()
         await asyncio.sleep(REQUEST_SECONDS)
         await super().shutdown(sockets)
+        if hasattr(signal, "SIGHUP"):
+            loop.remove_signal_handler(signal.SIGHUP)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # or one that comes now would be how this ends
 
     def _protocol(self) -> asyncio.Protocol:
         return self.config.http_protocol_class(  # type: ignore[call-arg]
@@ -113,7 +117,8 @@ class Server(uvicorn.Server):
         for headers in (self.config.encoded_headers, self.server_state.default_headers):  # the next ones, and now
             headers.append((b"connection", b"close"))
 
-    def _hang_up(self) -> None:
+    def hang_up(self) -> None:
+        """Read the weights file anew, in the background."""
         reload = asyncio.create_task(self._reload())
         self._reloads.add(reload)
         reload.add_done_callback(self._reloads.discard)
@@ -150,6 +155,10 @@ def serve(
     # loop only after Python's 5 ms. Measured with tests/soak.py: 445 -> 636 answers/s with torch, 967 -> 1,049 with
     # OpenVINO, which has one step.
     sys.setswitchinterval(0.0005)
+    hang_ups: list[int] = []
+    """Signals that came after the weights had been read; to one of several processes the supervisor sends it again."""
+    if link is None and hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, lambda sent, _frame: hang_ups.append(sent))
     try:
         app = create_app(settings, classes)
     except StartError as error:
@@ -175,6 +184,8 @@ def serve(
         if classes is None:
             processes = f" in {settings.processes} processes" if settings.processes > 1 else ""
             say(f"Serving {service.describe()}{processes} on {url(listener)}")
+        if hang_ups:
+            server.hang_up()
 
     server = Server(config, service, on_started)
     server.run(sockets=[listener])

@@ -305,7 +305,8 @@ class Service:
         except DataError as error:
             logger.error("The weights are not evaluated here. %s", error)
             return
-        self._batcher.run_when_idle(self._evaluate(served, split, split.digest))
+        if served is self._served:
+            self._batcher.run_when_idle(self._evaluate(served, split, split.digest))
 
 
 def _is_light(picture: bytes, resize: Resize | None) -> bool:

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -540,6 +541,25 @@ async def test_idle_work_waits_until_nothing_has_come_for_a_while(monkeypatch: p
         assert await batcher.submit(str(number), 1, light=True) == 2 * number
     await batcher.close()
     assert steps == []
+
+
+async def test_an_exchange_gives_up_the_idle_work_of_what_ran_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would hold all that it needs until there is a quiet moment."""
+    monkeypatch.setattr(batching, "QUIET_SECONDS", 60)
+    doubler = Doubler()
+    batcher = await start(doubler)
+
+    def work() -> Iterator[None]:
+        yield from ()
+
+    idle = work()
+    kept = weakref.ref(idle)
+    batcher.run_when_idle(idle)
+    del idle
+    await batcher.exchange(building(3))
+    assert kept() is None
+    assert await batcher.submit("2", 1, light=True) == 6
+    await batcher.close()
 
 
 async def test_idle_work_that_fails_stops_nothing_else(caplog: pytest.LogCaptureFixture) -> None:

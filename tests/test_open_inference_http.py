@@ -1,11 +1,14 @@
 """/v2 at the edge: paths, headers, statuses and the shape of every error."""
 
 import asyncio
+import contextlib
+import gc
 import gzip
 import json
 import struct
 import threading
 import tomllib
+import weakref
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -254,6 +257,32 @@ async def test_who_leaves_before_the_answer_cancels_it() -> None:
     with pytest.raises(ClientDisconnect):
         await unless_left(receive, answer, 60)
     assert answer.cancelled()
+
+
+class Body:
+    """One that can be watched."""
+
+
+@pytest.mark.anyio
+async def test_of_who_leaves_nothing_is_kept() -> None:
+    """Until garbage is collected, for which a busy server has no time."""
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def answer(_body: Body) -> None:
+        await unless_left(receive, asyncio.get_running_loop().create_future(), 60)
+
+    body = Body()
+    kept = weakref.ref(body)
+    gc.disable()
+    try:
+        with contextlib.suppress(ClientDisconnect):
+            await answer(body)
+        del body
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.anyio

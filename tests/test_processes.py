@@ -452,6 +452,19 @@ def test_a_process_whose_supervisor_is_gone_speaks_for_itself() -> None:
     assert gone == [True]
 
 
+def test_a_process_whose_supervisor_is_gone_before_it_serves_stops() -> None:
+    own, its = multiprocessing.Pipe()
+    own.close()
+
+    async def begin() -> None:
+        gone = asyncio.Event()
+        Link(its).open(Ready("torch", "0123", ("a", "b")), Counts, gone.set)
+        await asyncio.wait_for(gone.wait(), SECONDS)
+
+    with its:
+        asyncio.run(begin())
+
+
 def test_a_process_whose_supervisor_says_nothing_speaks_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "TELL_SECONDS", 0.01)
     own, its = multiprocessing.Pipe()

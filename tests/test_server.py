@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import http.client
+import signal
 import socket
 from collections.abc import Iterator
 from functools import partial
@@ -12,6 +13,7 @@ import pytest
 import uvicorn
 
 from app import server
+from app.application import Application
 from app.main import create_app
 from app.protocol import Protocol, Turnstile
 from app.server import Server, say
@@ -22,15 +24,15 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture(autouse=True)
 def garbage() -> Iterator[None]:
-    """A server sets the garbage collector up for its process."""
-    threshold = gc.get_threshold()
+    """A server sets the garbage collector up for its process, and what SIGHUP does after it."""
+    threshold, handler = gc.get_threshold(), signal.getsignal(signal.SIGHUP)
     yield
     gc.unfreeze()
     gc.set_threshold(*threshold)
+    signal.signal(signal.SIGHUP, handler)
 
 
-async def test_what_waits_to_be_accepted_when_the_socket_closes_is_answered(settings: Settings, png: bytes) -> None:
-    app = create_app(settings)
+def server_of(app: Application) -> Server:
     config = uvicorn.Config(
         app,
         http=partial(Protocol, turnstile=Turnstile(), refuse=app.refuse, reject=app.reject),  # type: ignore[arg-type]
@@ -38,9 +40,14 @@ async def test_what_waits_to_be_accepted_when_the_socket_closes_is_answered(sett
         timeout_graceful_shutdown=60,
     )
     config.load()
-    listener = socket.create_server(("127.0.0.1", 0))
     running = Server(config, app.service, lambda: None)
     running.lifespan = config.lifespan_class(config)
+    return running
+
+
+async def test_what_waits_to_be_accepted_when_the_socket_closes_is_answered(settings: Settings, png: bytes) -> None:
+    running = server_of(create_app(settings))
+    listener = socket.create_server(("127.0.0.1", 0))
     await running.startup([listener])
     host, port = listener.getsockname()
     clients = [http.client.HTTPConnection(host, port, timeout=60) for _ in range(5)]
@@ -59,6 +66,16 @@ async def test_what_waits_to_be_accepted_when_the_socket_closes_is_answered(sett
     assert statuses == [200] * 5
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((host, port))
+
+
+async def test_a_signal_during_the_start_ends_what_has_begun(settings: Settings) -> None:
+    """A thread that computes while the interpreter ends aborts the process."""
+    app = create_app(settings)
+    running = server_of(app)
+    running.handle_exit(signal.SIGTERM, None)
+    await running.startup([])
+    assert not running.started
+    assert not app.service.running
 
 
 def test_what_cannot_be_said_is_no_reason_not_to_serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

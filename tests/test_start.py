@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -307,6 +308,45 @@ def test_a_port_that_another_program_takes_during_the_start(weights: Path) -> No
     assert ran.returncode == 1
     assert "The service cannot listen: Address already in use. Choose another port with --port." in ran.stderr
     assert "Traceback" not in ran.stderr
+
+
+EXCHANGED_MEANWHILE = """
+import os, shutil, signal, sys
+from app import server
+create_app, other = server.create_app, sys.argv.pop()
+def create_and_exchange(settings, classes):
+    app = create_app(settings, classes)
+    shutil.copy(other, settings.weights)
+    os.kill(os.getpid(), signal.SIGHUP)
+    return app
+server.create_app = create_and_exchange
+from app.__main__ import main
+code = main(sys.argv[1:], os.environ)
+os.kill(os.getpid(), signal.SIGHUP)
+sys.exit(code)
+"""
+
+
+def test_weights_that_were_exchanged_during_the_start_are_served_and_a_late_signal_changes_nothing(
+    weights: Path, tmp_path: Path, png: bytes
+) -> None:
+    """The file has been read already when SIGHUP comes; and it comes again when the event loop is gone."""
+    given = random_checkpoint()
+    given.state_dict["fc3.bias"] = torch.linspace(-3, 3, 10)
+    new = checkpoint.save(given, tmp_path / "new.pth")[:12]
+    shutil.copy(weights, tmp_path / "served.pth")
+    arguments = ["--drain-seconds", "0", "--weights", str(tmp_path / "served.pth"), str(tmp_path / "new.pth")]
+
+    def served() -> object:
+        model = get(f"{url}/predict", png)[1]["model"]
+        assert isinstance(model, dict)
+        return model["sha256"]
+
+    with serving(*arguments, program=["-c", EXCHANGED_MEANWHILE]) as (process, url, _):
+        eventually(lambda: served() == new)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=SECONDS)
+        assert process.returncode == 0
 
 
 def test_help_needs_no_weights() -> None:

@@ -35,12 +35,13 @@ async def unless_left(receive: Receive, future: asyncio.Future[T], deadline_seco
         return await future
     except asyncio.CancelledError:
         if watching and watching[0].done():
-            raise watching[0].result() from None
+            # Not left in the list: what is raised holds this frame, and the body, and would be held by it in turn.
+            raise watching.pop().result() from None
         raise
     finally:
         timer.cancel()
-        for task in watching:
-            task.cancel()
+        while watching:
+            watching.pop().cancel()
 
 
 async def _give_up(receive: Receive, future: asyncio.Future[T], deadline_seconds: float) -> Exception:
