@@ -166,7 +166,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         return future
 
     def run_when_idle(self, work: Iterator[object]) -> None:
-        """Exhaust `work` in the inference thread, a step at a time, only when nothing is queued. An exchange gives it up."""
+        """Exhaust `work` in the inference thread, a step at a time, when nothing is queued. An exchange gives it up."""
         self._idle_work.append(work)
         self._queue.put(Signal.WAKE)
 

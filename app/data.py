@@ -125,8 +125,14 @@ def _read(folder: Path, parts: Sequence[str]) -> list[Split]:
             if (found := _find_batches(folder, layout, suffix)) is not None:
                 return [_cifar10(part, found, suffix, parse) for part in parts]
         names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-        if any(path.suffix.lower() in PICTURE_SUFFIXES for name in names for path in (folder / name).iterdir()):
+        if any(_has_pictures(folder / name) for name in names):
             return _read_class_folders(folder, names, parts)
+        for deeper in (path for name in names for path in sorted((folder / name).iterdir()) if path.is_dir()):
+            if _has_pictures(deeper):
+                raise DataError(
+                    f"The pictures in {folder} lie a folder too deep, as in {deeper.relative_to(folder)}; expected is "
+                    f"DIR/CLASS/PICTURE. Name {deeper.parent} if its folders are the classes, or move the pictures up."
+                )
     except OSError as error:
         raise DataError(
             f"The folder {folder} cannot be read: {error.strerror}. Give the user who runs this the right to read it "
@@ -236,11 +242,15 @@ def _read_class_folders(folder: Path, names: list[str], parts: Sequence[str]) ->
     ]
 
 
+def _has_pictures(folder: Path) -> bool:
+    return any(path.suffix.lower() in PICTURE_SUFFIXES for path in folder.iterdir())
+
+
 def _divide(class_folder: Path) -> tuple[list[Path], list[Path]]:
     """The files of a class to train on and to test with. A file that is not a picture is reported, unless hidden."""
     found = [path for path in class_folder.iterdir() if not path.name.startswith(".")]
     for deeper in (path for path in found if path.is_dir()):
-        if any(path.suffix.lower() in PICTURE_SUFFIXES for path in deeper.iterdir()):
+        if _has_pictures(deeper):
             raise DataError(
                 f"The class folder {class_folder} has pictures in its folder {deeper.name}, where they are not read. "
                 "Move them up, or that folder away."

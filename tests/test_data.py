@@ -325,6 +325,17 @@ def test_no_picture_is_left_out_without_a_word(tmp_path: Path) -> None:
         data.read(folder)
 
 
+def test_class_folders_one_level_too_deep_are_pointed_to(tmp_path: Path) -> None:
+    """As data sets with a folder for training and one for the test have them."""
+    (tmp_path / "train").mkdir()
+    folder = write_class_folders(tmp_path / "train", {"ant": 2, "bee": 2})
+    with pytest.raises(
+        DataError, match=r"a folder too deep, as in train/ant; .* Name \S+/train if its folders are"
+    ) as no:
+        data.read(tmp_path)
+    assert f"Name {folder} if" in str(no.value)
+
+
 def test_formats_that_are_not_read_are_said_so(tmp_path: Path) -> None:
     folder = write_class_folders(tmp_path, {"ant": 2, "bee": 2})
     for picture in [*folder.glob("*/*.png")]:
