@@ -155,8 +155,8 @@ def serve(
     # loop only after Python's 5 ms. Measured with tests/soak.py: 445 -> 636 answers/s with torch, 967 -> 1,049 with
     # OpenVINO, which has one step.
     sys.setswitchinterval(0.0005)
+    # What comes once the weights have been read is not to be lost. (One of several gets it again from the supervisor.)
     hang_ups: list[int] = []
-    """Signals that came after the weights had been read; to one of several processes the supervisor sends it again."""
     if link is None and hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, lambda sent, _frame: hang_ups.append(sent))
     try:
