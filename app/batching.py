@@ -144,7 +144,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         self._admission.check(load, deadline_seconds)
 
     def check_open(self) -> None:
-        """Whether anything is admitted.
+        """Refuse if nothing is admitted.
 
         Raises:
             NotReady: it has not been started, or is stopping.
@@ -177,7 +177,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         between any two batches, so that nobody waits for the whole of it.
 
         Raises:
-            NotReady: the service is stopping.
+            NotReady: as `check_open`.
             Exception: whatever `building` raised. Nothing has changed then.
         """
         self.check_open()

@@ -128,7 +128,7 @@ def _read(folder: Path, parts: Sequence[str]) -> list[Split]:
         if any(_has_pictures(folder / name) for name in names):
             return _read_class_folders(folder, names, parts)
         for deeper in (path for name in names for path in sorted((folder / name).iterdir()) if path.is_dir()):
-            if _has_pictures(deeper):
+            if _has_pictures(deeper) and not deeper.name.startswith("."):
                 raise DataError(
                     f"The pictures in {folder} lie a folder too deep, as in {deeper.relative_to(folder)}; expected is "
                     f"DIR/CLASS/PICTURE. Name {deeper.parent} if its folders are the classes, or move the pictures up."

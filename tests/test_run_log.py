@@ -54,8 +54,8 @@ def test_a_run_that_has_begun_is_not_begun_again(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path) -> None:
-    left, other = tmp_path / ".state.pt.x7", tmp_path / "state.pt"
+    left, state = tmp_path / ".state.pt.x7", tmp_path / "state.pt"
     left.touch()
-    other.touch()
+    state.touch()
     RunLog(tmp_path, resume=True)
-    assert (left.exists(), other.exists()) == (False, True)
+    assert (left.exists(), state.exists()) == (False, True)

@@ -321,11 +321,13 @@ def test_where_nothing_can_be_written_is_known_before_the_training(
     monkeypatch.chdir(data_folder)
     Path("file").touch()
     assert cli.main(["train", "--recipe", "debug", "--data", ".", "--name", "early", "--out", "file/net.pth"]) == 2
-    assert "file cannot be read or written" in capsys.readouterr().err
+    assert "file; name a file in another folder with --out." in capsys.readouterr().err
     assert not Path("runs/early").exists()
+    assert cli.main(["evaluate", "--weights", "nowhere.pth", "--data", ".", "--out", "new/net.pth"]) == 2
+    assert not Path("new").exists()
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=str)
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda sent: sent.name)
 @pytest.mark.usefixtures("heeding_interrupts")
 def test_interrupting_leaves_no_half_written_file(data_folder: Path, sent: signal.Signals) -> None:
     flags = ["--recipe", "debug", "--data", ".", "--name", "long", "--epochs", "400"]
@@ -355,7 +357,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
     monkeypatch.chdir(data_folder)
     train = ["train", "--recipe", "debug", "--data", ".", "--epochs", "4", "--resume", "--name"]
     assert cli.main([*train, "whole"]) == 0
-    assert "runs/whole holds no run yet; this one begins at the beginning" in capsys.readouterr().out
+    assert "runs/whole has no finished epoch yet; this run begins at the beginning" in capsys.readouterr().out
     write = RunLog.epoch
 
     def interrupt(log: RunLog, rows: list[dict[str, float]]) -> None:

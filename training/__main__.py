@@ -81,7 +81,7 @@ def train_command(options: argparse.Namespace) -> None:
     log = RunLog(run, resume=options.resume) if workers.is_first else None
     if log:
         if options.resume and not (run / "state.pt").exists():
-            log.say(f"{run} holds no run yet; this one begins at the beginning.")
+            log.say(f"{run} has no finished epoch yet; this run begins at the beginning.")
         _announce(log, options.recipe, recipe, train)
         log.say(f"{len(train):,} images of {train.name} on {describe(device)}, {str(dtype).removeprefix('torch.')}")
 
@@ -309,16 +309,16 @@ def download_command(options: argparse.Namespace) -> None:
 
 
 def _check_writable(file: Path) -> None:
-    """Whether a file could be written: better known before hours of work than after them.
+    """Refuse what could not be written: better known before hours of work than after them.
 
     Raises:
-        OSError, ValueError: it could not.
+        ValueError: it is a folder, or nothing can be written there.
     """
     if file.is_dir():
         raise ValueError(f"{file} is a folder; --out takes a file, for example {file / 'result'}.")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(file.parent, os.W_OK):
-        raise ValueError(f"Nothing can be written into the folder {file.parent}; name another one with --out.")
+    there = next(parent for parent in file.absolute().parents if parent.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise ValueError(f"Nothing can be written into {there}; name a file in another folder with --out.")
 
 
 COMMANDS = {

@@ -61,7 +61,8 @@ class RunLog:
             (folder / "log.jsonl").open("a" if resume else "x").close()
         except FileExistsError:
             raise ValueError(
-                f"{folder} already holds a run; add --resume to continue it, or choose another one with --name."
+                f"{folder} already holds a run, or the beginning of one; add --resume to continue it, "
+                "or choose another one with --name."
             ) from None
         forget_unfinished(folder / "state.pt")
         self.folder = folder

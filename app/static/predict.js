@@ -65,7 +65,11 @@ async function classify(picture) {
   try {
     const signal = AbortSignal.any([own.signal, AbortSignal.timeout(PATIENCE_MILLISECONDS)]);
     const response = await fetch("predict" + (resize && `?resize=${resize}`), { method: "POST", body, signal });
-    const answer = await response.json().catch(() => ({}));
+    const text = await response.text();
+    let answer = {};
+    try {
+      answer = JSON.parse(text) ?? {};
+    } catch {}  // it is not the service's
     show = () => (response.ok && answer.label ? showAnswer(answer, picture) : showError(answer, response.status));
   } catch {
     show = () => showError({ error: "There is no answer. Is the service still running, and the file still there?" });
