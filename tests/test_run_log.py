@@ -42,15 +42,23 @@ def test_without_it_a_run_has_its_log_and_its_curves(tmp_path: Path, monkeypatch
     log = RunLog(tmp_path / "run", resume=False)
     log.epoch(ROWS)
     assert log.tensorboard is None
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["curves.png", "log.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "curves.png", "log.jsonl"]
 
 
-def test_a_run_that_has_begun_is_not_begun_again(tmp_path: Path) -> None:
-    """Also before its first epoch has ended."""
+def test_two_processes_do_not_write_one_run(tmp_path: Path) -> None:
+    """As of `make train` in two terminals. What ended before its first epoch did has left nothing to resume."""
+    going_on = RunLog(tmp_path, resume=False)
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="going on in another process"):
+            RunLog(tmp_path, resume=resume)
+    del going_on
     RunLog(tmp_path, resume=False)
+
+
+def test_a_run_is_not_begun_again(tmp_path: Path) -> None:
+    (tmp_path / "state.pt").touch()
     with pytest.raises(ValueError, match="already holds a run"):
         RunLog(tmp_path, resume=False)
-    RunLog(tmp_path, resume=True)
 
 
 def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path) -> None:

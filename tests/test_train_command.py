@@ -343,7 +343,7 @@ def test_interrupting_leaves_no_half_written_file(data_folder: Path, sent: signa
     assert b"Traceback" not in errors
     assert b"goes on from there with --resume and its --name" in errors
     left = {path.name for path in state_file.parent.iterdir() if "tfevents" not in path.name}
-    assert left <= {"state.pt", "log.jsonl", "curves.png"}
+    assert left <= {".lock", "state.pt", "log.jsonl", "curves.png"}
     assert len(torch.load(state_file, weights_only=True)["rows"]) >= 1
 
     again = run(*flags, folder=data_folder)

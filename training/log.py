@@ -6,6 +6,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from app.files import forget_unfinished, write_atomically
@@ -46,7 +47,7 @@ class RunLog:
     def __init__(self, folder: Path, *, resume: bool) -> None:
         """
         Raises:
-            ValueError: there is a run already, which may be going on, and `resume` is not set; or one that is finished
+            ValueError: there is a run already, and `resume` is not set; or one that is going on, or that is finished
                 and has no state to resume from.
         """
         begun, ended = (folder / "state.pt").exists(), (folder / "cifar_net.pth").exists()
@@ -54,15 +55,17 @@ class RunLog:
             raise ValueError(
                 f"{folder} holds a finished run without the state.pt to go on from; choose another --name."
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            if not resume and (begun or ended):
-                raise FileExistsError
-            (folder / "log.jsonl").open("a" if resume else "x").close()
-        except FileExistsError:
+        if not resume and (begun or ended):
             raise ValueError(
-                f"{folder} already holds a run, or the beginning of one; add --resume to continue it, "
-                "or choose another one with --name."
+                f"{folder} already holds a run; add --resume to continue it, or choose another one with --name."
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(folder / ".lock")  # until this process ends, however it does
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise ValueError(
+                f"The run in {folder} is going on in another process; wait for its end, or choose another --name."
             ) from None
         forget_unfinished(folder / "state.pt")
         self.folder = folder
