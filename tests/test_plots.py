@@ -72,9 +72,18 @@ def test_labels_stay_under_their_image_and_inside_the_picture() -> None:
     assert all(box.y0 >= 0 and box.x0 >= 0 and box.x1 <= figure.bbox.x1 for box in boxes)
 
 
-def test_an_empty_grid_is_refused() -> None:
-    with pytest.raises(ValueError, match="no image to show"):
-        plots.image_grid(torch.zeros(0, 3, 32, 32, dtype=torch.uint8), torch.zeros(0).long(), CLASSES)
+@pytest.mark.parametrize("count", [0, plots.MOST_SHOWN + 1])
+def test_a_grid_of_no_images_or_of_too_many_is_refused(count: int) -> None:
+    with pytest.raises(ValueError, match=f"1 to {plots.MOST_SHOWN} images"):
+        plots.image_grid(torch.zeros(count, 3, 32, 32, dtype=torch.uint8), torch.zeros(count).long(), CLASSES)
+
+
+@pytest.mark.parametrize(("name", "begins"), [("a.png", b"\x89PNG"), ("a.jpg", b"\xff\xd8"), ("a", b"\x89PNG")])
+def test_a_picture_is_written_in_the_format_that_its_name_says(tmp_path: Path, name: str, begins: bytes) -> None:
+    plots.save(Figure(figsize=(1, 1)), tmp_path / name)
+    assert (tmp_path / name).read_bytes().startswith(begins)
+    with pytest.raises(ValueError, match="Format 'foo' is not supported"):
+        plots.save(Figure(figsize=(1, 1)), tmp_path / "a.foo")
 
 
 def test_learning_curves_show_validation_where_there_is_one() -> None:

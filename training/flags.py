@@ -93,7 +93,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     show.add_argument("--weights", type=Path, help="also write what these weights predict")
     show.add_argument("--count", type=_positive, default=32, help="of the images (default: %(default)s)")
     show.add_argument("--seed", type=_seed, default=0, help="by which they are chosen (default: %(default)s)")
-    show.add_argument("--out", type=Path, help="PNG to write; a window by default where there is a display")
+    show.add_argument(
+        "--out", type=Path, help="picture to write, as .png, .jpg, .svg or .pdf; a window where there is a display"
+    )
 
     plot = commands.add_parser("plot", parents=[measured], help="figures of some weights")
     plot.add_argument("--out", type=Path, default=RUNS / "plots", help="folder for the PNGs (default: %(default)s)")

@@ -31,6 +31,8 @@ from training.evaluate import MOST_NUMBERED_CLASSES
 BLUE, VERMILION, GREY = "#0072b2", "#d55e00", "#767676"
 DOTS_PER_INCH = 144
 COLUMNS = 8
+MOST_SHOWN = 400
+"""A gigabyte to draw."""
 LABEL_PIXELS = 12
 """Room under each image for two lines of text."""
 LONGEST_LABEL = 13
@@ -42,8 +44,12 @@ rcParams["text.parse_math"] = False  # $ is a character like any other in the na
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG, as a whole or not at all."""
-    write_atomically(path, _png(figure))
+    """Write a file as a whole or not at all, in the format that its name ends in (.jpg, .svg, .pdf, ...), or as PNG.
+
+    Raises:
+        ValueError: Matplotlib does not know that format; the sentence names those that it does.
+    """
+    write_atomically(path, _drawn(figure, path.suffix[1:] or "png"))
 
 
 def show(figure: Figure) -> None:
@@ -52,7 +58,7 @@ def show(figure: Figure) -> None:
     Raises:
         AppError: There is no viewer.
     """
-    if not ImageShow.show(Image.open(io.BytesIO(_png(figure)))):
+    if not ImageShow.show(Image.open(io.BytesIO(_drawn(figure, "png")))):
         raise AppError(
             "This system has no viewer of pictures that is known; write a file instead, with --out FILE.png."
         )
@@ -63,9 +69,9 @@ def has_display(environ: Mapping[str, str] = os.environ) -> bool:
     return sys.platform in ("darwin", "win32") or bool(environ.get("DISPLAY") or environ.get("WAYLAND_DISPLAY"))
 
 
-def _png(figure: Figure) -> bytes:
+def _drawn(figure: Figure, kind: str) -> bytes:
     file = io.BytesIO()
-    FigureCanvasAgg(figure).print_figure(file, format="png", dpi=DOTS_PER_INCH)
+    FigureCanvasAgg(figure).print_figure(file, format=kind, dpi=DOTS_PER_INCH)
     return file.getvalue()
 
 
@@ -75,10 +81,10 @@ def image_grid(
     """Images with their class beneath; with predictions, what the network says and, where it is wrong, what is true.
 
     Raises:
-        ValueError: There is no image.
+        ValueError: There is no image, or there are too many.
     """
-    if not len(pixels_NCHW):
-        raise ValueError("There is no image to show; ask for at least one.")
+    if not 0 < len(pixels_NCHW) <= MOST_SHOWN:
+        raise ValueError(f"A grid shows 1 to {MOST_SHOWN} images, not {len(pixels_NCHW):,}; choose another --count.")
     columns = min(COLUMNS, len(pixels_NCHW))
     tiles = F.pad(pixels_NCHW, (0, 0, 0, LABEL_PIXELS), value=255)  # white under each image, for its label
     grid_CHW = make_grid(tiles, nrow=columns, padding=2, pad_value=255)
