@@ -66,13 +66,13 @@ def train_command(options: argparse.Namespace) -> None:
 
     if options.resume and not options.name:
         raise ValueError("Which run is to be resumed? Give the --name of its folder under runs/.")
-    # With the process's number: a script may start several in one second.
+    # With the process id: a script may start several in one second.
     run = RUNS / (options.name or f"{options.recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     images, test = data.read(locate(options.data, os.environ))
     if options.calibration and recipe.validation:
         raise ValueError("A run with --validation makes its own calibration; leave out --calibration, or --validation.")
     teachers = load_teachers(options.teacher, recipe, images)
-    if options.calibration and options.calibration.exists():  # better known before the training than after it
+    if options.calibration and options.calibration.exists():  # refuse before the training, not after it
         take_over_calibration(options.calibration, recipe, images, teachers)
     train, held_out = hold_out(images, recipe.validation) if recipe.validation else (images, None)
 
@@ -121,7 +121,7 @@ def train_command(options: argparse.Namespace) -> None:
     taken_over = take_over_calibration(options.calibration, recipe, images, teachers) if options.calibration else None
     calibrated = complete(untested, held_out, taken_over, device)
     log.say(_describe(calibrated.calibration))
-    # The one reading of the test images, after everything is decided; none at all when images were held out.
+    # The only use of the test images, after everything is decided; none at all when images were held out.
     evaluation = evaluate(calibrated, test if held_out is None else held_out, device)
     checkpoint = dataclasses.replace(calibrated, evaluation=evaluation)
     weights = options.out or run / "cifar_net.pth"
@@ -135,7 +135,7 @@ def train_command(options: argparse.Namespace) -> None:
 
 
 def _announce(log: RunLog, name: str, recipe: Recipe, train: Split) -> None:
-    """What is about to be trained, and on which classes it cannot be."""
+    """Say what is about to be trained, and which classes have no image to train on."""
     log.say(
         f"Recipe {name}, in {log.folder}: " + ", ".join(f"{field} {value}" for field, value in vars(recipe).items())
     )
@@ -148,8 +148,8 @@ def _announce(log: RunLog, name: str, recipe: Recipe, train: Split) -> None:
 
 
 def _publish(checkpoint: Checkpoint, weights: Path, rows: list[Row], calibration: Path | None) -> None:
-    """Write the weights where they are wanted, and beside them what the model card reads: the log of the run, and that
-    of the run which the calibration is from. Nothing may be left of other weights."""
+    """Write the weights and, beside them, what the model card reads: the log of their run, and that of the run which
+    the calibration is from. Nothing that belongs to earlier weights may stay."""
     save(checkpoint, weights)
     _forget_others(weights)
     write_rows(weights.with_suffix(".log.jsonl"), rows)
@@ -158,7 +158,7 @@ def _publish(checkpoint: Checkpoint, weights: Path, rows: list[Row], calibration
 
 
 def _forget_others(weights: Path) -> None:
-    """Remove what lies beside a weights file and is of those that were there before."""
+    """Remove the files beside `weights` that belong to the weights that were there before."""
     for kind in (".log.jsonl", ".validation.log.jsonl", ".robustness.json", ".unfamiliar.json"):
         weights.with_suffix(kind).unlink(missing_ok=True)
 
@@ -235,7 +235,7 @@ def _identify(file: Path, checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _put_out(result: dict[str, Any], text: str, options: argparse.Namespace) -> None:
-    """As a table or as JSON on stdout; with --out the JSON goes into a file as well, for the model card."""
+    """Print the result as a table or as JSON; with --out, write the JSON to a file as well, for the model card."""
     print(json.dumps(result, indent=2) if options.json else text)
     if options.out:
         write_atomically(options.out, (json.dumps(result, indent=2) + "\n").encode())
@@ -309,10 +309,10 @@ def download_command(options: argparse.Namespace) -> None:
 
 
 def _check_writable(file: Path) -> None:
-    """Refuse what could not be written: better known before hours of work than after them.
+    """Check that `file` can be written: before hours of work, not after them.
 
     Raises:
-        ValueError: it is a folder, or nothing can be written there.
+        ValueError: it is a folder, or nothing can be written where it would lie.
     """
     if file.is_dir():
         raise ValueError(f"{file} is a folder; --out takes a file, for example {file / 'result'}.")
@@ -336,14 +336,14 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; what a user got wrong ends in one sentence, not in a traceback."""
+    """Run one command; a user's mistake ends in one sentence, not in a traceback."""
     options = parser(__doc__).parse_args(arguments)
     try:
         if getattr(options, "out", None) and options.command != "plot":
             _check_writable(options.out)
         COMMANDS[options.command](options)
         sys.stdout.flush()
-    except BrokenPipeError:  # of `| head`; what is still to be written would be a traceback at the exit
+    except BrokenPipeError:  # as from `| head`; flushing the rest at exit would end in a traceback
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (AppError, ValueError) as error:
@@ -365,7 +365,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: whoever takes the machine back sends it
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C; sent by whoever takes the machine back
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for names of classes that its encoding has no letters for
+        sys.stdout.reconfigure(errors="backslashreplace")  # for class names that its encoding cannot express
     sys.exit(main())

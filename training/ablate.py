@@ -32,13 +32,13 @@ NO_INGREDIENTS = {
     *("network", "seed", "validation", "epochs", "batch_size", "precision", "report_every"),
     *("optimizer", "learning_rate", "muon_learning_rate", "bias_learning_rate", "momentum"),
 }
-"""What is trained, on what and for how long; and what has no plain choice, or means nothing beside another one."""
+"""What is trained, on what and for how long; and fields that have no plain choice, or make sense only together."""
 
 Row = dict[str, Any]
 
 
 def settings(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """Which fields to change, by the name of the ingredient that this takes out; "" is the recipe as it is."""
+    """The fields to change, by the name of the ingredient that this takes out; "" is the recipe as it is."""
     plain = Recipe()
     names = [field.name for field in dataclasses.fields(Recipe) if field.name not in NO_INGREDIENTS]
     kept = [name for name in names if getattr(recipe, name) != getattr(plain, name)]
@@ -57,14 +57,14 @@ def ablate(
 ) -> list[Row]:
     """Train with and without each ingredient under each seed, and measure on the last tenth of the training `images`.
 
-    Each finished run is a line of `file`; those of this device that it has already are not run again.
+    Each finished run becomes a line of `file`; runs on this device that are already there are not repeated.
 
     Args:
         teachers: For a recipe with distillation. They must not have seen that tenth.
 
     Returns:
         All rows of the file: `ingredient`, `setting`, `seed`, `epochs`, `validation_accuracy` and `jpeg_accuracy` (of
-        the same images as JPEG of quality 75) in [0, 1], `device` and `teachers` in words and `common`, a digest.
+        the same images as JPEG of quality 75) in [0, 1], `device` and `teachers` in words, and `common`, a digest.
 
     Raises:
         ValueError: The file has runs of another recipe, on other images or with other teachers.
@@ -112,7 +112,7 @@ def _train(recipe: Recipe, train: Split, teachers: Sequence[Checkpoint], device:
 
 
 def _digest(recipe: Recipe, images: Split, teachers: Sequence[Checkpoint]) -> str:
-    """Of all that the rows of one file have in common."""
+    """A digest of everything that the rows of one file have in common."""
     own = {name: value for name, value in vars(recipe).items() if value != getattr(Recipe(), name)}
     fields = {name: value for name, value in own.items() if name not in ("seed", "epochs", "validation")}
     common = [fields, images.digest, [teacher.sha256 for teacher in teachers]]

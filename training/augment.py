@@ -1,7 +1,7 @@
 """Augmentation as batched tensor work on the device, uint8 in, uint8 out.
 
-What is random is drawn once an epoch for all images (`Draws`), from a generator that depends only on the seed and the
-epoch. So a resumed run, and a run split over several processes, see the very same pictures.
+All random choices for an epoch are drawn at once (`Draws`), from a generator that depends only on the seed and the
+epoch. So a resumed run, and a run split over several processes, see exactly the same pictures.
 Shape letters: N images, C = 3, H = W = 32.
 """
 
@@ -38,7 +38,7 @@ class Draws:
     """0 for no such square."""
 
     def patch_share(self, index_N: Tensor) -> Tensor:
-        """How much (N,) of each of these pictures is its partner's."""
+        """The share (N,) of each of these pictures that is taken from its partner."""
         return (self.patch_side_N[index_N] / IMAGE_SIZE) ** 2
 
     def to(self, device: torch.device) -> "Draws":
@@ -51,7 +51,7 @@ def epoch_generator(seed: int, epoch: int) -> torch.Generator:
 
 
 def draw(num_images: int, epoch: int, recipe: Recipe, generator: torch.Generator) -> Draws:
-    """Draw an epoch's augmentation. Flips alternate: whoever is mirrored in one epoch is not in the next."""
+    """Draw an epoch's augmentation. Flips alternate: an image that is mirrored in one epoch is not in the next."""
     random_flip_N = torch.rand(num_images, generator=epoch_generator(recipe.seed, -1)) < 0.5
     shift_N2 = torch.randint(-recipe.shift, recipe.shift + 1, (num_images, 2), generator=generator)
     quality_N = torch.randint(JPEG_QUALITY_RANGE[0], JPEG_QUALITY_RANGE[1] + 1, (num_images,), generator=generator)
@@ -59,7 +59,7 @@ def draw(num_images: int, epoch: int, recipe: Recipe, generator: torch.Generator
     cutout_N2 = torch.randint(0, IMAGE_SIZE - recipe.cutout + 1, (num_images, 2), generator=generator)
     partner_N = torch.randperm(num_images, generator=generator)
     mixed_N = torch.rand(num_images, generator=generator) < recipe.cutmix
-    # An area of any share is as likely as any other.
+    # The square's share of the area is uniformly distributed.
     side_N = (IMAGE_SIZE * torch.rand(num_images, generator=generator).sqrt()).round().long() * mixed_N
     patch_N2 = torch.rand(num_images, 2, generator=generator) * (IMAGE_SIZE + 1 - side_N[:, None])
     return Draws(

@@ -1,4 +1,4 @@
-"""What held-out images teach about the probabilities, and about what is familiar.
+"""What held-out images tell about the probabilities, and about what is familiar.
 
 Shape letters: N images, K classes.
 """
@@ -19,7 +19,7 @@ from training.evaluate import forward, predict
 from training.robustness import jpeg
 
 JPEG_QUALITY = 75
-"""What most programs save with when nobody chooses."""
+"""The default of most programs that save JPEGs."""
 LOG_TEMPERATURES = (-5.0, 5.0)
 QUANTILES = 1001
 """In steps of a thousandth."""
@@ -31,11 +31,11 @@ def complete(
     taken_over: Calibration | None,
     device: torch.device | str = "cpu",
 ) -> Checkpoint:
-    """A trained checkpoint with all that it says besides its weights, but for the evaluation.
+    """A trained checkpoint with its calibration and the answers for its self-test; the evaluation is still missing.
 
     Args:
         held_out: What to calibrate on.
-        taken_over: Without such images, the calibration that the same recipe found when it had some.
+        taken_over: Used without such images: the calibration that the same recipe found when it had some.
     """
     known = calibrate(untested, held_out, device) if held_out is not None else taken_over or UNCALIBRATED
     found = dataclasses.replace(untested, calibration=known)
@@ -44,10 +44,10 @@ def complete(
 
 
 def calibrate(checkpoint: Checkpoint, held_out: Split, device: torch.device | str = "cpu") -> Calibration:
-    """Everything that images can tell which a checkpoint was not trained on.
+    """Everything that can be told from images that the checkpoint was not trained on.
 
-    Each image counts as it is and once more as a JPEG, because people post both and a network errs more in the latter:
-    what suits the clean ones alone would promise too much.
+    Each image counts twice, as it is and as a JPEG: people post both, and a network errs more on JPEGs, so that what
+    suits the clean images alone would promise too much.
     """
     pixels_NCHW = torch.cat([held_out.pixels_NCHW, jpeg(JPEG_QUALITY, held_out.pixels_NCHW)])
     labels_N = held_out.labels_N.repeat(2)
@@ -68,12 +68,12 @@ def calibrate(checkpoint: Checkpoint, held_out: Split, device: torch.device | st
 def fit_probabilities(logits_NK: Tensor, labels_N: Tensor, views: int = 1) -> Calibration:
     """The temperature and the curvature that minimise the negative log likelihood.
 
-    Neither can be negative, so that the order of the classes stays. The true class of each of N images counts for
-    (N + 1) / (N + 2), the rest for the others: that all of a few images are right is no reason to be certain (Platt,
-    1999, section 2.2).
+    Neither can be negative, so that the order of the classes stays. The target of each of N images gives its true class
+    (N + 1) / (N + 2) and the other classes the rest: a few images, all of them right, are no reason to be certain
+    (Platt, 1999, section 2.2).
 
     Args:
-        views: How often each image is among them; more views of the same ones are no more evidence.
+        views: How often each image occurs; more views of the same images are no more evidence.
     """
     logits_NK = logits_NK.double()
     count, num_classes = logits_NK.shape
@@ -97,14 +97,14 @@ def fit_probabilities(logits_NK: Tensor, labels_N: Tensor, views: int = 1) -> Ca
 def set_threshold(probabilities_NK: Tensor, labels_N: Tensor, coverage: float = COVERAGE, views: int = 1) -> float:
     """The least probability of a class in a prediction set, by split conformal prediction.
 
-    Of N + 1 exchangeable pictures the next one is as likely to take any rank, so that the sets hold the true class with
-    at least probability `coverage` if they go down to the floor((N + 1) (1 - coverage))-th smallest probability of a
-    true class (Vovk, Gammerman and Shafer, 2005; Angelopoulos and Bates, 2021, arXiv:2107.07511, section 1).
-    With too few images for any promise it is 0: all classes.
+    Among N + 1 exchangeable pictures, the new one is equally likely to take any rank. So the sets hold the true class
+    with probability `coverage` or more if they go down to the floor((N + 1) (1 - coverage))-th smallest probability of
+    a true class (Vovk, Gammerman and Shafer, 2005; Angelopoulos and Bates, 2021, arXiv:2107.07511, section 1).
+    With too few images for any promise the threshold is 0: all classes.
 
     Args:
-        views: How often each picture is among them; more views of the same ones are no more evidence, and of those of
-            the picture at that rank the least counts.
+        views: How often each picture occurs; more views of the same pictures are no more evidence, so that ranks are
+            counted in groups of so many probabilities, and the least of the group at that rank counts.
     """
     true_N = probabilities_NK.gather(1, labels_N[:, None])[:, 0].sort().values
     pictures = math.floor((len(true_N) // views + 1) * (1 - coverage) + 1e-9)

@@ -18,57 +18,57 @@ class Recipe:
     network: Literal["net", "cifar_net", "wide_cifar_net"] = "cifar_net"
     """Which network of app/model.py."""
     seed: int = 0
-    """Of the initial weights, the order of the images and their augmentation."""
+    """Seed of the initial weights, the order of the images and their augmentation."""
     validation: float = 0.0
     """Share of the training images held out, from their end. Above 0 nothing is measured on the test images."""
     epochs: int = 1
     """Passes over the training images."""
     batch_size: int = 512
-    """Images per step over all processes together, about: an epoch is cut into equal parts."""
+    """Approximate number of images per step, over all processes: an epoch is cut into equal parts."""
     optimizer: Literal["sgd", "muon"] = "sgd"
     """muon: orthogonalised updates for the weights of hidden layers, sgd for all else."""
     learning_rate: float = 0.1
-    """At its peak."""
+    """Peak learning rate of what sgd trains."""
     muon_learning_rate: float = 0.0
-    """At its peak, for the hidden layers when the optimizer is muon."""
+    """Peak learning rate of the hidden layers when the optimizer is muon."""
     bias_learning_rate: float = 0.0
-    """At its peak, for biases and batch norms; 0: that of all else, and they do not decay."""
+    """Peak learning rate of biases and batch norms; 0: learning_rate, and they do not decay."""
     momentum: float = 0.9
-    """Of sgd."""
+    """Momentum of sgd."""
     nesterov: bool = True
     """Nesterov's momentum instead of the classical one."""
     weight_decay: float = 0.0
-    """Of what sgd trains: weights; biases and batch norms, too, if they have a learning rate of their own. muon keeps
-    the norm of its weights."""
+    """Weight decay of what sgd trains: weights, and biases and batch norms if they have a learning rate of their own.
+    muon keeps the norm of its weights fixed."""
     warmup: float = 0.0
     """Share of the steps in which the learning rate rises linearly from 0."""
     decay: bool = True
-    """After the warm-up the learning rate falls linearly to 0; otherwise it stays."""
+    """Let the learning rate fall linearly to 0 after the warm-up; otherwise it stays constant."""
     distillation: float = 0.0
-    """Share of the target that is what a teacher says (`train --teacher`); the rest is the label."""
+    """Share of the target that comes from the teachers (`train --teacher`); the rest is the label."""
     label_smoothing: float = 0.0
     """Share of a label that is spread evenly over all classes (Szegedy et al. 2016, arXiv:1512.00567)."""
     normalization: Literal["data", "half"] = "data"
-    """data: mean and standard deviation of the training pixels. half: 0.5 and 0.5, as the tutorial has it."""
+    """data: mean and standard deviation of the training pixels. half: 0.5 and 0.5, as in the tutorial."""
     flip: bool = False
     """Mirror every image in every second epoch (alternating flips; Jordan 2024, arXiv:2404.00498)."""
     shift: int = 0
-    """Move by up to this many pixels, the border reflected."""
+    """Shift by up to this many pixels, with the border reflected."""
     cutout: int = 0
-    """Side of a square of random place that is set to mid-grey (DeVries & Taylor 2017, arXiv:1708.04552)."""
+    """Side of a randomly placed square that is set to mid-grey (DeVries & Taylor 2017, arXiv:1708.04552)."""
     cutmix: float = 0.0
-    """Share of the images of which a square of random size is another image's, and that share of the target, too (Yun
-    et al., 2019, arXiv:1905.04899)."""
+    """Share of the images in which a square of random size is replaced by another image's, and the target in the same
+    proportion (Yun et al., 2019, arXiv:1905.04899)."""
     jpeg: float = 0.0
-    """Share of the images that go through a JPEG compression of random quality: people post JPEGs."""
+    """Share of the images that are compressed as JPEGs of random quality: people post JPEGs."""
     low_resolution: float = 0.0
-    """Share of the epochs, at the beginning, in which the network sees pictures shrunk to 20x20 and then to 26x26,
-    which takes it two fifths and two thirds of the time (progressive learning; Tan & Le 2021, arXiv:2104.00298)."""
+    """Share of the epochs, at the beginning, with pictures shrunk to 20x20 and then to 26x26, for which the network
+    takes two fifths and two thirds of the time (progressive learning; Tan & Le 2021, arXiv:2104.00298)."""
     precision: Literal["auto", "float32"] = "auto"
-    """auto: channels_last, and bfloat16 autocast where the hardware has the instructions. float32: all of its digits,
-    on NVIDIA's GPUs, too."""
+    """auto: channels_last, and bfloat16 autocast where the hardware has the instructions. float32: full precision, on
+    NVIDIA's GPUs, too."""
     report_every: int = 0
-    """Steps between two prints of the running loss, as in the tutorial; 0 for once an epoch."""
+    """Steps between prints of the running loss, as in the tutorial; 0: only once an epoch."""
 
     def __post_init__(self) -> None:
         bounds = {
@@ -105,9 +105,9 @@ class Recipe:
             raise ValueError("The network net takes pictures of 32x32 only; low_resolution has to be 0.")
 
 
-# What was tried beside them, with figures, is in training/README.md.
+# The alternatives that were tried, with figures, are in training/README.md.
 RECIPES = {
-    # The PyTorch tutorial, choice by choice, so that its 54 % can be seen and not only quoted.
+    # The PyTorch tutorial, choice by choice, so that its 54 % can be seen, not only quoted.
     "tutorial": Recipe(
         network="net",
         epochs=2,
@@ -120,7 +120,7 @@ RECIPES = {
         precision="float32",
         report_every=2000,
     ),
-    # How far the tutorial's network goes with its architecture unchanged: 78.94 % of validation.
+    # How far the tutorial's network goes with its architecture unchanged: 78.94 % on validation.
     "net": Recipe(
         network="net",
         epochs=200,
@@ -134,8 +134,8 @@ RECIPES = {
         shift=2,
         cutmix=0.2,
     ),
-    # airbench94's (arXiv:2404.00498) in smaller batches, with more augmentation and for longer, for the wide network:
-    # 94.98 % of validation with seed 1, 95.20 % with seed 0 and a share of CutMix of 0.3.
+    # airbench94's recipe (arXiv:2404.00498) for the wide network, in smaller batches, with more augmentation and for
+    # longer: 94.98 % on validation with seed 1, 95.20 % with seed 0 and CutMix 0.3.
     "teacher": Recipe(
         network="wide_cifar_net",
         validation=0.1,
@@ -143,7 +143,7 @@ RECIPES = {
         batch_size=500,
         optimizer="muon",
         muon_learning_rate=0.08,
-        # The head begins so small that biases see next to no gradient at first.
+        # The head starts so small that biases get next to no gradient at first.
         learning_rate=0.005,
         bias_learning_rate=25.0,
         momentum=0.85,
@@ -153,18 +153,18 @@ RECIPES = {
         cutout=10,
         jpeg=0.2,
     ),
-    # Seconds, for tests: the same path through the code.
+    # Takes seconds, for tests: the same path through the code.
     "debug": Recipe(network="net", epochs=2, batch_size=16, learning_rate=0.01, flip=True, shift=1, jpeg=0.5, cutout=4),
 }
 
-# The teacher's recipe for longer, with what a long schedule needs: pictures are harder, and targets say more than a
-# label. Taught by both networks above 95.36 % of validation, 93.12 % of the same as JPEG of quality 75.
+# The teacher's recipe for longer, with what a long schedule needs: harder pictures, and targets that say more than a
+# label. Taught by both networks above: 95.36 % on validation, 93.12 % on the same images as JPEG of quality 75.
 RECIPES["default"] = replace(
     RECIPES["teacher"], network="cifar_net", validation=0.0, epochs=110, distillation=0.9, cutmix=0.5, jpeg=0.5
 )
 
-# 93.2 % of validation in six minutes on two cores, without a teacher, and 86 % of it as JPEG: without what a long
-# schedule needs, and most of its epochs at low resolution.
+# 93.2 % on validation and 86 % on the same as JPEG, in six minutes on two cores and without a teacher: it leaves out
+# what a long schedule needs, and most of its epochs are at low resolution.
 RECIPES["fast"] = replace(
     RECIPES["teacher"],
     network="cifar_net",
@@ -193,7 +193,7 @@ def add_flags(parser: argparse._ActionsContainer) -> None:
 
 
 def descriptions() -> dict[str, str]:
-    """What is written below each field of `Recipe`."""
+    """The text below each field of `Recipe`, by the field's name."""
     (recipe,) = ast.parse(inspect.getsource(Recipe)).body
     assert isinstance(recipe, ast.ClassDef)
     return {

@@ -1,4 +1,4 @@
-"""Where the data is, what is held out of it, and how to fetch it. Reading it is `app.data`."""
+"""Where the data is, what is held out of it, and how to fetch it. `app.data` reads it."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,12 +9,12 @@ from app.errors import DataError
 
 
 def locate(flag: str | None, environ: Mapping[str, str]) -> Path:
-    """The folder of the data set: --data if given, else CIFAR_DATA, else ./data. Whether it exists is not looked at."""
+    """The folder of the data set: --data if given, else CIFAR_DATA, else ./data. Whether it exists is not checked."""
     return Path(flag or environ.get("CIFAR_DATA") or "data")
 
 
 def hold_out(train: Split, share: float) -> tuple[Split, Split]:
-    """The first images to train on, and the last `share` of them to choose by: of CIFAR-10, 0.1 is the last 5,000.
+    """The first images, to train on, and the last `share` of them, to choose by: for CIFAR-10, 0.1 is the last 5,000.
 
     Raises:
         ValueError: `share` leaves one of the two without an image.

@@ -1,8 +1,8 @@
-"""What a step learns from: the labels, and what teachers say of the pictures (Hinton et al., 2015,
+"""What a step learns from: the labels, and the teachers' answers for the pictures (Hinton et al., 2015,
 arXiv:1503.02531: both sides are softened by one temperature, so that the network learns to be as sure as its teachers).
 
-Teachers see the very pictures that the network sees, shifted, cut, mixed and compressed (Beyer et al., 2022,
-arXiv:2106.05237): of the images as they are, which they know by heart, they would say little more than the label.
+Teachers see exactly the pictures that the network sees, shifted, cut, mixed and compressed (Beyer et al., 2022,
+arXiv:2106.05237): about the original images, which they know by heart, they would say little more than the label.
 Shape letters: N images, C = 3, H = W = 32, K classes, T teachers.
 """
 
@@ -18,20 +18,20 @@ from app.errors import CheckpointError
 from training.config import Recipe
 
 TEMPERATURE = 2.0
-"""Of both sides: a teacher is all but certain of the pictures that it was trained on."""
+"""Softens both sides: a teacher is all but certain about the pictures that it was trained on."""
 
 
 class Teachers(nn.Module):
     """Networks that answer as one."""
 
     places_TK: Tensor
-    """Where each teacher has each class."""
+    """The index of each class among each teacher's outputs."""
 
     def __init__(self, checkpoints: Sequence[Checkpoint], classes: tuple[str, ...]) -> None:
-        """Fold them; each may know `classes` in an order of its own.
+        """Fold the networks; each may have `classes` in an order of its own.
 
         Raises:
-            CheckpointError: One has learned others than `classes`.
+            CheckpointError: A teacher has learned other classes.
         """
         super().__init__()
         for checkpoint in checkpoints:
@@ -42,8 +42,8 @@ class Teachers(nn.Module):
                 )
         self.introduction = introduce(checkpoints)
         self.networks = nn.ModuleList(model.fold(checkpoint.network()) for checkpoint in checkpoints)
-        # As sure as they are when served; how sure they were while they trained is a matter of their recipes. (When the
-        # shipped weights were taught that was a temperature alone; 8 epochs gave 92.08 % with it and give 92.30 % now.)
+        # Teachers are as sure as when they are served; how sure they were in training depends on their recipes. (The
+        # shipped weights were taught with a temperature alone; 8 epochs gave 92.08 % with it and give 92.30 % now.)
         self.calibrations = [checkpoint.calibration for checkpoint in checkpoints]
         places = [[checkpoint.classes.index(name) for name in classes] for checkpoint in checkpoints]
         self.register_buffer("places_TK", torch.tensor(places))
@@ -59,7 +59,7 @@ class Teachers(nn.Module):
 
 
 def introduce(teachers: Sequence[Checkpoint]) -> str:
-    """Who they are and what they know, for the card."""
+    """The teachers in words, for the card: network, sha256 and, where known, epochs and accuracy."""
     return ", ".join(map(_introduce, teachers)) or "none"
 
 
@@ -73,16 +73,16 @@ def _introduce(teacher: Checkpoint) -> str:
 
 
 def loss(logits_NK: Tensor, labels_NK: Tensor, answers_NK: Tensor | None, recipe: Recipe) -> Tensor:
-    """The cross-entropy, summed over the images, to labels and teachers in the shares that the recipe gives them.
+    """The cross-entropy to labels and teachers, weighted by the recipe's shares and summed over the images.
 
     Args:
-        answers_NK: Of teachers, if and only if the recipe has distillation.
+        answers_NK: The teachers' answers, if and only if the recipe has distillation.
     """
     assert (answers_NK is not None) == (recipe.distillation > 0)
     from_labels = F.cross_entropy(logits_NK, labels_NK, reduction="sum", label_smoothing=recipe.label_smoothing)
     total = (1 - recipe.distillation) * from_labels
     if answers_NK is not None:
         softened = F.cross_entropy(logits_NK / TEMPERATURE, answers_NK, reduction="sum")
-        # The square makes up for the smaller gradients of what is softened (section 2 of the paper).
+        # The square makes up for the smaller gradients of softened logits (section 2 of the paper).
         total = total + recipe.distillation * TEMPERATURE**2 * softened
     return total

@@ -1,4 +1,4 @@
-"""What a network says of a set of images, and the figures that come of it, as a table.
+"""A network's answers for a set of images, the figures that follow from them, and these as a table.
 
 Shape letters: N images, C = 3, H = W = 32, K classes.
 """
@@ -16,7 +16,7 @@ from app.report import Evaluation, evaluate_probabilities, negative_log_likeliho
 
 BATCH_SIZE = 250
 MOST_NUMBERED_CLASSES = 30
-"""The counts in a confusion matrix of more classes are too many to read; in its picture the colours remain."""
+"""With more classes, the counts of a confusion matrix are too many to read; its picture keeps the colours."""
 
 
 @torch.inference_mode()
@@ -26,18 +26,18 @@ def forward(
     batch_size: int = BATCH_SIZE,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """What a network gives for uint8 pixels (N, C, H, W): logits (N, K), or features; float32, on the CPU.
+    """The output of a network for uint8 pixels (N, C, H, W): logits (N, K), or features; float32, on the CPU.
 
     Args:
         network: In evaluation mode; it is moved to `device`.
-        batch_size: How many images at a time; it need not divide their number. Answers depend on it by rounding only.
+        batch_size: Images at a time; need not divide their number. Answers depend on it only through rounding.
     """
     assert not network.training, "dropout and batch norm would make an image's answer depend on its batch"
     network.to(device)
     # By default NVIDIA's convolutions round float32 to 10 bits (TF32), and may differ from run to run.
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         parts = [
-            network(part_NCHW.to(device, memory_format=torch.channels_last))  # what convolutions are fastest in
+            network(part_NCHW.to(device, memory_format=torch.channels_last))  # the fastest format for convolutions
             for part_NCHW in torch.split(pixels_NCHW, batch_size)
         ]
     return torch.cat(parts).cpu()
@@ -86,7 +86,7 @@ def validate(network: nn.Module, held_out: Split, device: torch.device) -> dict[
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """The report (`app.report.report`) as text: overall, per class, confusion (of few classes), calibration."""
+    """The report (`app.report.report`) as text: overall, per class, confusion (if classes are few), calibration."""
     dataset, calibration, rows = report["dataset"], report["calibration"], report["classes"]
     plain = calibration["uncalibrated"]
     width = max(len("class"), *(len(row["label"]) for row in rows))

@@ -36,7 +36,7 @@ WHITENING_IMAGES = 5000
 LOW_RESOLUTIONS = (20, 26)
 AHEAD = {"cuda": 10_000}
 """How many images are augmented together on a device, in whole batches: a GPU needs that many to be busy. On a CPU, one
-batch: more of them would not stay in its caches."""
+batch at a time: more would not stay in its caches."""
 
 
 Row = dict[str, float]
@@ -45,7 +45,7 @@ Row = dict[str, float]
 
 @dataclass(frozen=True)
 class Workers:
-    """This process among those that train together (torchrun sets RANK, LOCAL_RANK and WORLD_SIZE)."""
+    """This process's place among those that train together (torchrun sets RANK, LOCAL_RANK and WORLD_SIZE)."""
 
     rank: int = 0
     count: int = 1
@@ -56,7 +56,7 @@ class Workers:
 
 
 def join_workers(device: torch.device) -> Workers:
-    """Meet the other processes if torchrun started several; alone otherwise."""
+    """Join the other processes if torchrun started several; otherwise, be the only one."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         return Workers()
@@ -65,32 +65,32 @@ def join_workers(device: torch.device) -> Workers:
 
 
 def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
-    """Of what costs time in a step."""
+    """The number format in which the networks compute in a step."""
     return choose_dtype(device) if recipe.precision == "auto" else torch.float32
 
 
 def initialize(network: Normalized, recipe: Recipe, pixels_NCHW: Tensor) -> None:
-    """Set what a network knows of its data before it learns: the normalisation, as the recipe says, and whitening."""
+    """Set what a network takes from its data before it learns: the normalisation, as the recipe says, and whitening."""
     if recipe.normalization == "data":
         for channel in range(CHANNELS):
-            std, mean = torch.std_mean(pixels_NCHW[:, channel].double() / 255)  # of all at once that takes gigabytes
+            std, mean = torch.std_mean(pixels_NCHW[:, channel].double() / 255)  # all channels at once take gigabytes
             network.mean[channel] = mean
-            network.std[channel] = std.clamp_min(1 / 255)  # of a channel without content it is 0
+            network.std[channel] = std.clamp_min(1 / 255)  # it is 0 for a channel without content
     if isinstance(network, CifarNet):
         network.set_whitening(pixels_NCHW[:WHITENING_IMAGES])
 
 
 def optimizers_for(network: nn.Module, recipe: Recipe) -> list[Optimizer]:
-    """Weights decay; biases and batch norms do as fast if they have a learning rate of their own, else not at all.
+    """Weights decay; biases and batch norms decay as fast if they have their own learning rate, else not at all.
 
-    With muon, weights of hidden layers have their own optimizer. Each group has its highest learning rate as `peak`.
+    With muon, weights of hidden layers have their own optimizer. Each group has its peak learning rate as `peak`.
     """
     biases: dict[str, Any] = {}
     if recipe.bias_learning_rate:
         decay = recipe.weight_decay * recipe.learning_rate / recipe.bias_learning_rate
         biases = {"peak": recipe.bias_learning_rate, "weight_decay": decay}
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    # Not one that sees pixels, nor the last, whose norm is how sure the network may be.
+    # Neither a layer that sees pixels, nor the last one, whose norm decides how sure the network can be.
     hidden = [p for p in parameters if p.ndim > 1 and p.shape[1] > CHANNELS][:-1] if recipe.optimizer == "muon" else []
     taken = {id(parameter) for parameter in hidden}
     rest = [parameter for parameter in parameters if id(parameter) not in taken]
@@ -104,7 +104,7 @@ def optimizers_for(network: nn.Module, recipe: Recipe) -> list[Optimizer]:
 
 
 def set_learning_rates(optimizers: list[Optimizer], factor: float, device: torch.device) -> None:
-    """That part of each group's peak. They are tensors that stay, as a recorded step reads them where they are."""
+    """Set each group's rate to `factor` times its peak, in place: a recorded step reads it where it lies in memory."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             if not isinstance(group["lr"], Tensor):
@@ -121,7 +121,7 @@ def learning_rate_factor(step: int, total: int, recipe: Recipe) -> float:
 
 
 def resolution(epoch: int, recipe: Recipe) -> int:
-    """The sides of the pictures in that epoch: each low resolution has an equal part of the recipe's share."""
+    """The side of the pictures in that epoch: the low resolutions share the recipe's low-resolution epochs equally."""
     for number, size in enumerate(LOW_RESOLUTIONS, start=1):
         if epoch < number / len(LOW_RESOLUTIONS) * recipe.low_resolution * recipe.epochs:
             return size
@@ -144,9 +144,9 @@ def fit(
 ) -> list[Row]:
     """Train `network` in place on `train` as `recipe` says.
 
-    `teachers` are for a recipe with distillation. `validate` and `on_epoch` are called after each epoch, in the first
-    process only, `on_epoch` with the figures of all epochs so far; `state_file` is then written, and read at the start
-    when `resume` is set.
+    `teachers` are for a recipe with distillation. After each epoch, in the first process only, `validate` is called,
+    `state_file` is written, and `on_epoch` is called with the figures of all epochs so far. If `resume` is set, the
+    state is read at the start.
 
     Returns:
         The figures of each epoch, in the first process.
@@ -171,9 +171,9 @@ def fit(
         on_epoch(rows)
 
     def learn(shown_NCHW: Tensor, pixels_NCHW: Tensor, labels_NK: Tensor, scale: Tensor) -> Tensor:
-        """The loss of a batch, summed over its images, after having learned from `scale` times that.
+        """Learn from `scale` times the loss of a batch, summed over its images; return the unscaled sum.
 
-        What the network is shown may be smaller than the pixels, which teachers are asked about.
+        The network sees `shown_NCHW`, which may be smaller than `pixels_NCHW`, which the teachers see.
         """
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits_NK = model(shown_NCHW.contiguous(memory_format=memory_format))
@@ -202,7 +202,7 @@ def fit(
             shown_NCHW = pixels_NCHW if size == IMAGE_SIZE else shrink(pixels_NCHW, size)
             factor = learning_rate_factor(epoch * steps + step, recipe.epochs * steps, recipe)
             set_learning_rates(optimizers, factor, device)
-            # The gradients of the processes are averaged: this makes that the mean over the whole batch.
+            # Gradients are averaged over the processes; this scale makes that the mean over the whole batch.
             scale = torch.full((), workers.count / len(batches[step]), device=device)
             loss_sum = take_step(shown_NCHW, pixels_NCHW, targets_NK, scale)
             meter.update(loss_sum, len(pixels_NCHW), factor * recipe.learning_rate)
@@ -219,7 +219,7 @@ def fit(
 
 
 def _steps(train: Split, recipe: Recipe, workers: Workers) -> int:
-    """Of an epoch."""
+    """The number of steps in an epoch."""
     if recipe.batch_size % workers.count:
         raise TrainingError(
             f"A batch of {recipe.batch_size} images cannot be shared evenly by {workers.count} processes; "
@@ -235,12 +235,12 @@ def _steps(train: Split, recipe: Recipe, workers: Workers) -> int:
 
 
 def _place(modules: Iterable[nn.Module], recipe: Recipe, device: torch.device) -> torch.memory_format:
-    """Put the networks on the device, which is prepared for them; the order in memory that their pictures need."""
+    """Prepare the device and move the networks to it; returns the memory format that their pictures need."""
     if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # recorded steps and exchanged gradients are of the current one
-    torch.backends.cudnn.benchmark = True  # steps are alike, so that trying NVIDIA's algorithms once pays
+        torch.cuda.set_device(device)  # recorded steps and exchanged gradients use the current one
+    torch.backends.cudnn.benchmark = True  # steps are alike, so trying out NVIDIA's algorithms once pays
     torch.backends.cudnn.allow_tf32 = recipe.precision == "auto"
-    channels_last = recipe.precision == "auto" and device.type != "mps"  # in float32, too, a fifth faster on two cores
+    channels_last = recipe.precision == "auto" and device.type != "mps"  # a fifth faster on two cores, in float32, too
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     for module in modules:
         module.to(device)
@@ -264,7 +264,7 @@ def _augmented(
 
 
 def _check_same(epochs: int, workers: Workers) -> None:
-    """Whether all processes go on from the same epoch."""
+    """Refuse to train unless all processes go on from the same epoch."""
     if workers.count == 1:
         return
     counts: list[int] = [0] * workers.count
@@ -305,6 +305,6 @@ def _load_state(file: Path, origin: dict[str, Any], network: nn.Module, optimize
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
         for group in optimizer.param_groups:
-            group["lr"] = 0.0  # what was read is on the CPU, and each step sets it
+            group["lr"] = 0.0  # the one read is on the CPU, and each step sets it anyway
     rows: list[Row] = state["rows"]
     return rows

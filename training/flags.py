@@ -1,4 +1,4 @@
-"""The command line of `python -m training`: what can be asked. What is then done is in `__main__`."""
+"""The command line of `python -m training`: commands and flags. What they do is in `__main__`."""
 
 import argparse
 from pathlib import Path
@@ -23,7 +23,7 @@ def _seed(text: str) -> int:
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """All commands, whose name will be the attribute `command`, and their flags."""
+    """The parser of all commands and their flags; the attribute `command` will be the command's name."""
     root = argparse.ArgumentParser(
         prog="python -m training", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )

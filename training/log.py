@@ -14,7 +14,7 @@ from training import plots
 
 
 def read_rows(file: Path, keys: Set[str] = frozenset()) -> list[dict[str, Any]]:
-    """The JSON objects in `file`, one a line, each of them with these keys; none where there is no file yet.
+    """The JSON objects in `file`, one a line, each with at least these keys; no rows if there is no file yet.
 
     Raises:
         ValueError: it holds something else.
@@ -33,22 +33,22 @@ def read_rows(file: Path, keys: Set[str] = frozenset()) -> list[dict[str, Any]]:
 
 
 def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One JSON object a line, the file as a whole or not at all."""
+    """Write one JSON object a line, the file as a whole or not at all."""
     write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 REDRAW_SECONDS = 10.0
-"""Between two drawings of the curves, which take as long as an epoch does on a GPU."""
+"""Between two drawings of the curves, each of which takes as long as an epoch on a GPU."""
 
 
 class RunLog:
-    """Writes under `folder`; one line a finished epoch, in the file and on the terminal."""
+    """Writes into `folder`: one line per finished epoch, in the file and on the terminal."""
 
     def __init__(self, folder: Path, *, resume: bool) -> None:
         """
         Raises:
-            ValueError: there is a run already, and `resume` is not set; or one that is going on, or that is finished
-                and has no state to resume from.
+            ValueError: the folder has a run and `resume` is not set; or the run is still going on; or it is finished
+                and left no state to resume from.
         """
         begun, ended = (folder / "state.pt").exists(), (folder / "cifar_net.pth").exists()
         if resume and ended and not begun:
@@ -60,7 +60,7 @@ class RunLog:
                 f"{folder} already holds a run; add --resume to continue it, or choose another one with --name."
             )
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(folder / ".lock")  # until this process ends, however it does
+        self._lock = FileLock(folder / ".lock")  # held until this process ends, however it does
         try:
             self._lock.acquire(blocking=False)
         except Timeout:

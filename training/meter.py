@@ -17,7 +17,7 @@ class Meter:
     def __init__(self, recipe: Recipe, epoch: int, steps: int, *, show: bool) -> None:
         self.recipe, self.epoch, self.steps, self.show = recipe, epoch, steps, show
         title = f"epoch {epoch + 1}/{recipe.epochs}"
-        self.bar = tqdm(total=steps, desc=title, leave=False, disable=None if show else True)  # None: off a terminal
+        self.bar = tqdm(total=steps, desc=title, leave=False, disable=None if show else True)  # None: on terminals only
         self.start = time.perf_counter()
         self.step = self.images = 0
         self.learning_rate = 0.0
@@ -47,7 +47,7 @@ class Meter:
             TrainingError: the loss or a weight of `network` is not finite.
         """
         self.bar.close()
-        # What the last update did shows in no loss of this epoch, so the weights are looked at themselves.
+        # No loss of this epoch shows what the last update did, so the weights themselves are checked.
         unfit = sum((0 * parameter.detach().sum() for parameter in network.parameters()), torch.zeros(()))
         totals = torch.stack([self.loss_sum + unfit, torch.as_tensor(float(self.images), device=self.loss_sum.device)])
         if dist.is_initialized():

@@ -32,7 +32,7 @@ def orthogonalize(matrix_MN: Tensor, steps: int = NEWTON_SCHULZ_STEPS, dtype: to
 
 
 class Muon(Optimizer):
-    """For the weights of hidden layers, convolutions and linear ones.
+    """For the weights of hidden layers, convolutional and linear.
 
     Each step first resets the norm of a weight to sqrt(outputs); the learning rate is then a rotation rate. Where a
     batch norm follows, the scale of a weight has no effect on the output anyway; elsewhere the last layer, which has
@@ -43,11 +43,11 @@ class Muon(Optimizer):
 
     def __init__(self, parameters: ParamsT, learning_rate: float | Tensor = 0.0, momentum: float = 0.6) -> None:
         super().__init__(parameters, {"lr": learning_rate, "momentum": momentum})
-        # Emulated, bfloat16 takes thirty times as long as float32: longer than all else of a step.
+        # Emulated bfloat16 takes thirty times as long as float32: longer than the rest of a step.
         self._dtype = choose_dtype(self.param_groups[0]["params"][0].device)
 
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]  # a closure would be evaluated by nobody
+    def step(self) -> None:  # type: ignore[override]  # without a closure, which nobody passes
         for group in self.param_groups:
             for weight in group["params"]:
                 state = self.state[weight]

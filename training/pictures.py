@@ -31,7 +31,7 @@ def uniform_noise(count: int, generator: torch.Generator) -> Tensor:
 
 
 def gaussian_noise(count: int, generator: torch.Generator) -> Tensor:
-    """Of any strength around any colour."""
+    """Noise of any strength around any colour."""
     mean_N311, strength_N111 = _colours(count, generator), 0.3 * torch.rand(count, 1, 1, 1, generator=generator)
     return _bytes(mean_N311 + strength_N111 * torch.randn(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator))
 
@@ -50,7 +50,7 @@ def constant_colours(count: int, generator: torch.Generator) -> Tensor:
 
 
 def gradients(count: int, generator: torch.Generator) -> Tensor:
-    """From one colour to another in any direction."""
+    """Gradients from one colour to another, in any direction."""
     return _bytes(_mix((_slope(count, generator) + 1) / 2, generator))
 
 
@@ -68,7 +68,7 @@ def stripes(count: int, generator: torch.Generator) -> Tensor:
 
 
 def fractals(count: int, generator: torch.Generator) -> Tensor:
-    """Cut-outs of Julia sets in one of matplotlib's ranges of colours."""
+    """Cut-outs of Julia sets in one of matplotlib's colormaps."""
     angle_N11 = 2 * math.pi * torch.rand(count, 1, 1, generator=generator)
     c_N11 = torch.polar(0.7885 * torch.ones_like(angle_N11), angle_N11)
     side_N11 = 0.1 + 1.2 * torch.rand(count, 1, 1, generator=generator)
@@ -85,7 +85,7 @@ def fractals(count: int, generator: torch.Generator) -> Tensor:
 
 
 def shapes(count: int, generator: torch.Generator) -> Tensor:
-    """Some rectangles, ellipses and triangles over each other."""
+    """A few rectangles, ellipses and triangles on top of each other."""
 
     def draw(canvas: ImageDraw.ImageDraw) -> None:
         for kind in torch.randint(0, 3, (int(_between(2, 7, generator)),), generator=generator).tolist():
@@ -102,7 +102,7 @@ def shapes(count: int, generator: torch.Generator) -> Tensor:
 
 
 def text(count: int, generator: torch.Generator) -> Tensor:
-    """Some lines of small letters."""
+    """A few lines of small letters."""
 
     def draw(canvas: ImageDraw.ImageDraw) -> None:
         font, fill = _font(int(_between(7, 14, generator)), generator), _colour(generator)
@@ -125,13 +125,13 @@ def digits(count: int, generator: torch.Generator) -> Tensor:
 
 
 def icons(count: int, generator: torch.Generator) -> Tensor:
-    """The tools of matplotlib's windows, as large as the picture or smaller."""
+    """Toolbar icons of matplotlib's windows, from half as large as the picture to a little larger."""
     folder = Path(matplotlib.get_data_path(), "images")
     return _pasted(count, [_read(path) for path in sorted(folder.glob("*_large.png"))], generator)
 
 
 def presents(count: int, generator: torch.Generator) -> Tensor:
-    """A drawn present, turned, on a plain ground: a thing that is of none of the classes."""
+    """A drawn present, rotated, on a plain background: a thing of none of the classes."""
     return _pasted(count, [_read(_sample("Minduka_Present_Blue_Pack.png"))], generator)
 
 
@@ -141,13 +141,13 @@ def portrait(count: int, generator: torch.Generator) -> Tensor:
 
 
 def scan(count: int, generator: torch.Generator) -> Tensor:
-    """Squares of a scan of a head by magnetic resonance."""
+    """Squares of an MRI scan of a head."""
     values = numpy.frombuffer(gzip.decompress(_sample("s1045.ima.gz").read_bytes()), ">u2").reshape(256, 256)
     return _cropped(count, Image.fromarray((values / values.max() * 255).astype("uint8")).convert("RGB"), generator)
 
 
 def terrain(count: int, generator: torch.Generator) -> Tensor:
-    """Squares of a map of heights in one of matplotlib's ranges of colours."""
+    """Squares of an elevation map in one of matplotlib's colormaps."""
     heights = torch.from_numpy(numpy.load(_sample("jacksboro_fault_dem.npz"))["elevation"]).float()
     low, high = heights.aminmax()
     grey = Image.fromarray(((heights - low) / (high - low) * 255).byte().numpy()).convert("RGB")
@@ -195,7 +195,7 @@ def _colour(generator: torch.Generator) -> tuple[int, ...]:
 
 
 def _slope(count: int, generator: torch.Generator) -> Tensor:
-    """From -1 to 1 across each picture (N, H, W) in any direction."""
+    """A ramp from -1 to 1 across each picture (N, H, W), in any direction."""
     angle_N11 = 2 * math.pi * torch.rand(count, 1, 1, generator=generator)
     axis_W = torch.linspace(-1, 1, IMAGE_SIZE)
     return (angle_N11.cos() * axis_W + angle_N11.sin() * axis_W[:, None]) / (
@@ -204,13 +204,13 @@ def _slope(count: int, generator: torch.Generator) -> Tensor:
 
 
 def _mix(share_NHW: Tensor, generator: torch.Generator) -> Tensor:
-    """Two colours for each picture, the second with this share."""
+    """Two random colours for each picture, mixed with this share of the second."""
     first, second = _colours(len(share_NHW), generator), _colours(len(share_NHW), generator)
     return first + (second - first) * share_NHW[:, None]
 
 
 def _paint(values_NHW: Tensor, generator: torch.Generator) -> Tensor:
-    """Values from 0 to 1 as colours, uint8 (N, C, H, W)."""
+    """Values from 0 to 1 in a random colormap, uint8 (N, C, H, W)."""
     chosen = torch.randint(0, len(COLOURS), (len(values_NHW),), generator=generator).tolist()
     painted = [
         torch.from_numpy(matplotlib.colormaps[COLOURS[index]](values_HW.numpy())[..., :3]).permute(2, 0, 1)
@@ -220,7 +220,7 @@ def _paint(values_NHW: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _drawn(count: int, draw: Callable[[ImageDraw.ImageDraw], None], generator: torch.Generator) -> Tensor:
-    """Drawings on a plain ground."""
+    """Drawings on a plain background."""
     pictures = []
     for _ in range(count):
         picture = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), _colour(generator))
@@ -230,7 +230,7 @@ def _drawn(count: int, draw: Callable[[ImageDraw.ImageDraw], None], generator: t
 
 
 def _pasted(count: int, things: Sequence[Image.Image], generator: torch.Generator) -> Tensor:
-    """One of some things with transparent surroundings, of any size, on a plain ground."""
+    """For each picture one of `things`, which have transparent surroundings, at any size on a plain background."""
     pictures = []
     for _ in range(count):
         thing = things[int(_between(0, len(things), generator))]
@@ -245,7 +245,7 @@ def _pasted(count: int, things: Sequence[Image.Image], generator: torch.Generato
 
 
 def _cropped(count: int, picture: Image.Image, generator: torch.Generator) -> Tensor:
-    """Squares at any place, from an eighth of the picture to all of its shorter side."""
+    """Squares at any place, with sides from an eighth of the picture's shorter side to all of it."""
     width, height = picture.size
     pictures = []
     for _ in range(count):

@@ -1,4 +1,4 @@
-"""Pictures of data and results. Each function makes a Figure; `save` and `show` put it out.
+"""Pictures of data and results. Each function makes a Figure; `save` writes it, `show` opens a window.
 
 Right is blue and wrong is vermilion throughout: colour-blind eyes tell the two apart (Okabe and Ito, 2008).
 Shape letters: N images, C = 3, H = W = 32, K classes.
@@ -32,19 +32,19 @@ BLUE, VERMILION, GREY = "#0072b2", "#d55e00", "#767676"
 DOTS_PER_INCH = 144
 COLUMNS = 8
 MOST_SHOWN = 400
-"""A gigabyte to draw."""
+"""Drawing that many takes a gigabyte."""
 LABEL_PIXELS = 12
 """Room under each image for two lines of text."""
 LONGEST_LABEL = 13
 LONGEST_SIDE = 20.0
-"""Of a figure with a row for each class, in inches: of 1,000 classes it would take more memory than there is."""
+"""Limit in inches for a figure with a row per class: without it, 1,000 classes would take more memory than there is."""
 
-warnings.filterwarnings("ignore", "Glyph .* missing")  # of an emoji in the name of a class; a box is drawn
-rcParams["text.parse_math"] = False  # $ is a character like any other in the name of a class
+warnings.filterwarnings("ignore", "Glyph .* missing")  # for an emoji in a class name; a box is drawn instead
+rcParams["text.parse_math"] = False  # in a class name, $ is a character like any other
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a file as a whole or not at all, in the format that its name ends in (.jpg, .svg, .pdf, ...), or as PNG.
+    """Write a file as a whole or not at all, in the format of its suffix (.jpg, .svg, .pdf, ...); without one, as PNG.
 
     Raises:
         ValueError: Matplotlib does not know that format; the sentence names those that it does.
@@ -53,7 +53,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def show(figure: Figure) -> None:
-    """Open a window with the figure, by the system's own viewer of pictures.
+    """Show the figure in a window of the system's own image viewer.
 
     Raises:
         AppError: There is no viewer.
@@ -78,7 +78,7 @@ def _drawn(figure: Figure, kind: str) -> bytes:
 def image_grid(
     pixels_NCHW: Tensor, labels_N: Tensor, classes: Sequence[str], predictions_N: Tensor | None = None
 ) -> Figure:
-    """Images with their class beneath; with predictions, what the network says and, where it is wrong, what is true.
+    """Images with their class beneath; with predictions, the predicted class and, where that is wrong, the true one.
 
     Raises:
         ValueError: There is no image, or there are too many.
@@ -89,7 +89,7 @@ def image_grid(
     tiles = F.pad(pixels_NCHW, (0, 0, 0, LABEL_PIXELS), value=255)  # white under each image, for its label
     grid_CHW = make_grid(tiles, nrow=columns, padding=2, pad_value=255)
     height, width = grid_CHW.shape[1:]
-    inches = 0.028  # a pixel: 32 of them are 0.9 inches
+    inches = 0.028  # per pixel: 32 of them are 0.9 inches
     figure = Figure(figsize=(width * inches, height * inches))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
@@ -191,7 +191,7 @@ def per_class_bars(confusion_KK: Tensor, classes: Sequence[str], dataset: str) -
 
 
 def reliability_diagram(bins_B3: Tensor, ece: float, dataset: str) -> Figure:
-    """How often the answer is right, against how sure the network says it is; on the diagonal it knows itself.
+    """How often the answer is right, against how sure the network says it is; on the diagonal the two agree.
 
     Args:
         bins_B3: Count, confidence and accuracy of each group, as in `app.report.Evaluation`.

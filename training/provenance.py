@@ -1,6 +1,6 @@
 """Where weights come from, and what follows from it: whom they may teach, and which images can measure them.
 
-Weights have seen the images that they were trained on. Whatever is fitted to those, or measured on them, flatters.
+Weights have seen the images that they were trained on: what is fitted to those, or measured on them, looks too good.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ from training.distill import introduce
 
 
 def provenance(name: str, recipe: Recipe, train: Split, teachers: list[Checkpoint], **machine: Any) -> dict[str, Any]:
-    """What a weights file tells of its training: the recipe, by its `name` and in full, the images, the teachers, how
-    it was called, and what the `machine` was."""
+    """What a weights file records of its training: the recipe, by its `name` and in full, the images, the teachers, the
+    command line, and the `machine`."""
     return {
         "recipe": name,
         **dataclasses.asdict(recipe),
@@ -38,10 +38,10 @@ def provenance(name: str, recipe: Recipe, train: Split, teachers: list[Checkpoin
 
 
 def load_teachers(files: list[Path], recipe: Recipe, images: Split) -> list[Checkpoint]:
-    """Those that a recipe with distillation learns from, of the training images `images`.
+    """The teachers of a recipe with distillation. `images` are all training images, including those it holds out.
 
     Raises:
-        CheckpointError, ValueError: a file cannot be used, or files and recipe do not fit.
+        CheckpointError, ValueError: a file cannot be used, or the files do not suit the recipe.
     """
     if recipe.distillation and not files:
         raise ValueError(
@@ -61,10 +61,10 @@ def load_teachers(files: list[Path], recipe: Recipe, images: Split) -> list[Chec
 
 
 def take_over_calibration(file: Path, recipe: Recipe, images: Split, teachers: list[Checkpoint]) -> Calibration:
-    """What a run with --validation found, for a run on all images, which has none to calibrate on.
+    """The calibration from a run with --validation, for a run on all images, which has none left to calibrate on.
 
     Raises:
-        CheckpointError, ValueError: the file cannot be used, or the two runs do not fit.
+        CheckpointError, ValueError: the file cannot be used, or the two runs do not match.
     """
     if not file.exists():
         raise ValueError(
@@ -92,10 +92,10 @@ def take_over_calibration(file: Path, recipe: Recipe, images: Split, teachers: l
 
 
 def hold_out_for(weights: Checkpoint | None, images: Split, share: float) -> tuple[Split, Split]:
-    """As `hold_out`, to measure `weights`.
+    """Like `hold_out`, in order to measure `weights`.
 
     Raises:
-        ValueError: they may have seen some of the images.
+        ValueError: they may have seen some of the held-out images.
     """
     parts = hold_out(images, share)
     if weights is not None and not _unseen(weights, images, share):

@@ -49,7 +49,7 @@ def brightness(factor: float, pixels_NCHW: Tensor) -> Tensor:
 def contrast(factor: float, pixels_NCHW: Tensor) -> Tensor:
     """Each value's distance from the mean grey of its picture times `factor`, rounded and clipped.
 
-    Grey as ITU-R BT.601 weighs the colours.
+    Grey weighs the colours as in ITU-R BT.601.
     """
     luma_C = torch.tensor([0.299, 0.587, 0.114])
     grey_N = torch.einsum("c,nchw->nhw", luma_C, pixels_NCHW.float()).mean(dim=(1, 2))
@@ -63,12 +63,12 @@ def mirror(pixels_NCHW: Tensor) -> Tensor:
 
 
 def enlarge(pixels_NCHW: Tensor) -> Tensor:
-    """Enlarged to 256x256 as a PNG, and posted with `?resize=stretch`."""
+    """Enlarged to 256x256 as a PNG, and read as if posted with `?resize=stretch`."""
     return _each(pixels_NCHW, lambda picture: _encode(picture.resize(ENLARGED, Image.Resampling.BICUBIC), "PNG"))
 
 
 def corruptions() -> dict[str, list[Corruption]]:
-    """What is measured, in the order of the table; of several variants the mean counts."""
+    """What is measured, in the order of the table; several variants count by their mean."""
     table: dict[str, list[Corruption]] = {"as they are": [lambda pixels_NCHW: pixels_NCHW]}
     table |= {f"JPEG quality {quality}": [partial(jpeg, quality)] for quality in JPEG_QUALITIES}
     for distance in SHIFTS:
@@ -100,7 +100,7 @@ def measure(checkpoint: Checkpoint, split: Split, device: torch.device | str = "
 
 
 def format_robustness(result: dict[str, Any]) -> str:
-    """The rows as a table, under what was measured."""
+    """The rows as a table, headed by what was measured."""
     dataset, rows = result["dataset"], result["rows"]
     width = max(len(row["pictures"]) for row in rows)
     lines = [
@@ -120,7 +120,7 @@ def _to_pixels(values_NCHW: Tensor) -> Tensor:
 
 
 def _each(pixels_NCHW: Tensor, encode: Callable[[Image.Image], bytes]) -> Tensor:
-    """Every image as bytes, decoded by the service's own code."""
+    """Encode every image, and decode it with the service's own code."""
     pictures = (Image.fromarray(pixels_HWC.numpy()) for pixels_HWC in pixels_NCHW.permute(0, 2, 3, 1).contiguous())
     return images.to_tensor(images.decode(encode(picture), "stretch") for picture in pictures)
 

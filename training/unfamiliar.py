@@ -1,4 +1,4 @@
-"""How well what a network says of a picture tells whether it is of the kind that the network was trained on.
+"""How well a network's output tells whether a picture is of the kind that the network was trained on.
 
 Shape letters: N pictures, M of them known, K classes, D features.
 """
@@ -17,19 +17,19 @@ from training.evaluate import forward
 from training.pictures import SOURCES
 
 USED = "energy"
-"""What the service goes by, `app.calibration.energy`."""
+"""The score that the service uses, `app.calibration.energy`."""
 NEIGHBOURS = 5
 KNOWN_IMAGES = 10_000
-"""Of the training images, to look for neighbours among: more take minutes on a CPU and change nothing."""
+"""Training images among which neighbours are sought: more take minutes on a CPU and change nothing."""
 
 
 def compare(
     checkpoint: Checkpoint, train: Split, held_out: Split, count: int = 500, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
-    """For each source of unfamiliar pictures the AUROC of each score, and the share called unfamiliar; plain types.
+    """For each source of unfamiliar pictures: the AUROC of each score, and the share called unfamiliar; plain types.
 
     Args:
-        train: Images that the network was trained on; some are looked at for what is familiar.
+        train: Images that the network was trained on; the first ones serve as examples of what is familiar.
         held_out: Images that it was not trained on.
         count: Pictures of each source.
 
@@ -74,7 +74,7 @@ def compare(
 
 
 def score(features_ND: Tensor, logits_NK: Tensor, known_ND: Tensor, labels_N: Tensor) -> dict[str, Tensor]:
-    """The candidates (N,), all the higher the more familiar.
+    """The candidate scores (N,) by name: the higher, the more familiar.
 
     Args:
         known_ND: Features of training images, with the classes `labels_N`.
@@ -95,7 +95,7 @@ def score(features_ND: Tensor, logits_NK: Tensor, known_ND: Tensor, labels_N: Te
 def _mahalanobis(features_ND: Tensor, known_ND: Tensor, labels_N: Tensor) -> Tensor:
     """Squared distance to the nearest class mean, in units of the spread within the classes.
 
-    In float64: of few images, float32 leaves too little to invert.
+    In float64: for float32, the covariance of few images is too nearly singular.
     """
     features_ND, known_ND = features_ND.double(), known_ND.double()
     means_KD = torch.stack([known_ND[labels_N == label].mean(dim=0) for label in labels_N.unique()])
