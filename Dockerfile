@@ -7,7 +7,7 @@ FROM python:3.12-slim AS packages
 ARG TORCH_INDEX=""
 WORKDIR /build
 COPY pyproject.toml .
-# Only the service's packages, read from the one place that lists them; this layer lives until that file changes.
+# Only the service's packages, read from the one place that lists them; this layer is cached until that file changes.
 RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
         print(*project['dependencies'], *project['optional-dependencies']['openvino'], sep='\n')" > requirements.txt \
     && python -m venv /venv \
@@ -20,8 +20,8 @@ COPY --from=packages /venv /venv
 WORKDIR /srv
 COPY app app
 COPY weights weights
-# Nothing is written at run time, so a read-only root works: byte code is made here. A clone may be readable by its owner
-# alone, who is not the user below.
+# Nothing is written at run time, so a read-only root works: byte code is made here. The clone's files may be readable
+# only by their owner, who is not the user below.
 RUN python -m compileall -q app && chmod -R a+rX /srv
 ENV PATH=/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 CIFAR_HOST=0.0.0.0
 USER 65534:65534

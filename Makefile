@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-# What a rule that failed has left is not taken for done; and two rules would install into one .venv at once.
+# What a failed rule leaves does not count as done; and rules in parallel would install into one .venv at once.
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help serve test bench train clean
@@ -49,8 +49,8 @@ clean: ## remove .venv and caches
 		$(BIN)/pip install --quiet --disable-pip-version-check -e '.[training,dev]'; }
 	@touch $@ .venv/.service .venv/.training
 
-# Four runs, each of which goes on where it stopped; one that has ended is not run again. CIFAR-10 is fetched if no data
-# set is named, and ./data has no folder but that of an earlier fetch, which may be incomplete.
+# Four runs; each goes on where it stopped, and a finished one is not run again. CIFAR-10 is fetched if no data set is
+# named and ./data has no folder other than that of an earlier, perhaps incomplete fetch.
 TRAIN := $(BIN)/python -m training train --resume
 TEACHERS := runs/teacher-0/cifar_net.pth runs/teacher-1/cifar_net.pth
 DATA := $(if $(CIFAR_DATA)$(filter-out data/cifar-10-batches-py/,$(wildcard data/*/ data/data_batch_1*)),,data/.complete)

@@ -1,7 +1,7 @@
 """`make bench`: training speed, requests per second, start-up time and memory on this machine, as one table.
 
-Speed does not depend on what the pictures show, so it needs no data set. Requests are made by wrk, from the same
-machine: install it from your system's packages. Run it while nothing else runs.
+Speed does not depend on what the pictures show, so no data set is needed. Requests come from wrk, on the same machine:
+install it from your system's packages. Run the benchmark while nothing else runs.
 """
 
 import io
@@ -98,7 +98,7 @@ def tutorial_as_written(images: Split) -> float:
     """Images per second of the tutorial's own loop: DataLoader with two workers, batches of 4."""
     loader = DataLoader(TutorialDataset(images), batch_size=4, shuffle=True, num_workers=2)
     net = model.build("net")
-    # Its Net does not normalise, its loader does; make ours skip what is done already.
+    # The tutorial normalises in its loader, not in its Net; make ours skip what is done already.
     net.mean.zero_()
     net.std.fill_(1 / 255)
     criterion, optimizer = nn.CrossEntropyLoss(), optim.SGD(net.parameters(), lr=0.001, momentum=0.9)
@@ -130,12 +130,12 @@ class Running(NamedTuple):
     port: int
     pid: int
     ready_seconds: float
-    """Until the first process served."""
+    """From the command until the first process served."""
     full_seconds: float
-    """Until all of them did."""
+    """Until all processes did."""
 
     def megabytes(self) -> float:
-        """Memory of all processes; what several share is counted for each."""
+        """Memory of all processes; what they share is counted once for each."""
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
         return sum(resident_megabytes(pid) for pid in [str(self.pid), *children])
 
@@ -209,7 +209,7 @@ def write_pixels(folder: Path) -> Path:
 
 
 def engine_speeds(architecture: str) -> tuple[float, float]:
-    """Of the service's engine alone: milliseconds for one picture, and pictures per second in full batches."""
+    """The service's engine alone: milliseconds for one picture, and pictures per second in full batches."""
     settings = Settings()
     random = checkpoint.Checkpoint(
         architecture=architecture,

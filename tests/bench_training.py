@@ -1,14 +1,15 @@
-"""Our training against airbench94's: step for step (`compare`, part of `make bench`), and to the end:
+"""Our training against airbench94's: step for step (`compare`, part of `make bench`), and to the end, by our recipe
+`fast`:
 
     CIFAR_DATA=DIR python tests/bench_training.py
 
-where ours is the recipe `fast`. It trains both on nine tenths of the training images, under two seeds, and prints time
-and accuracy on the last tenth: half an hour on two cores.
+This trains both on nine tenths of the training images, under two seeds, and prints time and accuracy on the last tenth:
+half an hour on two cores.
 
 airbench94 is the fastest known way to 94 % of CIFAR-10 on one GPU: K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a
 Single GPU", 2024 (arXiv:2404.00498), here in its later form with the optimizer Muon; network and step are written anew
-from that description. Both train in one process, in the same precision and memory format, uncompiled; the augmentation
-that each has is part of its time.
+from that description. Both train in one process, in the same precision and memory format, uncompiled; each one's time
+includes its augmentation.
 Shape letters: N images, C = 3, H = W = 32, K classes.
 """
 
@@ -38,7 +39,7 @@ from training.muon import Muon
 REPETITIONS = 3
 SEEDS = (0, 1)
 AIRBENCH_EPOCHS, AIRBENCH_BATCH = 10, 2000
-"""So many give 94 % in six views when a tenth of the images is held out; published are eight, with all of them."""
+"""So many epochs give 94 % in six views with a tenth of the images held out; published are eight, with all images."""
 
 
 class PlainGroup(Group):
@@ -62,8 +63,8 @@ class AirbenchNet(CifarNet):
 
 
 class AirbenchTrainer:
-    """Its training: alternating flips and shifts by 2 of whole epochs, label smoothing 0.2, Muon and SGD, whose rates
-    fall to 0 in so many epochs; the whitening layer learns in the first three only."""
+    """airbench94's training: alternating flips, shifts by up to 2, both applied to whole epochs, label smoothing 0.2,
+    Muon and SGD with rates that fall to 0 over `epochs`; the whitening layer learns in the first three only."""
 
     WHITENING_EPOCHS = 3
 
@@ -80,7 +81,7 @@ class AirbenchTrainer:
         filters = [p for p in self.network.groups.parameters() if p.requires_grad and p.ndim == 4]
         biases = [p for p in self.network.parameters() if p.requires_grad and p.ndim == 1]
         decay = 2e-6 * batch_size
-        head_rate = 0.67 / self.network.head.in_features**2  # there the head's answers are divided by its inputs
+        head_rate = 0.67 / self.network.head.in_features**2  # there the head divides by its number of inputs
         groups = [
             {"params": biases, "peak": 0.053, "weight_decay": decay / 0.053},
             {"params": [self.network.head.weight], "peak": head_rate, "weight_decay": decay / head_rate},
@@ -91,7 +92,7 @@ class AirbenchTrainer:
         self.optimizers: list[torch.optim.Optimizer] = [sgd, muon]
 
     def epoch(self) -> float:
-        """Train on every image once: images per second."""
+        """Train on every image once; returns images per second."""
         start = time.perf_counter()
         self.network.train()
         cast(Tensor, self.network.whiten.bias).requires_grad_(self.epochs_done < self.WHITENING_EPOCHS)
@@ -138,14 +139,14 @@ def ours(images: Split, device: torch.device, teachers: Teachers | None = None) 
 def train(
     images: Split, recipe: Recipe, device: torch.device, teachers: Teachers | None = None
 ) -> tuple[nn.Module, list[Row]]:
-    """A new network, and the figures of its epochs."""
+    """Train a new network; returns it and the figures of its epochs."""
     network = model.build(recipe.network)
     initialize(network, recipe, images.pixels_NCHW)
     return network, fit(network, images, recipe, device=device, teachers=teachers)
 
 
 def two_teachers(classes: tuple[str, ...]) -> Teachers:
-    """As large as those of the default recipe; what they say takes no longer if it makes sense."""
+    """Untrained teachers as large as those of the default recipe: sensible answers would take no longer."""
     name = RECIPES["teacher"].network
     states = [model.build(name).state_dict() for _ in range(2)]
     return Teachers(
@@ -154,7 +155,7 @@ def two_teachers(classes: tuple[str, ...]) -> Teachers:
 
 
 def compare(images: Split, batch_size: int = RECIPES["default"].batch_size) -> dict[str, float]:
-    """Images per second of each: the median of repetitions that take turns, after one to warm up."""
+    """Images per second of each: the median of repetitions, run by turns after one to warm up."""
     device = choose_device()
     trainer = AirbenchTrainer(images, batch_size, device, epochs=1 + REPETITIONS)
     teachers = two_teachers(images.classes)
@@ -171,8 +172,8 @@ def compare(images: Split, batch_size: int = RECIPES["default"].batch_size) -> d
 
 
 def six_views(network: nn.Module, pixels_NCHW: Tensor) -> Tensor:
-    """airbench94's logits (N, K): of an image and of it moved by one pixel either way along the diagonal, mirrored and
-    not. The image counts as much as both that are moved."""
+    """airbench94's logits (N, K): of each image and of two copies moved by one pixel either way along the diagonal, all
+    three mirrored and not. The image counts as much as both copies together."""
 
     def both(view_NCHW: Tensor) -> Tensor:
         return forward(network, view_NCHW) + forward(network, view_NCHW.flip(3))
@@ -195,7 +196,7 @@ def train_ours(images: Split, seed: int, device: torch.device) -> nn.Module:
 
 
 def main() -> None:
-    """Both to the end, under several seeds by turns."""
+    """Train both to the end, by turns under several seeds."""
     device = choose_device()
     images, held_out = hold_out(data.read(locate(None, os.environ))[0], 0.1)
     print(f"{describe(device)}, torch {torch.__version__}; {len(images):,} images\n")

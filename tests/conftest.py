@@ -25,7 +25,7 @@ os.environ["no_proxy"] = "*"  # urllib would ask a proxy even for what is on thi
 
 
 def random_checkpoint(architecture: str = "net", evaluation: Evaluation | None = None) -> Checkpoint:
-    """Of the same random weights each time."""
+    """A checkpoint with the same random weights each time."""
     torch.manual_seed(7)
     network = model.build(architecture, num_classes=10)
     return Checkpoint(
@@ -71,7 +71,7 @@ def encode(picture: Image.Image, format: str = "PNG", **options: object) -> byte
 
 @contextmanager
 def occupied(service: Service, pictures: int = 1) -> Iterator[None]:
-    """As if so many pictures were being answered."""
+    """Make the service believe that it is answering this many pictures."""
     admission, load = service._batcher._admission, Load(0, pictures, light=True, bulk=pictures > 1)
     admission.enter(load)
     try:
@@ -82,7 +82,7 @@ def occupied(service: Service, pictures: int = 1) -> Iterator[None]:
 
 @pytest.fixture
 def photos_NCHW() -> Tensor:
-    """Smooth random pictures with edges, so that there is something to lose; eight of them."""
+    """Eight smooth random pictures with edges, so that there is something to lose."""
     coarse = torch.rand(8, 3, 5, 5, generator=torch.Generator().manual_seed(0)) * 255
     smooth = F.interpolate(coarse, size=(32, 32), mode="bicubic").clamp(0, 255)
     smooth[:, :, 10:20, 8:24] = 255 - smooth[:, :, 10:20, 8:24]

@@ -1,4 +1,4 @@
-"""What the tests of a running service share: real processes, and clients of theirs."""
+"""What the tests of a running service share: real processes, and clients for them."""
 
 import http.client
 import json
@@ -25,7 +25,7 @@ def command(*arguments: str, program: Sequence[str] = ("-m", "app")) -> list[str
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """Without access lines, because nobody reads the pipe they would go to until it is full."""
+    """Without access log lines: nobody would read their pipe, and it would fill up."""
     known = {name: value for name, value in os.environ.items() if not name.startswith("CIFAR_")}
     return {**known, "CIFAR_ACCESS_LOG": "off", **variables}
 
@@ -45,7 +45,7 @@ def serving(
     )
     try:
         assert process.stdout is not None
-        line = process.stdout.readline()  # empty when the process ends, so this waits for no longer than it lives
+        line = process.stdout.readline()  # empty if the process ends, so this waits no longer than it lives
         found = re.search(r"http://\S+", line)
         assert found, process.communicate(timeout=SECONDS)
         yield process, found[0], line
@@ -97,7 +97,7 @@ def post(url: str, path: str, body: bytes) -> Outcome:
 
 
 def eventually(true: Callable[[], bool]) -> None:
-    """Wait until it is, but not for ever."""
+    """Wait until `true()` holds, but not for ever."""
     deadline = time.monotonic() + SECONDS
     while not true():
         assert time.monotonic() < deadline

@@ -1,8 +1,8 @@
 """More requests than the service can carry, for a while: `python tests/soak.py [SECONDS]`, by hand.
 
 First wrk (install it from your system's packages) finds the peak, with connections that each wait for an answer. Then
-so many connections ask at intervals that together they offer three times the peak, and a refused one does not come back
-before its next interval. What is answered, the service counts itself; the load is made by the same machine.
+many connections ask at intervals, together three times the peak, and a refused one does not come back before its next
+interval. The service itself counts what it answers; the load is made by the same machine.
 """
 
 import re
@@ -22,7 +22,7 @@ CROWD = 6000
 TIMES = 3
 DEADLINE_SECONDS = 5.0
 
-# Each connection waits before each request; the first time anything up to that, so that they do not come in step.
+# Each connection waits INTERVAL before a request; the first time a random part of it, so that they are out of step.
 DELAY = """
 math.randomseed(1)
 local asked = 0
@@ -39,7 +39,7 @@ class Counts(NamedTuple):
     at: float
     by_status: dict[str, float]
     waits: dict[float, float]
-    """How many had waited in the queue for at most so many seconds."""
+    """By a number of seconds: how many had waited in the queue for at most that long."""
 
 
 def read(port: int) -> Counts:
@@ -55,7 +55,7 @@ def read(port: int) -> Counts:
 
 
 def quantile(before: Counts, after: Counts, share: float) -> float:
-    """The bound below which that share of the waits between the two was."""
+    """The histogram's bound within which that share of the waits between the two counts lies."""
     counts = {bound: count - before.waits.get(bound, 0) for bound, count in after.waits.items()}
     total = max(counts.values())
     return min(bound for bound, count in counts.items() if count >= share * total)
@@ -70,7 +70,7 @@ def lone_milliseconds(port: int, path: str, data: bytes | None = None) -> float:
 
 
 class Probe(threading.Thread):
-    """Asks for the health ten times a second, over a new connection each time."""
+    """Asks for /healthz ten times a second, over a new connection each time."""
 
     def __init__(self, port: int) -> None:
         super().__init__(daemon=True)
