@@ -134,7 +134,7 @@ def error_response(request: Request, error: RequestError) -> Response:
 
 
 def server_timing(timing: Timing, total: float) -> tuple[bytes, bytes]:
-    """A header, in milliseconds. What is missing from the total is HTTP: reading the body and writing the answer."""
+    """A header, in milliseconds. The rest of the total is HTTP and waiting for the event loop."""
     queue, decode, inference = timing
     milliseconds = (queue * 1e3, decode * 1e3, inference * 1e3, total * 1e3)
     return b"server-timing", b"queue;dur=%.2f, decode;dur=%.2f, inference;dur=%.2f, total;dur=%.2f" % milliseconds

@@ -28,7 +28,7 @@ KUBERNETES = re.compile(r"CIFAR_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d
 """What it puts into every container of the namespace of a Service named cifar, or cifar- and more; and CIFAR_PORT as
 an address: https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables."""
 BYTES_OF_A_PROCESS = 1024 * MIB
-"""Memory that each is given when their number is chosen: 0.7 GB, and what a large picture takes."""
+"""Memory that each is given when their number is chosen: 0.75 GB, and what a large picture takes."""
 SHARES_ADDRESS = sys.platform == "linux"
 """Whether the system deals connections out among several processes that listen on one address."""
 
@@ -156,7 +156,7 @@ class Settings:
         int,
         Setting(
             process_count,
-            "worker processes of 0.7 GB (default: one for every two threads, as many as there is memory for, up to 4)",
+            "worker processes of 0.75 GB (default: one for every two threads, as many as there is memory for, up to 4)",
         ),
     ] = dataclasses.field(default_factory=usual_processes)
     max_body_bytes: Annotated[int, Setting(whole(1, 1024 * MIB), "a larger request body is refused")] = 8 * MIB

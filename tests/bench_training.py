@@ -64,7 +64,7 @@ class AirbenchNet(CifarNet):
 
 class AirbenchTrainer:
     """airbench94's training: alternating flips, shifts by up to 2, both applied to whole epochs, label smoothing 0.2,
-    Muon and SGD with rates that fall to 0 over `epochs`; the whitening layer learns in the first three only."""
+    Muon and SGD with rates that fall to 0 over `epochs`; the whitening bias learns in the first three only."""
 
     WHITENING_EPOCHS = 3
 

@@ -5,6 +5,7 @@ many connections ask at intervals, together three times the peak, and a refused 
 interval. The service itself counts what it answers; the load is made by the same machine.
 """
 
+import os
 import re
 import statistics
 import sys
@@ -17,10 +18,11 @@ from typing import NamedTuple
 
 from bench import LUA, check_tools, load, service, write_bodies
 
+from app.settings import parse_settings
+
 CROWD = 6000
 """Connections; more than the service admits, so that it has to refuse some."""
 TIMES = 3
-DEADLINE_SECONDS = 5.0
 
 # Each connection waits INTERVAL before a request; the first time a random part of it, so that they are out of step.
 DELAY = """
@@ -115,7 +117,7 @@ def main(seconds: int) -> None:
             print(f"| ... with {status} | {count / elapsed:,.0f}/s |")
         print(
             f"| ... wait in the queue, p50 / p99 | <= {quantile(before, after, 0.5):g} / "
-            f"{quantile(before, after, 0.99):g} s, deadline {DEADLINE_SECONDS:g} s |"
+            f"{quantile(before, after, 0.99):g} s, deadline {parse_settings([], os.environ).deadline_seconds:g} s |"
         )
         print(
             f"| ... /healthz, p50 / p99 / longest | {statistics.median(probe.taken):.0f} / "

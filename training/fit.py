@@ -240,7 +240,7 @@ def _place(modules: Iterable[nn.Module], recipe: Recipe, device: torch.device) -
         torch.cuda.set_device(device)  # recorded steps and exchanged gradients use the current one
     torch.backends.cudnn.benchmark = True  # steps are alike, so trying out NVIDIA's algorithms once pays
     torch.backends.cudnn.allow_tf32 = recipe.precision == "auto"
-    channels_last = recipe.precision == "auto" and device.type != "mps"  # a fifth faster on two cores, in float32, too
+    channels_last = recipe.precision == "auto" and device.type != "mps"  # a fifth faster on two cores, even in float32
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     for module in modules:
         module.to(device)
