@@ -6,9 +6,19 @@ import dataclasses
 import inspect
 import itertools
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 LARGEST_SEED = 10**9
+
+
+class Bounds(NamedTuple):
+    """The least and the greatest value that a field accepts."""
+
+    low: float
+    high: float
+
+
+Share = Annotated[float, Bounds(0, 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,86 +27,67 @@ class Recipe:
 
     network: Literal["net", "cifar_net", "wide_cifar_net"] = "cifar_net"
     """Which network of app/model.py."""
-    seed: int = 0
+    seed: Annotated[int, Bounds(0, LARGEST_SEED)] = 0
     """Seed of the initial weights, the order of the images and their augmentation."""
-    validation: float = 0.0
+    validation: Annotated[float, Bounds(0, 0.9)] = 0.0
     """Share of the training images held out, from their end. Above 0 nothing is measured on the test images."""
-    epochs: int = 1
+    epochs: Annotated[int, Bounds(1, 100_000)] = 1
     """Passes over the training images."""
-    batch_size: int = 512
+    batch_size: Annotated[int, Bounds(1, 1_000_000)] = 512
     """Approximate number of images per step, over all processes: an epoch is cut into equal parts."""
     optimizer: Literal["sgd", "muon"] = "sgd"
     """muon: orthogonalised updates for the weights of hidden layers, sgd for all else."""
-    learning_rate: float = 0.1
+    learning_rate: Annotated[float, Bounds(0, 100)] = 0.1
     """Peak learning rate of what sgd trains."""
-    muon_learning_rate: float = 0.0
+    muon_learning_rate: Annotated[float, Bounds(0, 100)] = 0.0
     """Peak learning rate of the hidden layers when the optimizer is muon."""
-    bias_learning_rate: float = 0.0
+    bias_learning_rate: Annotated[float, Bounds(0, 1000)] = 0.0
     """Peak learning rate of biases and batch norms; 0: learning_rate, and they do not decay."""
-    momentum: float = 0.9
+    momentum: Annotated[float, Bounds(0, 0.9999)] = 0.9
     """Momentum of sgd."""
     nesterov: bool = True
     """Nesterov's momentum instead of the classical one."""
-    weight_decay: float = 0.0
+    weight_decay: Share = 0.0
     """Weight decay of what sgd trains: weights, and biases and batch norms if they have a learning rate of their own.
     muon keeps the norm of its weights fixed."""
-    warmup: float = 0.0
+    warmup: Annotated[float, Bounds(0, 0.99)] = 0.0
     """Share of the steps in which the learning rate rises linearly from 0."""
     decay: bool = True
     """Let the learning rate fall linearly to 0 after the warm-up; otherwise it stays constant."""
-    distillation: float = 0.0
+    distillation: Share = 0.0
     """Share of the target that comes from the teachers (`train --teacher`); the rest is the label."""
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, Bounds(0, 0.99)] = 0.0
     """Share of a label that is spread evenly over all classes (Szegedy et al. 2016, arXiv:1512.00567)."""
     normalization: Literal["data", "half"] = "data"
     """data: mean and standard deviation of the training pixels. half: 0.5 and 0.5, as in the tutorial."""
     flip: bool = False
     """Mirror every image in every second epoch (alternating flips; Jordan 2024, arXiv:2404.00498)."""
-    shift: int = 0
+    shift: Annotated[int, Bounds(0, 16)] = 0
     """Shift by up to this many pixels, with the border reflected."""
-    cutout: int = 0
+    cutout: Annotated[int, Bounds(0, 32)] = 0
     """Side of a randomly placed square that is set to mid-grey (DeVries & Taylor 2017, arXiv:1708.04552)."""
-    cutmix: float = 0.0
+    cutmix: Share = 0.0
     """Share of the images in which a square of random size is replaced by another image's, and the target in the same
     proportion (Yun et al., 2019, arXiv:1905.04899)."""
-    jpeg: float = 0.0
+    jpeg: Share = 0.0
     """Share of the images that are compressed as JPEGs of random quality: people post JPEGs."""
-    low_resolution: float = 0.0
+    low_resolution: Share = 0.0
     """Share of the epochs, at the beginning, with pictures shrunk to 20x20 and then to 26x26, for which the network
     takes two fifths and two thirds of the time (progressive learning; Tan & Le 2021, arXiv:2104.00298)."""
     precision: Literal["auto", "float32"] = "auto"
     """auto: channels_last, and bfloat16 autocast where the hardware has the instructions. float32: full precision, on
     NVIDIA's GPUs, too."""
-    report_every: int = 0
+    report_every: Annotated[int, Bounds(0, 10**9)] = 0
     """Steps between prints of the running loss, as in the tutorial; 0: only once an epoch."""
 
     def __post_init__(self) -> None:
-        bounds = {
-            "seed": (0, LARGEST_SEED),
-            "epochs": (1, 100_000),
-            "batch_size": (1, 1_000_000),
-            "validation": (0, 0.9),
-            "learning_rate": (0, 100),
-            "muon_learning_rate": (0, 100),
-            "bias_learning_rate": (0, 1000),
-            "momentum": (0, 0.9999),
-            "weight_decay": (0, 1),
-            "warmup": (0, 0.99),
-            "distillation": (0, 1),
-            "label_smoothing": (0, 0.99),
-            "shift": (0, 16),
-            "cutout": (0, 32),
-            "cutmix": (0, 1),
-            "jpeg": (0, 1),
-            "low_resolution": (0, 1),
-            "report_every": (0, 10**9),
-        }
-        for name, (low, high) in bounds.items():
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} is {getattr(self, name)}; accepted is {low} to {high}.")
-        for name, kind in get_type_hints(Recipe).items():
-            if (choices := get_args(kind)) and getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; accepted are {', '.join(choices)}.")
+        for name, kind in get_type_hints(Recipe, include_extras=True).items():
+            value = getattr(self, name)
+            for low, high in getattr(kind, "__metadata__", ()):
+                if not low <= value <= high:
+                    raise ValueError(f"{name} is {value}; accepted is {low} to {high}.")
+            if get_origin(kind) is Literal and value not in get_args(kind):
+                raise ValueError(f"{name} is {value!r}; accepted are {', '.join(get_args(kind))}.")
         if self.nesterov and not self.momentum:
             raise ValueError("Nesterov's momentum needs one above 0; give one, or add --no-nesterov.")
         if self.optimizer == "muon" and not self.muon_learning_rate:
