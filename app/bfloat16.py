@@ -1,4 +1,4 @@
-"""Preparing a network for bfloat16, so that what it answers is hardly changed.
+"""Preparing a network for bfloat16, so that its answers hardly change.
 
 Shape letters: N images, C = 3, H = W = 32, O and I output and input channels of a convolution.
 """
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from app.model import Normalized
 
 CENTRE = 128.0
-"""What is taken from pixels, 0 to 255, to have small numbers of both signs."""
+"""Subtracted from pixels, 0 to 255, to make them small numbers of both signs."""
 LEVEL = 8.0
 """GELU leaves it as it is, and bfloat16 holds it exactly."""
 
 
 def round_weights(network: Normalized) -> None:
-    """Prepare a network for bfloat16, so that what it answers is hardly changed."""
+    """Prepare a network for bfloat16, so that its answers hardly change."""
     first, second, *others = (layer for layer in network.modules() if isinstance(layer, nn.Conv2d))
     keep_pixels(network, first)
     for layer in (second, *others):
@@ -25,12 +25,12 @@ def round_weights(network: Normalized) -> None:
 
 @torch.no_grad()
 def keep_pixels(network: Normalized, first: nn.Conv2d) -> None:
-    """Have the first convolution see pixels that bfloat16 holds exactly, and with weights of twice its digits.
+    """Give the first convolution pixels that bfloat16 holds exactly, and weights with twice its digits.
 
-    It lives from small differences between neighbours, which rounded normalised pixels drown: with an earlier network
-    the largest error of a probability was 0.034 on validation images, against 0.022. So it takes over the normalisation
-    and sees whole numbers around 0, twice: once for the rounded weights and once for what rounding took from them. It
-    must not pad: what the normalisation subtracts is in its bias.
+    It depends on small differences between neighbours, which are lost when normalised pixels are rounded: with an
+    earlier network the largest error of a probability on validation images was 0.034 then, and is 0.022 this way. So
+    it takes over the normalisation and sees whole numbers around 0, twice: once for the rounded weights and once for
+    their rounding errors. It must not pad, because its bias contains what the normalisation subtracts.
     """
     assert first.padding == (0, 0)
     assert first.bias is not None
@@ -52,7 +52,7 @@ def _centred_twice(pixels_NCHW: Tensor) -> Tensor:
 def round_kernels(layer: nn.Conv2d) -> None:
     """Round the weights to bfloat16 so that the errors within a kernel cancel.
 
-    Each weight takes over the error of the one before. Neighbouring pixels are alike, so what is felt is the error of
+    Each weight makes up for the error of the one before. Neighbouring pixels are alike, so what matters is the error of
     a kernel's sum; with an earlier network this halved the largest error of a probability (0.024 to 0.014).
     """
     rounded, error_OI = [], torch.zeros(())
@@ -67,10 +67,10 @@ def round_kernels(layer: nn.Conv2d) -> None:
 def keep_bias(before: nn.Conv2d, layer: nn.Conv2d) -> None:
     """Have a convolution add its bias with twice the digits of bfloat16.
 
-    All of the picture feels its error alike, so that nothing makes up for it, and the second layer has the largest
-    ones: with them rounded, the largest error of a probability was 0.031 on 10,000 images, and is 0.015 so. The layer
-    before gets one more channel, which is always `LEVEL`, also after ReLU or GELU and a maximum; of that, the middle of
-    each kernel, which never lies in the padding, takes what rounding took from the bias.
+    A bias's error is the same all over the picture, so that nothing evens it out, and the second layer has the largest
+    biases: the largest error of a probability on 10,000 images was 0.031 with them rounded, and is 0.015 this way. The
+    layer before gets one more channel, which is always `LEVEL`, even after ReLU or GELU and a maximum. On that channel
+    the centre of each kernel, which never lies in the padding, holds what rounding took from the bias.
     """
     assert layer.bias is not None
     assert before.bias is not None

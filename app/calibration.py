@@ -1,6 +1,6 @@
-"""What held-out images taught about the answers of a network: how sure it may be, and what is like its training.
+"""What held-out images tell about a network's answers: how sure it may be, and what resembles its training images.
 
-A leaf: torch only. Shape letters: N pictures, K classes.
+Imports only torch. Shape letters: N pictures, K classes.
 """
 
 from bisect import bisect_left
@@ -24,24 +24,24 @@ class Calibration:
     set_threshold: float | None = None
     """A class of at least this probability is in the prediction set."""
     energy_quantiles: tuple[float, ...] | None = None
-    """Of the `energy` of the held-out images, at equal steps from the least to the greatest."""
+    """Quantiles of the `energy` of the held-out images, evenly spaced from the minimum to the maximum."""
     images: str = ""
-    """Which images, in words."""
+    """Which held-out images, in words."""
     count: int = 0
     """How many."""
     digest: str = ""
     """sha256 over their pixels and labels."""
 
     def adjust(self, logits_NK: Tensor) -> Tensor:
-        """Logits (N, K) whose softmax is as sure as it should be, the highest of them 0."""
+        """Calibrated logits (N, K), the highest of each picture 0."""
         return adjust(logits_NK, self.temperature, self.curvature)
 
     def probabilities(self, logits_NK: Tensor) -> Tensor:
-        """What the network's logits (N, K) stand for, in their number format."""
+        """Calibrated probabilities (N, K), in the number format of the logits."""
         return self.adjust(logits_NK).softmax(dim=1)
 
     def familiarity(self, energy: float) -> float:
-        """The share of held-out images with a higher energy, in [0, 1]. Only with `energy_quantiles`."""
+        """The share of held-out images with a higher energy, in [0, 1]. Needs `energy_quantiles`."""
         quantiles = self.energy_quantiles
         assert quantiles is not None
         above = bisect_left(quantiles, energy)
@@ -51,7 +51,7 @@ class Calibration:
         return 1 - (above - 1 + (energy - low) / (high - low)) / (len(quantiles) - 1)
 
     def prediction_set(self, probabilities_K: Sequence[float]) -> list[int] | None:
-        """Indices of the classes that the picture may be of, the most probable first; at least one, None if unknown.
+        """Indices of the classes the picture may show, the most probable first, at least one; None without a threshold.
 
         Least ambiguous set-valued classification (LAC): of all sets with this coverage the smallest on average
         (Sadinle, Lei and Wasserman, 2019, arXiv:1609.00451).
@@ -69,20 +69,20 @@ UNCALIBRATED = Calibration()
 
 
 def adjust(logits_NK: Tensor, temperature: float | Tensor, curvature: float | Tensor) -> Tensor:
-    """Logits (N, K) that say the same with another certainty, the highest of them 0.
+    """Logits (N, K) rescaled to another certainty, the highest of each picture 0.
 
-    How far a logit is below the highest, d, becomes d / temperature + curvature d^2. Without curvature that is
-    temperature scaling (Guo et al., 2017, arXiv:1706.04599); with it, what is nearly certain may gain while what is
-    doubtful loses. Where neither is negative, the order of the classes stays (Rahimi et al., 2020, arXiv:2003.06820).
+    A logit's distance d from the highest becomes d / temperature + curvature d^2. Without curvature that is temperature
+    scaling (Guo et al., 2017, arXiv:1706.04599); with it, nearly certain answers may gain while doubtful ones lose.
+    While neither is negative, the order of the classes is kept (Rahimi et al., 2020, arXiv:2003.06820).
     """
     below_NK = logits_NK.amax(dim=1, keepdim=True) - logits_NK
     return -(below_NK / temperature + curvature * below_NK.square())
 
 
 def energy(logits_NK: Tensor) -> Tensor:
-    """How little the network makes of each picture (N,): the higher, the less it resembles the training images.
+    """The energy of each picture (N,): the higher, the less it resembles the training images.
 
-    Minus the logarithm of the summed exponentials of the logits, the free energy of Liu et al. (2020,
+    Minus the logarithm of the summed exponentials of the logits: the free energy of Liu et al. (2020,
     arXiv:2010.03759). `python -m training unfamiliar` compares it with other scores.
     """
     return -logits_NK.logsumexp(dim=1)

@@ -2,14 +2,14 @@
 
     format        3
     architecture  {"name": "cifar_net", "arguments": {...}}, what `model.build` needs
-    state_dict    float32 tensors on the CPU, mean and std among them, so that preprocessing is never typed twice
+    state_dict    float32 tensors on the CPU, mean and std among them, so that preprocessing is defined only here
     classes       the class names, in the order of the outputs
     calibration   the fields of `calibration.Calibration`
     self_test     (N, K), the probabilities of `self_test.drawings` in float32, or None
     evaluation    the fields of `report.Evaluation`, or None
-    trained       where the weights come from, for people; training also reads what was held out
+    trained       where the weights come from, for people; training also reads which images were held out
 
-The tutorial's own file, a bare state_dict of `Net`, is read as well. It lacks all that may be None.
+The tutorial's own file, a bare state_dict of `Net`, is read as well. It has none of what may be None.
 
 Shape letters: N images, K classes.
 """
@@ -55,7 +55,7 @@ class Checkpoint:
     evaluation: Evaluation | None = None
     trained: dict[str, Any] = field(default_factory=dict)
     sha256: str = ""
-    """Of the file it was read from; empty before it is written."""
+    """That of the file it was read from; empty if there is none."""
 
     def network(self) -> Normalized:
         """The network in evaluation mode, float32, on the CPU; pixels (N, 3, 32, 32) in 0..255 in, logits (N, K) out.
@@ -89,7 +89,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"The weights file has a tensor {min(extra)} that the network {self.architecture} does not have."
             )
-        # Copies: training or moving the network must not reach back into the checkpoint. Half becomes float32.
+        # Copies, so that training or moving the network leaves the checkpoint alone. float16 becomes float32.
         copies = {name: given.to(expected[name].dtype, copy=True) for name, given in self.state_dict.items()}
         network.load_state_dict(copies, assign=True)
         return network.eval().requires_grad_(False)
@@ -130,7 +130,7 @@ def load(path: Path) -> Checkpoint:
     except OSError as error:
         raise CheckpointError(f"The weights file {path} cannot be read: {error.strerror}.") from None
     try:
-        with warnings.catch_warnings(action="ignore"):  # of torch, about what it is about to refuse
+        with warnings.catch_warnings(action="ignore"):  # torch's, about files that it then refuses
             content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise CheckpointError(
@@ -178,7 +178,7 @@ def _parse(content: object) -> Checkpoint:
 
 
 def _parse_tutorial(state_dict: dict[Any, Any]) -> Checkpoint:
-    """The tutorial saves the bare state_dict and normalises with mean 0.5 and standard deviation 0.5 outside."""
+    """The tutorial saves the bare state_dict and normalises with mean 0.5 and standard deviation 0.5 outside it."""
     half = torch.full((3,), 0.5)
     return Checkpoint(
         architecture="net",
@@ -190,7 +190,7 @@ def _parse_tutorial(state_dict: dict[Any, Any]) -> Checkpoint:
 
 
 def is_text(value: object) -> bool:
-    """Whether it can be the name of a class: what is not UTF-8 among the names of folders could not be answered."""
+    """Whether it can be the name of a class: a folder's name that is not UTF-8 could not be sent in an answer."""
     return isinstance(value, str) and value.encode(errors="ignore").decode() == value
 
 

@@ -8,7 +8,7 @@ Three layouts are recognised, in this order:
 
 The first two may lie in the folder itself or in the subfolder their archive unpacks to. Pictures of class folders are
 cut to the centre square and resized to 32x32 (`app.images`, "crop"); a fifth of each class is the test part, chosen by
-the hash of the file names, so that a picture that was trained on hardly ever becomes one to test with.
+the hash of the file names, so that a picture used for training hardly ever becomes a test picture.
 
 Shape letters: N images, C = 3 channels, H = W = 32.
 """
@@ -38,7 +38,7 @@ TRAINING_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
 TEST_BATCH = "test_batch"
 PICTURE_SUFFIXES = {
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif"),
-    *(".tif", ".tiff", ".heic", ".heif", ".avif"),  # which are not read, and are said so
+    *(".tif", ".tiff", ".heic", ".heif", ".avif"),  # known only to be reported, because they are not read
 }
 TEST_SHARE = 1 / 5
 NAMED_FILES = 5
@@ -47,8 +47,8 @@ UNREADABLE = (
     *(OverflowError, MemoryError),  # of a length that no file has
 )
 
-# A copy of the test set goes round whose images went through one JPEG encoding. Figures on it are not comparable with
-# published ones, so it must not pass for the test set; nothing but its content tells them apart.
+# A copy of the test set is in circulation whose images were once encoded as JPEG. Figures on it are not comparable with
+# published ones, so it must not pass for the test set; only its content tells them apart.
 KNOWN_COPIES = {"12f8dfd385fadf8ec94e77c8de765d9b2dff30e56d893543bbef3118534efaaa": "CIFAR-10 test, JPEG q75"}
 
 HOW_TO_GET = (
@@ -73,11 +73,10 @@ class Split:
         return len(self.labels_N)
 
     def labelled_for(self, classes: tuple[str, ...]) -> "Split":
-        """The same images, with labels that are indices into `classes`: folders are in alphabetical order, others may
-        be in any.
+        """The same images, with labels that index into `classes`, which may list class folders in another order.
 
         Raises:
-            DataError: `classes` are others than those of the images.
+            DataError: the images have other classes.
         """
         if self.classes == classes:
             return self
@@ -227,7 +226,7 @@ def _read_class_folders(folder: Path, names: list[str], parts: Sequence[str]) ->
     for label, name in enumerate(names):
         for part, paths in zip(chosen, _divide(folder / name), strict=True):
             chosen[part] += [(path, label) for path in paths]
-    # Classes mixed, because training holds out the last images.
+    # Mix the classes, because training holds out the last images.
     chosen = {part: sorted(pictures, key=lambda picture: _rank(picture[0])) for part, pictures in chosen.items()}
     # All parts at once, so that everything unreadable is reported at once.
     pixels_NCHW = _decode([path for part in parts for path, _ in chosen[part]], folder)
@@ -247,7 +246,7 @@ def _has_pictures(folder: Path) -> bool:
 
 
 def _divide(class_folder: Path) -> tuple[list[Path], list[Path]]:
-    """The files of a class to train on and to test with. A file that is not a picture is reported, unless hidden."""
+    """The training and the test files of a class. Those that are not pictures are reported later, unless hidden."""
     found = [path for path in class_folder.iterdir() if not path.name.startswith(".")]
     for deeper in (path for path in found if path.is_dir()):
         if _has_pictures(deeper):
@@ -255,7 +254,7 @@ def _divide(class_folder: Path) -> tuple[list[Path], list[Path]]:
                 f"The class folder {class_folder} has pictures in its folder {deeper.name}, where they are not read. "
                 "Move them up, or that folder away."
             )
-    paths = [path for path in found if not path.is_dir()]  # one that is a link to nothing is reported, too
+    paths = [path for path in found if not path.is_dir()]  # broken links stay in, to be reported, too
     if len(paths) < 2:
         raise DataError(
             f"The class folder {class_folder} has {len(paths) or 'no'} picture{'s' * (not paths)}; a class needs at "
@@ -267,7 +266,7 @@ def _divide(class_folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _rank(path: Path) -> bytes:
-    """The place of a picture in an order that is as good as random, but keeps it when other pictures come or go."""
+    """A sort key that is as good as random, but under which pictures keep their order when others come or go."""
     return hashlib.sha256(os.fsencode(Path(path.parent.name, path.name))).digest()
 
 
@@ -291,7 +290,7 @@ def _decode(paths: list[Path], folder: Path) -> Tensor:
 
 
 def _decode_or_refuse(path: Path) -> bytes | str:
-    """The pixels, or the sentence that says what is wrong with it."""
+    """The pixels, or a sentence that says what is wrong with the file."""
     try:
         return images.decode(path.read_bytes(), resize="crop")
     except RequestError as error:

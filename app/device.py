@@ -28,7 +28,7 @@ def choose_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware multiplies it natively, float32 elsewhere.
 
     Without AVX512-BF16 or AMX an x86 CPU emulates bfloat16 and is slower than in float32; `torch.cpu` reads the
-    processor's own flags. On Apple's GPU float32 is kept: half the answers' digits would buy little at this size.
+    processor's own flags. Apple's GPU stays with float32: giving up half the digits would gain little at this size.
     """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32

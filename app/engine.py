@@ -1,8 +1,8 @@
 """What computes the features: torch, or on a CPU OpenVINO where it is installed and faster.
 
-An engine answers for any number of pictures, but the first time it meets a number it also chooses kernels, and on an
-NVIDIA GPU, where it fills up to 1, 2, 4, 8, ..., the second time it records them. Build and call it in one and the same
-thread: from another one, torch's threads are made anew and a forward pass of two threads takes twice the time.
+An engine takes any number of pictures. Its first run of a batch size also chooses kernels, and on an NVIDIA GPU, where
+batches are filled up to 1, 2, 4, 8, ..., the second run records them. Build and call it in one and the same thread: in
+another one torch creates its threads anew, and a forward pass of two threads takes twice the time.
 
 Shape letters: N images, C = 3, H = W = 32, D features.
 """
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 REPETITIONS = 5
 ENOUGH_SECONDS = 0.1
-"""Of repetitions: on a slow machine two have to do, for it starts slowly anyway."""
+"""No more repetitions after this: on a slow machine two have to do, because it starts slowly anyway."""
 
 
 class Engine(Protocol):
@@ -36,7 +36,7 @@ class Engine(Protocol):
 
     name: str
     dtype: torch.dtype
-    """Of what costs time; the features are float32."""
+    """The number format of the costly layers; the features are float32."""
 
     def __call__(self, pixels_NCHW: Tensor) -> Tensor:
         """Features (N, D), float32 on the CPU, of uint8 pixels in 0..255 (fastest if channels are last in memory)."""
@@ -59,7 +59,7 @@ class TorchEngine:
         self._network: Step = network
         if device.type == "cuda":
             if device.index is not None:
-                torch.cuda.set_device(device)  # what is recorded is of the current one
+                torch.cuda.set_device(device)  # recording is done on the current one
             self._network = Recorded(network, warm_up=1, shared_memory=torch.cuda.graph_pool_handle())
 
     def __call__(self, pixels_NCHW: Tensor) -> Tensor:
@@ -71,13 +71,13 @@ class TorchEngine:
 
 
 def filled_up(pixels_NCHW: Tensor) -> Tensor:
-    """The last picture repeated up to a power of two: those few sizes are recorded before the first request."""
+    """Repeat the last picture up to a power of two: only those few sizes are recorded, before the first request."""
     count = len(pixels_NCHW)
     return pixels_NCHW[torch.arange(1 << (count - 1).bit_length()).clamp_max(count - 1)]
 
 
 def check_available(name: str, device: torch.device) -> None:
-    """Say early whether the engine `name` can be used on `device`.
+    """Check early that the engine `name` can be used on `device`.
 
     Raises:
         SettingsError: it cannot.
@@ -101,14 +101,14 @@ def check_available(name: str, device: torch.device) -> None:
 def choose(
     network: Normalized, device: torch.device, *, name: str, threads: int, batch: int
 ) -> Generator[None, None, Engine]:
-    """The engine `name`; "auto" is the fastest there is.
+    """Build the engine `name`; "auto" takes the fastest one.
 
-    In steps, between which other engines of this thread may compute. What takes long is done in another one.
+    In steps, between which this thread may compute with other engines. What takes long is done in another thread.
 
     Args:
         network: Folded and without its last layer (`model.split`), float32; the engine takes it over.
-        threads: How many a forward pass uses on a CPU.
-        batch: Of which batch size, besides one picture, the engines are compared.
+        threads: Those of a forward pass on a CPU.
+        batch: The batch size at which the engines are compared, besides one picture.
     """
     dtype = serving_dtype(device)
     if dtype == torch.bfloat16:
@@ -125,15 +125,15 @@ def choose(
         engines.append(TorchEngine(network, device, dtype, threads))
     fastest = min(engines, key=lambda engine: _cost(engine, batch)) if len(engines) > 1 else engines[0]
     if fastest.name != "torch":
-        torch.set_num_threads(1)  # for the rest of torch's work here, which is too little to wake another thread for
+        torch.set_num_threads(1)  # torch's remaining work here is too little to wake another thread for
     return fastest
 
 
 def serving_dtype(device: torch.device) -> torch.dtype:
-    """float16 where an NVIDIA GPU has the units for bfloat16: as fast, and with eight times its digits.
+    """float16 where an NVIDIA GPU has the units for bfloat16: as fast, and eight times as precise.
 
-    What training needs bfloat16's range for, gradients, is not here. The largest error of a probability on 5,000
-    validation images was 0.004, against 0.012 in bfloat16 with all that `round_weights` does.
+    bfloat16's range is needed only for gradients, in training. The largest error of a probability on 5,000 validation
+    images was 0.004, against 0.012 in bfloat16 with all that `round_weights` does.
     """
     dtype = choose_dtype(device)
     return torch.float16 if device.type == "cuda" and dtype == torch.bfloat16 else dtype

@@ -19,7 +19,7 @@ def save_tensors(path: Path, content: dict[str, Any]) -> str:
 
 
 def forget_unfinished(path: Path) -> None:
-    """Remove what `write_atomically` leaves of `path` when the process is killed meanwhile."""
+    """Remove what `write_atomically` leaves beside `path` when the process is killed."""
     for temporary in path.parent.glob(f".{path.name}.*"):
         temporary.unlink(missing_ok=True)
 
@@ -39,5 +39,5 @@ def write_atomically(path: Path, content: bytes) -> None:
         except BaseException:  # an interrupt, too, must leave no temporary file
             Path(temporary).unlink(missing_ok=True)
             raise
-    except OSError as error:  # the user knows nothing of the temporary file that it names
+    except OSError as error:  # it names the temporary file, which the user does not know
         raise OSError(error.errno, error.strerror, str(path)) from None

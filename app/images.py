@@ -6,7 +6,7 @@ What is decided here, for every picture and every caller:
     orientation   as the EXIF tag says, so that a phone's portrait stands upright
     transparency  laid over white
     16 bit grey   divided by 257, so that 65535 becomes 255; never clipped
-    size          32x32, or with another size what `Resize` says; scaling is bicubic and antialiased
+    size          32x32; any other is treated as `Resize` says; scaling is bicubic and antialiased
 
 Shape letters: N pictures, C = 3 channels (red, green, blue), H = W = 32.
 """
@@ -30,7 +30,7 @@ Resize = Literal["crop", "stretch", "pad"]
 everything but the proportions. pad: the longer side scaled to 32, centred on white: keeps all, at less resolution."""
 
 OWN_FAULTS = (BadRequest, BodyTooLarge, WrongSize)
-"""What `decode` raises: it concerns this picture and none beside it."""
+"""What `decode` raises: faults of this picture, which do not concern others of the request."""
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 ACCEPTED = "Accepted are PNG, JPEG, WebP, BMP and GIF."
 SIZE = (IMAGE_SIZE, IMAGE_SIZE)
@@ -38,20 +38,20 @@ WHITE = (255, 255, 255)
 MAX_PIXELS = 50_000_000
 """Enough for the cameras of today's phones."""
 MAX_SIDE = 65_535
-"""No JPEG, WebP or GIF can have a longer one. To scale a row of fifty million pixels takes 50 bytes for each."""
+"""No JPEG, WebP or GIF can have a longer one. Scaling a row of fifty million pixels takes 50 bytes for each."""
 MAX_SCANS = 32
-"""Passes that a JPEG of `max_pixels` may make over its pixels; a smaller one may make more. Up to 12 are usual; each
-can be of 26 bytes and take 20 ms."""
+"""Passes that a JPEG of `max_pixels` may make over its pixels; a smaller one may make more. Up to 12 are usual; one of
+26 bytes can take 20 ms."""
 MAX_BMP_RLE_PIXELS = 1_000_000
 MAX_READS_BEFORE_PIXELS, MAX_READS = 10_000, 200_000
-"""Reads that `MeteredFile` allows. A phone's photo takes some tens before its pixels; a PNG of 8 MB in chunks of 8 KB,
-50,000 in all."""
+"""Reads that `MeteredFile` allows. A phone's photo needs some tens before its pixels; a PNG of 8 MB in chunks of 8 KB
+needs 50,000 in all."""
 BMP_FIELDS = struct.Struct("<14x I 10x H 16x I")
-"""Bytes of the header, bits of a pixel, number of colours."""
+"""Bytes of the header, bits per pixel, number of colours."""
 GREY_SCALES = {"L;2": 85, "L;4": 17}
-"""From few bits to eight, by Pillow's names of what a PNG holds."""
+"""Factors from two and four bits to eight, by Pillow's names for what a PNG holds."""
 METADATA = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
-"""Where Pillow keeps what may hold an orientation. Most small pictures have none; looking closer takes 13 us each."""
+"""Pillow's keys for what may hold an orientation. Most small pictures have none; looking closer takes 13 us each."""
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -68,19 +68,19 @@ TURNS = {
 # tests/test_images.py damages pictures of every format to keep it true.
 DAMAGED = (OSError, ValueError, SyntaxError, AssertionError, IndexError, struct.error)
 
-# Texts in a PNG: of 1 MB when inflated, where Pillow allows 64, which keep a core busy for 0.1 s.
+# All texts of a PNG may inflate to 1 MB. Pillow allows 64 MB, which keep a core busy for 0.1 s.
 PngImagePlugin.MAX_TEXT_MEMORY = PngImagePlugin.MAX_TEXT_CHUNK
 
-# Of odd metadata, which make no difference here; one picture can make sixty thousand.
+# They are about odd metadata, which make no difference here; one picture can cause sixty thousand.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class MeteredFile(io.BytesIO):
     """The bytes of a picture, with a limit on how often they are read.
 
-    Pillow goes over segments, chunks and blocks in Python, a read or more for each, and adds what is in them to what it
-    has: so a read counts for as much more as there is before it, in units of 256 KiB. Eight megabytes of a million
-    pieces took up to three minutes, and held up all other decoding.
+    Pillow walks segments, chunks and blocks in Python, with at least one read for each, and appends what they hold to
+    what it has: so a read counts 1, and 1 more for each 256 KiB before it. Eight megabytes in a million pieces took up
+    to three minutes, and held up all other decoding.
     """
 
     left = MAX_READS_BEFORE_PIXELS
@@ -115,7 +115,8 @@ def decode(data: bytes, resize: Resize | None = None, max_pixels: int = MAX_PIXE
         BodyTooLarge: The picture has more than `max_pixels` pixels, or is odd in a way that would take long.
         WrongSize: It is not 32x32 and `resize` is None.
     """
-    Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow refuses twice as many before it makes room for them, as for a GIF's
+    # Pillow itself refuses more than twice as many before it makes room for them, which for a GIF it does on opening.
+    Image.MAX_IMAGE_PIXELS = max_pixels
     try:
         _check_palette(data)
         with Image.open(source := MeteredFile(data), formats=FORMATS) as picture:
@@ -123,12 +124,12 @@ def decode(data: bytes, resize: Resize | None = None, max_pixels: int = MAX_PIXE
             _check_size(picture, resize, max_pixels)
             if picture.format in ("JPEG", "MPO"):
                 _check_scans(data, picture, max_pixels)
-                # The decoder itself halves while both sides keep 4 x 32 pixels, which saves most of the time.
+                # The decoder itself halves it while both sides keep 4 x 32 pixels, which saves most of the time.
                 picture.draft(None, (4 * IMAGE_SIZE, 4 * IMAGE_SIZE))
             _check_compression(picture)
             _scale_transparency(picture)
             picture.load()
-            if isinstance(picture.info.get("transparency"), str):  # a text that a PNG keeps under this name
+            if isinstance(picture.info.get("transparency"), str):  # a PNG's text of this name
                 del picture.info["transparency"]
             rgb = _to_rgb(_set_upright(picture) if METADATA & picture.info.keys() else picture)
             return _resize(rgb, resize).tobytes()
@@ -152,7 +153,7 @@ def check_raw(pixels: bytes | bytearray) -> memoryview:
     """The raw pixels of N pictures (N, H, W, C), a byte each.
 
     Raises:
-        BadRequest: They are not a whole number of pictures, at least one.
+        BadRequest: They are empty, or not a whole number of pictures.
     """
     if not pixels or len(pixels) % IMAGE_BYTES:
         raise BadRequest(
@@ -163,7 +164,7 @@ def check_raw(pixels: bytes | bytearray) -> memoryview:
 
 
 def to_tensor(pictures: Iterable[bytes | memoryview]) -> Tensor:
-    """The pixels of one picture after the other, joined: uint8 (N, C, H, W), in memory channels last."""
+    """The pixels of all pictures in one tensor: uint8 (N, C, H, W), channels last in memory."""
     pixels = bytearray().join(pictures)  # not bytes: torch warns of tensors that share the memory of immutable ones
     return torch.frombuffer(pixels, dtype=torch.uint8).view(-1, IMAGE_SIZE, IMAGE_SIZE, 3).permute(0, 3, 1, 2)
 
@@ -191,7 +192,7 @@ def _check_size(picture: Image.Image, resize: Resize | None, max_pixels: int) ->
 
 
 def _check_palette(data: bytes) -> None:
-    """Pillow goes over the colours of a BMP in Python, and believes it that there are 65,536: 30 ms."""
+    """Pillow walks the colours of a BMP in Python, and believes a header that claims 65,536: 30 ms."""
     if data.startswith(b"BM") and len(data) >= BMP_FIELDS.size:
         header_bytes, bits, colours = BMP_FIELDS.unpack_from(data)
         if header_bytes >= 40 and bits <= 8 and colours > 256:  # shorter headers have none of these fields
@@ -199,8 +200,8 @@ def _check_palette(data: bytes) -> None:
 
 
 def _check_scans(data: bytes, picture: Image.Image, max_pixels: int) -> None:
-    scans = data.count(b"\xff\xda")  # the marker that each begins with; nothing else looks like it but in metadata
-    if scans * max(picture.width * picture.height, 1 << 16) > MAX_SCANS * max_pixels:  # each takes some time anyway
+    scans = data.count(b"\xff\xda")  # the marker that each begins with; nothing else but metadata can hold it
+    if scans * max(picture.width * picture.height, 1 << 16) > MAX_SCANS * max_pixels:  # even a small one takes time
         raise BodyTooLarge(
             f"The JPEG goes {scans:,} times over its {picture.width} x {picture.height} pixels; usual are up to 12 "
             "times. Save it anew, as a baseline JPEG.",
@@ -209,7 +210,7 @@ def _check_scans(data: bytes, picture: Image.Image, max_pixels: int) -> None:
 
 
 def _check_compression(picture: ImageFile.ImageFile) -> None:
-    """Pillow reads compressed BMPs in Python, and takes up to 0.2 us for a pixel."""
+    """Pillow decodes compressed BMPs in Python, which takes up to 0.2 us for a pixel."""
     if picture.tile and picture.tile[0].codec_name == "bmp_rle" and picture.width * picture.height > MAX_BMP_RLE_PIXELS:
         raise BodyTooLarge(
             f"The picture is a compressed BMP of {picture.width} x {picture.height}; accepted of these are at most "
@@ -219,7 +220,7 @@ def _check_compression(picture: ImageFile.ImageFile) -> None:
 
 
 def _scale_transparency(picture: ImageFile.ImageFile) -> None:
-    """To 8 bits, as Pillow does with the pixels. Of colours of 16 bits only the higher eight count, as there."""
+    """Scale it to 8 bits, as Pillow does with the pixels: of colours of 16 bits, it keeps only the higher eight."""
     transparent, mode = picture.info.get("transparency"), picture.tile[0].args if picture.tile else None
     if isinstance(transparent, int) and mode in GREY_SCALES:
         picture.info["transparency"] = transparent * GREY_SCALES[mode]
@@ -228,7 +229,7 @@ def _scale_transparency(picture: ImageFile.ImageFile) -> None:
 
 
 def _set_upright(picture: Image.Image) -> Image.Image:
-    """Not by `ImageOps.exif_transpose`, which also writes the metadata anew and fails where they are odd."""
+    """`ImageOps.exif_transpose` would also rewrite the metadata, and fail where they are odd."""
     try:
         turn = TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # Pillow raises anything for damaged metadata, and the pixels may still be good
@@ -245,14 +246,14 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.has_transparency_data:
         coloured = picture if picture.mode == "RGBA" else picture.convert("RGBA")
         over = Image.new("RGB", picture.size, WHITE)
-        over.paste(coloured, mask=coloured)  # as alpha_composite, with half of its memory
+        over.paste(coloured, mask=coloured)  # like alpha_composite, in half the memory
         return over
     return picture.convert("RGB")
 
 
 @functools.lru_cache(4)  # making it takes 4 ms
 def _eight_bits(transparent: int | None) -> list[int]:
-    """Of each value of 16 bits; white of the transparent one."""
+    """The 8 bits for each value of 16 bits; white for the transparent one."""
     return [255 if value == transparent else (value + 128) // 257 for value in range(1 << 16)]
 
 

@@ -1,4 +1,4 @@
-"""How much of the machine is ours: its own figures, cut down to the limits of this process's control groups."""
+"""How much of the machine we may use: its own figures, capped by the limits of this process's control groups."""
 
 import math
 import os
@@ -10,10 +10,7 @@ OWN_GROUPS = Path("/proc/self/cgroup")
 
 
 def available_cpus(cgroups: Path = CGROUPS, own: Path = OWN_GROUPS) -> int:
-    """How many cores this process may really use.
-
-    The host's core count is not that; more threads than this starve each other.
-    """
+    """How many cores this process may really use, not how many the host has. More threads starve each other."""
     cpus = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     for group in _groups(cgroups, own, "cpu"):
         quota, period = _numbers(group / "cpu.max", 2)  # version 2: "200000 100000" or "max 100000"
@@ -25,7 +22,7 @@ def available_cpus(cgroups: Path = CGROUPS, own: Path = OWN_GROUPS) -> int:
 
 
 def available_memory(cgroups: Path = CGROUPS, own: Path = OWN_GROUPS) -> float:
-    """How many bytes this process and those beside it in its control groups may use; infinite if unknown."""
+    """How many bytes this process and the others in its control groups may use; infinite if unknown."""
     try:
         memory = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, ValueError, OSError):
@@ -38,9 +35,9 @@ def available_memory(cgroups: Path = CGROUPS, own: Path = OWN_GROUPS) -> float:
 
 
 def _groups(cgroups: Path, own: Path, controller: str) -> Iterator[Path]:
-    """The folders of the control groups that this process is in, the outermost last, as far as they can be seen.
+    """The folders of the control groups that this process is in, the outermost last, as far as they are visible.
 
-    See cgroups(7). In a container its own group is often the root, whatever path the kernel names.
+    See cgroups(7). In a container the process's own group is often at the root, whatever path the kernel names.
     """
     try:
         lines = own.read_text().splitlines()
@@ -54,7 +51,7 @@ def _groups(cgroups: Path, own: Path, controller: str) -> Iterator[Path]:
 
 
 def _numbers(file: Path, count: int) -> list[int | None]:
-    """The whole numbers in a file of that many words; None for what is no such number, or without the file."""
+    """The whole numbers in a file of `count` words; None for any other word, and only None for any other file."""
     try:
         words = file.read_text().split()
     except OSError:

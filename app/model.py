@@ -1,4 +1,4 @@
-"""The networks. A leaf: torch only.
+"""The networks. Imports only torch.
 
 Every network takes pixels in 0..255 (uint8 or float), normalises them with its own mean and std buffers and returns
 logits. Shape letters: N images, C = 3 channels, H = W = 32, D features, K classes.
@@ -70,9 +70,9 @@ class ConvNorm(nn.Module):
 class Group(nn.Module):
     """A 3x3 convolution, a maximum over 2x2 pixels, then two 3x3 convolutions beside a shortcut.
 
-    Each begins as the identity on its first channels, so that early gradients reach every layer. The batch norms keep
-    the scale 1, which the next convolution could undo: being positive it also passes through the maximum, and `fold`
-    may move it before that.
+    Each convolution begins as the identity on its first channels, so that early gradients reach every layer. The batch
+    norms keep the scale 1, because the next convolution can learn any other. Being positive, the scale commutes with
+    the maximum, so that `fold` may move the first norm before it.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -94,8 +94,8 @@ class CifarNet(Normalized):
 
     After K. Jordan's design for fast training ("94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024,
     arXiv:2404.00498), written anew from the paper, with the third convolution and the shortcut of his airbench96, and
-    narrower for it. The first layer does not pad: the planes have sides of 31, 15, 7 and 3. With 32, 16, 8 and 4 there
-    is a fifth more to compute, for no more accuracy.
+    narrower in return. The first layer does not pad, so the planes have sides of 31, 15, 7 and 3; with 32, 16, 8 and 4
+    there would be a fifth more to compute, for no more accuracy.
     """
 
     def __init__(self, num_classes: int = 10, widths: tuple[int, ...] = (64, 192, 256)) -> None:
@@ -104,17 +104,17 @@ class CifarNet(Normalized):
         self.whiten.weight.requires_grad_(False)
         self.groups = nn.Sequential(*(Group(i, o) for i, o in itertools.pairwise((24, *widths))))
         self.head = nn.Linear(widths[-1], num_classes, bias=False)
-        # To a standard deviation of 1 / inputs. Not by normal_: on the meta device it imports sympy, 150 MB.
+        # Scale to a standard deviation of 1 / inputs. Not by normal_, which on the meta device imports sympy, 150 MB.
         self.head.weight.data.mul_((3 / widths[-1]) ** 0.5)
 
     @torch.no_grad()
     def set_whitening(self, pixels_NCHW: Tensor) -> None:
-        """Have the first layer answer with the principal components of 2x2 patches, each scaled to variance 1, and
-        their negatives. A component without variance (colour, in grey pictures) would be a constant, which a batch norm
-        turns into noise: other components take its place. The normalisation has to be set before.
+        """Make the first layer output the principal components of 2x2 patches, each scaled to variance 1, and their
+        negatives. A component without variance (colour, in grey pictures) would be constant, which a batch norm turns
+        into noise, so other components take its place. Set the normalisation first.
 
         Args:
-            pixels_NCHW: Some thousand training images, 0..255.
+            pixels_NCHW: A few thousand training images, 0..255.
         """
         patches = F.unfold(self.normalize(pixels_NCHW.float()), 2).transpose(1, 2).flatten(0, 1)
         variance, components = torch.linalg.eigh(patches.T @ patches / len(patches))
@@ -130,7 +130,7 @@ class CifarNet(Normalized):
 
 
 class WideCifarNet(CifarNet):
-    """The default network half as wide again, to teach it."""
+    """The default network half as wide again, as its teacher."""
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__(num_classes, widths=(96, 288, 384))
@@ -161,7 +161,7 @@ def fold(network: Normalized) -> Normalized:
 
 
 def split(network: Normalized) -> tuple[Normalized, nn.Linear]:
-    """A copy without the last layer, which gives the features (N, D) that this layer makes logits of; and the layer."""
+    """A copy without its last layer, which returns features (N, D); and that layer, which turns them into logits."""
     body = copy.deepcopy(network)
     name, head = [(name, layer) for name, layer in body.named_modules() if isinstance(layer, nn.Linear)][-1]
     setattr(body, name, nn.Identity())

@@ -1,6 +1,6 @@
 """Reads pickles of plain values and numpy arrays, as Python 2 wrote CIFAR-10: runs no code of the file, needs no numpy.
 
-Only the four names that numpy's arrays are pickled with are looked up, and each finds a stand-in.
+Only the four names that pickled numpy arrays refer to can be looked up, and each gives a stand-in.
 """
 
 import io
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Array:
-    """Stands in for numpy.ndarray: keeps what the pickle says of it."""
+    """Stands in for numpy.ndarray: keeps what the pickle says about it."""
 
     shape: tuple[int, ...] = ()
     content: bytes = b""

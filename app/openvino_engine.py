@@ -1,4 +1,4 @@
-"""The network in OpenVINO, an optional dependency: import this file where it is allowed to be missing.
+"""The network in OpenVINO, an optional dependency: import this file only where it may be missing.
 
 Its graph is built node by node from the traced network: that takes a fifth of a second, where torch.export and
 OpenVINO's converter take two.
@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from app.model import IMAGE_SIZE
 
 # Importing OpenVINO imports its converter, which is not needed here, reports to Google Analytics, writes to the user's
-# home, and for that forks this process with all of its sockets. As a module that is missing, it is left out.
+# home, and forks this process with all of its sockets to do so. Marked as a missing module, it is left out.
 sys.modules.setdefault("openvino.tools.ovc", None)  # type: ignore[arg-type]
 
 import openvino  # noqa: E402
@@ -37,7 +37,7 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
 
 
 def trace(network: nn.Module) -> fx.GraphModule:
-    """The steps of the network. Meanwhile no thread may call any: tracing patches nn.Module for all of them."""
+    """Record the network's steps. Meanwhile no thread may call any network: tracing patches nn.Module for all."""
     return fx.symbolic_trace(network)
 
 
@@ -47,7 +47,7 @@ class OpenVinoEngine:
     name = "openvino"
 
     def __init__(self, network: fx.GraphModule, dtype: torch.dtype, threads: int) -> None:
-        """Translate and compile a traced network; any thread may."""
+        """Translate and compile a traced network, in any thread."""
         self.dtype = dtype
         pixels_NHWC = ops.parameter([-1, IMAGE_SIZE, IMAGE_SIZE, 3], openvino.Type.u8)
         pixels_NCHW = ops.convert(ops.transpose(pixels_NHWC, [0, 3, 1, 2]), openvino.Type.f32)
@@ -68,7 +68,7 @@ class OpenVinoEngine:
 
 
 class _Translator(fx.Interpreter):
-    """Runs a network on nodes of a graph in place of tensors. What depends on weights alone is computed at once."""
+    """Runs a network on graph nodes instead of tensors. What depends on weights alone is computed at once."""
 
     @torch.no_grad()
     def call_module(self, target: Any, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
@@ -93,7 +93,7 @@ class _Translator(fx.Interpreter):
         match target:
             case "amax":
                 return ops.reduce_max(args[0], kwargs["dim"], keep_dims=False)
-            case "float":  # so is what enters the graph and what leaves it
+            case "float":  # what enters the graph and what leaves it already is
                 return args[0]
         raise TypeError(f"{target} has no translation")
 
@@ -105,10 +105,10 @@ def _operand(value: Any) -> Any:
 
 
 def _max_pool(x: Any, side: int) -> Any:
-    """The maximum, and a convolution's bias after it, which gives the same.
+    """The maximum; a convolution's bias is moved after it, which gives the same.
 
-    In float32, OpenVINO has a convolution do what comes after its maximum before that: right for functions that rise,
-    not for GELU, which falls below -0.75. What adds something is left in its place, and so is what follows it.
+    In float32 OpenVINO moves what follows the maximum into the convolution before it: right for increasing functions,
+    but not for GELU, which decreases below -0.75. An addition is left in its place, and so is what follows it.
     """
     if (parent := x.get_node() if isinstance(x, openvino.Output) else x).get_type_name() == "Add":
         convolved, bias = parent.input_values()

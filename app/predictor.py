@@ -40,11 +40,11 @@ class Predictor:
         self._records = records
 
     def warm_up(self) -> Iterator[None]:
-        """Run the sizes of a batch once, one a step, because the first run of a size also chooses its kernels.
+        """Run each batch size once, one a step, because the first run of a size also chooses its kernels.
 
-        Up to the usual one all, about a quarter of a second altogether on a CPU; of the larger ones, which take longer,
-        those that `entries.Turns` doubles it to. On an NVIDIA GPU, where all are filled up to these, these alone, and
-        twice, because the second run records them.
+        All sizes up to the usual one, about a quarter of a second altogether on a CPU; of the larger ones, which take
+        longer, those that `entries.Turns` doubles it to. On an NVIDIA GPU, where batches are filled up to powers of
+        two, only these, and twice, because the second run records them.
         """
         doubled = (2**power for power in range(self._max_batch.bit_length()))
         usual = () if self._records else range(1, self._usual_batch + 1)
@@ -55,7 +55,7 @@ class Predictor:
 
     @torch.inference_mode()
     def logits(self, pixels_NCHW: Tensor) -> Tensor:
-        """What the network says (N, K), float64 on the CPU, of uint8 pixels (N, C, H, W)."""
+        """The network's logits (N, K), float64 on the CPU, of uint8 pixels (N, C, H, W)."""
         features_ND = torch.cat([self.engine(part) for part in pixels_NCHW.split(self._max_batch)])
         logits_NK: Tensor = self._head(features_ND)
         return logits_NK.double()
@@ -67,7 +67,7 @@ class Predictor:
 
     @torch.inference_mode()
     def estimate(self, pixels_NCHW: Tensor) -> list[Estimate]:
-        """The same for each picture, and how familiar it is."""
+        """The probabilities of each picture, and how familiar it is."""
         logits_NK = self.logits(pixels_NCHW)
         rows_NK = self._calibration.probabilities(logits_NK).tolist()
         if self._calibration.energy_quantiles is None:
@@ -87,7 +87,7 @@ def build(
 
     Args:
         engine_name: torch, openvino, or auto for the faster one.
-        threads: How many a forward pass uses on a CPU; not more than there are cores.
+        threads: Those of a forward pass on a CPU; no more than there are cores.
         max_batch: Larger batches are split.
     """
     folded = yield from aside(lambda: model.fold(checkpoint.network()))

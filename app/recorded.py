@@ -1,4 +1,4 @@
-"""Work on an NVIDIA GPU whose kernels are recorded once and from then on started together.
+"""Work on an NVIDIA GPU whose kernels are recorded once, and from then on are started together.
 
 Starting the kernels of these small networks one by one takes several times as long as running them (CUDA graphs:
 https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). On an H200 the service's engine takes 0.20 ms for one
@@ -28,15 +28,15 @@ class Recording:
 class Recorded:
     """The same as `step`, a function of tensors on the GPU that returns one.
 
-    What else the step reads and changes must stay in the same memory: weights, the optimizers' state, learning rates.
+    Whatever else the step reads and changes must stay in the same memory: weights, optimizer state, learning rates.
     Build and call it with that GPU as the current one.
     """
 
     def __init__(self, step: Step, *, warm_up: int, shared_memory: Any = None) -> None:
         """
         Args:
-            warm_up: How many calls run as usual first: libraries choose kernels, optimizers make their state.
-            shared_memory: Of torch.cuda.graph_pool_handle(), for what recordings need while they run. By default each
+            warm_up: How many calls run as usual first: libraries choose kernels, optimizers create their state.
+            shared_memory: A torch.cuda.graph_pool_handle() for what recordings need while they run. By default each
                 has its own.
         """
         self._step, self._warm_up, self._shared_memory = step, warm_up, shared_memory
@@ -45,7 +45,7 @@ class Recorded:
         self._recordings: dict[tuple[torch.Size, ...], Recording] = {}
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """One step; the output is overwritten by the next one of the same shapes, with shared memory by any."""
+        """Run a step. The next one with the same shapes overwrites the output; with shared memory, any next one."""
         shapes = tuple(tensor.shape for tensor in inputs)
         if self._done[shapes] < self._warm_up:
             self._done[shapes] += 1
@@ -59,7 +59,7 @@ class Recorded:
         return recording.output
 
     def _aside(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        """In a stream of its own, as the notes ask: a recording must not depend on what the default one does."""
+        """Run it in a stream of its own, as the notes ask: a recording must not depend on what the default one does."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             output = self._step(*inputs)

@@ -157,9 +157,8 @@ def _ratio(part: int, whole: int) -> float:
 
 
 def per_class(confusion_KK: Tensor, classes: tuple[str, ...]) -> list[dict[str, Any]]:
-    """For each class: support, predicted, correct, accuracy (= recall), precision, f1 and the accuracy's interval.
-
-    And what its images are most often taken for, by number of images: at most `CONFUSIONS` other classes.
+    """For each class: support, predicted, correct, accuracy (= recall), precision, f1 and the accuracy's interval,
+    and at most `CONFUSIONS` other classes that its images are most often taken for, by number of images.
 
     A ratio without any case (a class never predicted, a class without images) is 0, never a division by zero.
     """

@@ -1,4 +1,4 @@
-"""Whether a network can be trusted with pictures: asked before it is put to work.
+"""Checks that a network can be trusted with pictures, before it is put to work.
 
 Shape letters: N pictures, K classes.
 """
@@ -20,7 +20,7 @@ all test images; with the kernels of any one layer shuffled, half or more."""
 
 
 def drawings() -> Tensor:
-    """What is easy and what is hard on numbers: black, white, a gradient, noise, clouds; uint8 (8, 3, 32, 32)."""
+    """Pictures that are numerically easy and hard: black, white, a gradient, noise, clouds; uint8 (8, 3, 32, 32)."""
     pixels_NCHW = torch.zeros(8, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
     pixels_NCHW[1] = 255
     pixels_NCHW[2] = torch.linspace(0, 255, IMAGE_SIZE)
@@ -38,8 +38,8 @@ def check(predict: Callable[[Tensor], Tensor], expected_NK: Tensor | None = None
         expected_NK: What the same weights gave for them in float32, where that is known.
 
     Raises:
-        CheckpointError: the probabilities are none, they depend on which pictures are asked about together, or they are
-            not the expected ones.
+        CheckpointError: the probabilities are not finite, depend on which pictures run together, or are not those
+            expected.
     """
     pixels_NCHW = drawings()
     together_NK = predict(pixels_NCHW)
