@@ -1,4 +1,4 @@
-"""How much may wait: counts what was admitted and refuses what would be too much. Belongs to the event loop."""
+"""Admission control: counts what is waiting and refuses what would be too much. Belongs to the event loop."""
 
 import math
 from dataclasses import dataclass
@@ -7,9 +7,9 @@ from typing import NamedTuple
 from app.errors import Overloaded
 
 SMOOTHING = 0.1
-"""Weight of the newest in a mean time."""
+"""Weight of the newest value in a moving average."""
 USUAL_BATCH = 32
-"""From which a larger batch hardly saves the forward pass anything, and all in it would wait longer."""
+"""A larger batch hardly makes a picture cheaper, and everything in it would wait longer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,41 +24,41 @@ class Limits:
 
     @property
     def usual_batch(self) -> int:
-        """Pictures that run together unless many wait."""
+        """Pictures that run together, unless many are waiting."""
         return min(USUAL_BATCH, self.max_batch)
 
 
 class Load(NamedTuple):
-    """What one item, or all of a request, adds to what waits."""
+    """What one item, or a whole request, adds to the waiting work."""
 
     size_bytes: int
     pictures: int
     light: bool
-    """Whether the event loop can afford to prepare it; else it also waits for a thread."""
+    """Whether the event loop can afford to prepare it; if not, it also waits for the decode thread."""
     bulk: bool
-    """Whether it is of a request of several pictures."""
+    """Whether it belongs to a request of several pictures."""
 
 
 class Admission:
-    """What waits, and how long it will. Requests of one picture take turns with those of many, as `entries.Turns` has
-    it, so that they wait for a part of these only."""
+    """What is waiting, and for how long it will. Requests of one picture take turns with those of many
+    (`entries.Turns`), so that they wait for only a part of these."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.waiting = 0
         self.waiting_bytes = 0
         self._singles = 0
-        """Of those that wait, in requests of one."""
+        """Waiting items from requests of one picture."""
         self._heavy = 0
-        """Of those that wait, to be prepared aside."""
+        """Waiting items that are not light."""
         self._heavy_singles = 0
         self._seconds_per_picture = 0.0
         self._seconds_per_heavy = 0.0
 
     def expected_wait_seconds(self, load: Load) -> float:
-        """What an item admitted now would wait: the pictures before it times the measured time for each.
+        """How long an item admitted now would wait: the pictures ahead of it times the measured time for each.
 
-        One that is not light also waits for the others like it to be prepared.
+        For one that is not light, preparing the others like it may take longer, and counts instead.
         """
         pictures, heavy = self.waiting, self._heavy
         if not load.bulk:
@@ -68,10 +68,10 @@ class Admission:
         return for_inference if load.light else max(for_inference, heavy * self._seconds_per_heavy)
 
     def check(self, load: Load, deadline_seconds: float) -> None:
-        """Whether this may be admitted as well. If nothing waits, anything may.
+        """Refuse `load` if it would be too much. While nothing is waiting, nothing is refused.
 
         Raises:
-            Overloaded: as many pictures or bytes wait as are accepted, or the answer would come too late.
+            Overloaded: too many pictures or bytes would be waiting, or the answer would come too late.
         """
         wait_seconds = self.expected_wait_seconds(load)
         if self.waiting and (
@@ -100,11 +100,11 @@ class Admission:
         self._heavy_singles += sign * (not load.light and not load.bulk)
 
     def learn(self, seconds_per_picture: float) -> None:
-        """Take the time of a batch into the mean."""
+        """Add the time of a batch to the moving average."""
         self._seconds_per_picture = _blend(self._seconds_per_picture, seconds_per_picture)
 
     def learn_preparation(self, seconds: float) -> None:
-        """Take the time of preparing an item that is not light into the mean."""
+        """Add the time it took to prepare an item that is not light to the moving average."""
         self._seconds_per_heavy = _blend(self._seconds_per_heavy, seconds)
 
 

@@ -5,11 +5,11 @@
        `--- others ----------> prepare ------->  run, settle ----------->  futures resolved, one call per batch
 
 A lone request runs at once and a batch never waits on a timer: what arrives while one batch runs is the next batch.
-Light items, whose preparing takes a known fraction of a millisecond, are prepared by the event loop while a batch runs:
-in the inference thread they held up the next batch, and two threads that want the interpreter by turns lose more in
-exchanging it than the work is (one picture a request, 64 connections: a third more answers a second). All others have a
-thread of their own, so that one big photo does not hold up a thousand small ones. In both threads requests of one
-picture and of many take turns (`entries.Turns`).
+Light items, which take a known fraction of a millisecond to prepare, are prepared by the event loop while a batch runs:
+the inference thread would start its next batch later, and two threads that contend for the GIL lose more in handing it
+over than the work takes (one picture a request, 64 connections: a third more answers a second this way). All others
+have a thread of their own, so that one big photo does not hold up a thousand small ones. In both threads, requests of
+one picture take turns with requests of many (`entries.Turns`).
 
 The counters belong to the event loop and only queues are shared, so there is no lock.
 """
@@ -31,12 +31,12 @@ from app.statistics import Execution, Statistics, Timing
 logger = logging.getLogger(__name__)
 
 Building = Generator[None, None, Run[Prepared, Result]]
-"""Makes such a function in steps, none of which takes much longer than a batch."""
+"""Builds a `Run` in steps, none of which takes much longer than a batch."""
 
 QUIET_SECONDS = 0.005
-"""Idle work is done only after so long without a request, so that a client who asks one by one does not feel it."""
+"""Idle work begins after this long without a request, so that a client who asks one by one does not feel it."""
 BROKEN_BATCHES = 10
-"""This many in a row that failed as a whole mean that none will succeed: a GPU that has failed stays so."""
+"""After this many entirely failed batches in a row, none will succeed: a GPU that has failed stays so."""
 STOPPING = "The service is stopping. Try again, it may be back shortly."
 NOT_RUNNING = (
     "The service is not running: whoever embeds the application has to run its lifespan, as a server does and "
@@ -72,7 +72,7 @@ class Batcher(Generic[Item, Prepared, Result]):
     # Event loop
 
     async def start(self) -> None:
-        """Return when `build` has; raise what it raised. Once only."""
+        """Return when `build` has returned; raise what it raises. Call once only."""
         self._loop = asyncio.get_running_loop()
         self._built: asyncio.Future[Run[Prepared, Result]] = self._loop.create_future()
         self._inference_thread.start()
@@ -85,7 +85,7 @@ class Batcher(Generic[Item, Prepared, Result]):
 
     @property
     def closed(self) -> bool:
-        """Whether it has come to its end, or is about to."""
+        """Whether it is closed, or closing."""
         return self._closing
 
     @property
@@ -99,7 +99,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         return self._admission.waiting
 
     def check_room(self) -> None:
-        """Whether the smallest item would be admitted now; what `submit` says of one that is known is the last word.
+        """Refuse if not even the smallest item would be admitted now; `submit` may still refuse a particular one.
 
         Raises:
             Overloaded, NotReady: as `submit`.
@@ -113,7 +113,7 @@ class Batcher(Generic[Item, Prepared, Result]):
             light: Whether the event loop can afford to prepare it.
 
         Raises:
-            Overloaded: as many pictures or bytes wait as are accepted, or the answer would come too late.
+            Overloaded: too many pictures or bytes would be waiting, or the answer would come too late.
             NotReady: the service is stopping.
         """
         deadline_seconds = self._limits.deadline_seconds
@@ -124,11 +124,11 @@ class Batcher(Generic[Item, Prepared, Result]):
     def submit_all(
         self, items: Sequence[tuple[Item, int, int]], deadline_seconds: float | None = None, *, light: bool
     ) -> list[Answer[Result]]:
-        """Admit all of several items, each with its size in bytes and its number of pictures, or none.
+        """Admit all items or none; each comes with its size in bytes and its number of pictures.
 
         Args:
             light: Whether the event loop can afford to prepare them all.
-            deadline_seconds: Shorter than the one in the limits, where the client says so.
+            deadline_seconds: The client's own; counts if it is shorter than that of the limits.
 
         Raises:
             Overloaded, NotReady: as `submit`.
@@ -144,7 +144,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         self._admission.check(load, deadline_seconds)
 
     def check_open(self) -> None:
-        """Refuse if nothing is admitted.
+        """Refuse unless it is running.
 
         Raises:
             NotReady: it has not been started, or is stopping.
@@ -153,7 +153,7 @@ class Batcher(Generic[Item, Prepared, Result]):
             raise NotReady(STOPPING if self._closing else NOT_RUNNING, retry_after_seconds=1)
 
     def _admit(self, item: Item, load: Load, deadline_seconds: float) -> Answer[Result]:
-        # Not Answer[Result](...): the brackets would be evaluated anew for each request, which takes 2 us.
+        # Not Answer[Result](...): the subscript would be evaluated for each request, which takes 2 us.
         future: Answer[Result] = Answer(loop=self._loop)
         entry: Entry[Item, Prepared, Result] = Entry(item, load, future, monotonic(), deadline_seconds, self._run)
         self._admission.enter(load)
@@ -166,19 +166,19 @@ class Batcher(Generic[Item, Prepared, Result]):
         return future
 
     def run_when_idle(self, work: Iterator[object]) -> None:
-        """Exhaust `work` in the inference thread, a step at a time, when nothing is queued. An exchange gives it up."""
+        """Exhaust `work` in the inference thread, a step at a time, when nothing is queued. An exchange drops it."""
         self._idle_work.append(work)
         self._queue.put(Signal.WAKE)
 
     async def exchange(self, building: Building[Prepared, Result]) -> None:
-        """Run what is admitted from now on by what `building` returns; what was admitted before, by the old function.
+        """Switch to the function that `building` returns; what was admitted before still runs with the old one.
 
-        So all items of one `submit_all` are run by the same function. The inference thread takes a step of `building`
-        between any two batches, so that nobody waits for the whole of it.
+        So all items of one `submit_all` are run by the same function. The inference thread takes one step of `building`
+        between any two batches, so that nobody waits for all of it.
 
         Raises:
             NotReady: as `check_open`.
-            Exception: whatever `building` raised. Nothing has changed then.
+            Exception: whatever `building` raises. Nothing has changed then.
         """
         self.check_open()
         built: asyncio.Future[Run[Prepared, Result]] = self._loop.create_future()
@@ -187,10 +187,10 @@ class Batcher(Generic[Item, Prepared, Result]):
         self._run = await built
 
     async def close(self) -> None:
-        """Refuse what comes from now on, answer all that was admitted, end the threads. Idle work is given up, and so
-        is a thread that does not come to an end."""
+        """Refuse new items, answer those that were admitted, end the threads. Idle work is dropped, and so is a thread
+        that does not end."""
         self._closing = True
-        self._heavy.put(Signal.STOP)  # which the decode thread hands on, after the last item
+        self._heavy.put(Signal.STOP)  # the decode thread passes it on, after its last item
         await asyncio.to_thread(self._inference_thread.join, 2 * self._limits.deadline_seconds + 1)
 
     def _settle(
@@ -235,7 +235,7 @@ class Batcher(Generic[Item, Prepared, Result]):
     def _infer(self) -> None:
         try:
             run = self._build()
-        except BaseException as error:  # `start` waits for it and raises it; a dead thread would keep it waiting
+        except BaseException as error:  # for `start` to raise, which would otherwise wait for ever
             self._loop.call_soon_threadsafe(self._built.set_exception, error)
             return
         self._loop.call_soon_threadsafe(self._built.set_result, run)
@@ -245,10 +245,7 @@ class Batcher(Generic[Item, Prepared, Result]):
             self._loop.call_soon_threadsafe(_resolve, built, NotReady(STOPPING, retry_after_seconds=1))
 
     def _take(self) -> list[Entry[Item, Prepared, Result]]:
-        """The next batch, of what waits when the last one is done; waits for one entry if there is none.
-
-        Empty only at the end.
-        """
+        """The next batch, from all that is queued by now; waits if nothing is. Empty only at the end."""
         if self._exchanges:
             self._build_step(*self._exchanges[0])
         self._queue.collect(timeout=0)
@@ -268,7 +265,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         except StopIteration as finished:
             outcome = finished.value
             self._idle_work.clear()
-        except Exception as error:  # raised where the exchange was asked for; what is served goes on
+        except Exception as error:  # for `exchange` to raise; the old function goes on
             outcome = error
         self._exchanges.popleft()
         self._loop.call_soon_threadsafe(_resolve, built, outcome)

@@ -23,7 +23,7 @@ Run = Callable[[list[Prepared]], Sequence[Result]]
 
 
 class Answer(asyncio.Future[Result]):
-    """A result to come; and, once it is there, where its time went."""
+    """A result to come and, once it is there, where its time went."""
 
     timing: Timing
 
@@ -50,14 +50,14 @@ class Entry(Generic[Item, Prepared, Result]):
         except RequestError as error:  # a fault of the item's own
             error.__traceback__ = error.__context__ = None  # would keep the picture until garbage is collected
             return error
-        except Exception as error:  # any of it fails this item alone
+        except Exception as error:  # whatever it is, it fails this item alone
             return error
         finally:  # others waited for it even if it failed
             self.prepare_seconds = monotonic() - start
         return None
 
     def refusal(self) -> Exception | None:
-        """Why no work should be spent on it any more."""
+        """Why no more work should be spent on it; None if it should."""
         if self.future.cancelled():
             return DeadlineExceeded("The client has left.")  # nobody will read it
         if monotonic() > self.admitted_at + self.deadline_seconds:
@@ -68,22 +68,22 @@ class Entry(Generic[Item, Prepared, Result]):
 
 
 class Signal(Enum):
-    """What a thread is told besides entries: to stop waiting for one; that no more will come."""
+    """Queued like entries: WAKE ends a thread's wait for one, STOP says that no more will come."""
 
     WAKE = auto()
     STOP = auto()
 
 
 class Turns(Generic[Item, Prepared, Result]):
-    """What waits for a thread. Any may `put`; the rest belongs to that one.
+    """The queue of a thread. Any thread may `put`; all else belongs to that one.
 
-    Requests of one picture and of many take turns, batch by batch, while both wait: a thousand pictures in one request
-    delay a single one by one batch of theirs, and get half of the time.
+    While both wait, requests of one picture take turns with requests of many, batch by batch: a thousand pictures in
+    one request delay a single one by only one batch of theirs, and get half of the time.
 
-    Where four batches of single ones wait, and nothing else, they become twice as large, and so on up to the largest:
-    the busier the event loop, the longer it takes to get the interpreter back between two batches (under three times
-    the load that could be carried, 96 instead of 81 % of that was answered). Many pictures in one request leave the
-    event loop alone, and would only hold a single one up for longer (37 ms instead of 12).
+    When four batches of single pictures wait, and nothing else, the batch size doubles, and so on up to the largest:
+    the busier the event loop, the longer it takes to get the GIL back between two batches (at three times the load that
+    can be carried, 96 % of what can be carried was answered instead of 81 %). Many pictures in one request leave the
+    event loop alone, so larger batches of them would only hold up a single one for longer (37 ms instead of 12).
     """
 
     def __init__(self, usual_batch: int, max_batch: int) -> None:
@@ -103,7 +103,7 @@ class Turns(Generic[Item, Prepared, Result]):
         self._arrived.put(arrival)
 
     def collect(self, timeout: float | None) -> bool:
-        """Sort what has arrived, waiting up to `timeout` seconds for the first of it; whether there was anything."""
+        """Sort what has arrived, waiting up to `timeout` seconds for the first; return whether there was anything."""
         try:
             arrival = self._arrived.get(timeout=timeout) if timeout != 0 else self._arrived.get_nowait()
         except Empty:
@@ -118,7 +118,7 @@ class Turns(Generic[Item, Prepared, Result]):
         return True
 
     def next_batch(self) -> list[Entry[Item, Prepared, Result]]:
-        """As many as fit into a batch, of one kind and for one `run`; an item of more pictures than that, alone."""
+        """As many as fit into a batch, of one kind and for one `run`; an item larger than a batch comes alone."""
         other = self._bulk if self._turn is self._singles else self._singles
         if other:
             self._turn = other

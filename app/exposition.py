@@ -97,7 +97,7 @@ class CountsCollector(Collector):
 
 
 def _process_metrics(pids: Sequence[int]) -> Iterator[Metric]:
-    """The library's metrics of a process, where the system tells them, of several at once."""
+    """The library's metrics of a process, where the system offers them, combined over several."""
     for same in zip(*(ProcessCollector(registry=None, pid=partial(int, pid)).collect() for pid in pids), strict=False):
         metric = Metric(same[0].name, same[0].documentation, same[0].type)
         for samples in zip(*(each.samples for each in same), strict=True):

@@ -34,7 +34,7 @@ EVALUATION_BATCH = 8
 """Images per idle step of the evaluation: what a request that comes at the wrong moment waits for, some 3 ms."""
 
 Pixels = bytes | memoryview
-"""Of one picture or of several, a byte each (N, H, W, C)."""
+"""The pixels of one picture or of several, a byte each (N, H, W, C)."""
 Item = tuple[bytes, Resize | None] | memoryview
 """A picture as it was uploaded, or raw pixels."""
 Rows = list[Estimate]
@@ -93,7 +93,7 @@ class Service:
     async def start(self) -> None:
         """Return when the network is warm. An evaluation, if data were given, goes on in the background.
 
-        What was closed may be started again, as by a test for each `with TestClient(app)`.
+        A closed service may be started again, as tests do with each `with TestClient(app)`.
         """
         if self._batcher.closed:
             self._batcher = self._new_batcher()
@@ -106,9 +106,9 @@ class Service:
         await self._batcher.close()
 
     async def reload(self) -> bool:
-        """Serve what the weights file holds by now, and say whether that is anything new.
+        """Serve what the weights file holds by now, and return whether that is anything new.
 
-        Nobody waits meanwhile. An evaluation of the old weights that is not finished is given up.
+        Requests are answered meanwhile. An unfinished evaluation of the old weights is dropped.
 
         Raises:
             WeightsRefused: the file cannot be used, or it is for other classes. The old weights go on serving.
@@ -137,7 +137,7 @@ class Service:
 
     @property
     def engine(self) -> str:
-        """The name of the one that computes."""
+        """The name of the engine in use."""
         return self._served.predictor.engine.name
 
     @property
@@ -175,7 +175,7 @@ class Service:
         return self._batcher.statistics
 
     def check_room(self) -> None:
-        """Whether another picture could be admitted now.
+        """Refuse if not even a small picture could be admitted now.
 
         Raises:
             Overloaded, NotReady: it could not.
@@ -183,7 +183,7 @@ class Service:
         self._batcher.check_room()
 
     def predict(self, picture: bytes, resize: Resize | None) -> Answer[Verdict]:
-        """One row; to be cancelled when the client has left.
+        """The verdict on one picture; cancel it when the client has left.
 
         Raises:
             Overloaded, NotReady: at once. The future may fail with any other `RequestError`.
@@ -205,9 +205,9 @@ class Service:
     def predict_pixels(
         self, pixels: memoryview, deadline_seconds: float | None = None
     ) -> "asyncio.Future[list[Verdict | BaseException]]":
-        """The rows of many pictures of raw pixels, in groups that have to be joined; all from the same weights.
+        """The rows of many pictures of raw pixels, in groups for the caller to join; all from the same weights.
 
-        Each group is a usual batch: whole requests would hold up everything else for as long as they take.
+        Each group is a usual batch: a whole request would hold up everything else for as long as it takes.
 
         Raises:
             Overloaded, NotReady: as `predict_pictures`.
@@ -279,7 +279,7 @@ class Service:
     def _evaluate(self, served: Served, split: data.Split, digest: str) -> Iterator[None]:
         parts = []
         for pixels_NCHW in split.pixels_NCHW.split(EVALUATION_BATCH):
-            if served is not self._served:  # exchanged; the new ones have an evaluation of their own
+            if served is not self._served:  # exchanged; the new weights get an evaluation of their own
                 return
             parts.append(served.predictor.logits(pixels_NCHW))
             yield
@@ -310,13 +310,13 @@ class Service:
 
 
 def _is_light(picture: bytes, resize: Resize | None) -> bool:
-    """Whether decoding is little work: at most 1,024 pixels of not much data. Resizing may begin with fifty million."""
+    """Whether decoding is little work: at most 1,024 pixels, from little data. One to resize may have fifty million."""
     return resize is None and len(picture) <= LIGHT_BYTES
 
 
 def check_replaces(checkpoint: Checkpoint, classes: tuple[str, ...]) -> None:
-    """Whether it is for the `classes` that are served. Clients may have kept the names or taken class_id at its word,
-    and would misread other answers unnoticed.
+    """Check that it is for the `classes` that are served. Clients may rely on the names or on class_id, and would
+    misread other answers unnoticed.
 
     Raises:
         CheckpointError: it is for others.
@@ -329,5 +329,5 @@ def check_replaces(checkpoint: Checkpoint, classes: tuple[str, ...]) -> None:
 
 
 def load_aside(path: Path) -> Checkpoint:
-    """`checkpoint.load` in a thread that ends; `aside` says why."""
+    """`checkpoint.load` in a thread that ends afterwards; `aside` says why."""
     return finish(aside(partial(checkpoint.load, path)))

@@ -17,7 +17,7 @@ CONFIDENCES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 class Histogram:
     """How many values there were up to each bound and beyond the last, and their sum.
 
-    A value takes a tenth of a microsecond; with the metrics library's own histogram it is seven times as much.
+    Adding a value takes a tenth of a microsecond; in the metrics library's own histogram, seven times as much.
     """
 
     __slots__ = ("bounds", "counts", "sum")
@@ -54,7 +54,7 @@ class Timing(NamedTuple):
     """Waiting for its turn."""
     prepare_seconds: float
     run_seconds: float
-    """Of the whole batch, which each of its items has waited for."""
+    """That of the whole batch, which each of its items has waited for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class Execution:
     """One for each item."""
     pictures: int
     seconds: float
-    """That the thread was busy with it."""
+    """How long the thread was busy with it."""
 
 
 @dataclass
@@ -105,7 +105,7 @@ class Predictions:
     """What the network has answered. Counted in the inference thread."""
 
     classes: Counter[str] = field(default_factory=Counter)
-    """How often each was the most probable one."""
+    """How often each was the most probable."""
     confidence: Histogram = field(default_factory=lambda: Histogram(CONFIDENCES))
 
     def record(self, rows: Sequence[Sequence[float]], classes: Sequence[str]) -> None:
