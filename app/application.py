@@ -1,4 +1,4 @@
-"""The application as its server, its routes and its supervisor know it: the framework's, with what lives as long."""
+"""The ASGI application: FastAPI with the service and the counters, and a faster lane to a few paths."""
 
 import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -20,17 +20,17 @@ Lane = Callable[[Headers, Receive, Service], Awaitable[Reply]]
 
 
 class Application(FastAPI):
-    """The framework, behind a lane of its own for POST requests without parameters to a few paths.
+    """FastAPI, with a lane past it for POST requests without query parameters to a few paths.
 
     There the same code answers, behind the same boundary. Routing, dependencies, parameters and the framework's layers
-    take some 200 us a request, several times what is left. Any other request goes the usual way.
+    take some 200 us a request, several times as much as the rest. All other requests go the usual way.
     """
 
     def __init__(self, service: Service, ledger: Ledger, lanes: Mapping[str, Lane], **options: Any) -> None:
         super().__init__(**options)
         self.service = service
         self.total: Callable[[], Awaitable[Counts]] = self._own
-        """What all processes that serve have counted; of this one, unless it is replaced."""
+        """Returns the counts of all serving processes; only those of this one, unless it is replaced."""
         self._ledger = ledger
         self._lanes = lanes
         self._lane = Boundary(self._answer, lanes.keys(), ledger)
@@ -62,10 +62,10 @@ class Application(FastAPI):
         return self.count()
 
     def refuse(self, path: str, headers: Iterable[tuple[bytes, bytes]]) -> Callable[[], RawReply] | None:
-        """What a POST request in a lane is told at its end while nothing more is admitted; None if it may come in.
+        """What refuses a POST request in a lane, at its end, while nothing more is admitted; None if it may come in.
 
-        What it holds makes no difference, so the server asks before it makes a task of it. The body is then taken in
-        for nothing; one that may be long comes in the usual way, with its limits.
+        The body makes no difference, so the server asks before it creates a task. It is then read and dropped; one that
+        may be long comes in the usual way, with its limits.
         """
         if path not in self._lanes:
             return None
@@ -82,7 +82,7 @@ class Application(FastAPI):
             return lambda: self._tell(reply, reason, request_id, path, "POST", monotonic() - started_at)
 
     def reject(self, error: RequestError) -> RawReply:
-        """What a client is told whose bytes have not become a request."""
+        """The answer to bytes that are not a valid request."""
         request_id = request_id_of({})
         return self._tell(refusal(error, request_id), error.reason, request_id, UNMATCHED, "OTHER", 0.0)
 
@@ -91,7 +91,7 @@ class Application(FastAPI):
         return reply.status, [*reply.head(), (b"x-request-id", request_id.encode())], reply.body
 
     def openapi(self) -> dict[str, Any]:
-        """With the one body of a request that is JSON, which the framework does not read, for we do."""
+        """Adds the schema of the one JSON request body, which the framework does not know because we parse it."""
         document = super().openapi()
         _, bodies = models_json_schema([(InferenceRequest, "validation")], ref_template="#/components/schemas/{model}")
         document["components"]["schemas"].update(bodies["$defs"])

@@ -9,7 +9,7 @@ import random
 import re
 from collections.abc import Set
 from http import HTTPStatus
-from reprlib import repr as show  # a sentence should not repeat all of what was sent
+from reprlib import repr as show  # an error message should not repeat all that was sent
 from time import monotonic
 from typing import Any
 
@@ -28,10 +28,10 @@ from app.statistics import Timing, Traffic
 logger = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
-"""What is taken over from X-Request-ID. Anything else could forge lines of a log."""
+"""What is accepted as X-Request-ID. Anything else could forge log lines."""
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 UNMATCHED = "unmatched"
-"""The route of all paths that do not exist: each with a name of its own would be as many metrics as a scanner likes."""
+"""The route of all paths that do not exist: with one for each, a scanner could create any number of metrics."""
 LEFT = 499
 """Never sent, only counted: the client left before its answer."""
 DEFECT = "The service has a defect and could not answer. Please report the request_id; the log has the details."
@@ -60,10 +60,10 @@ class Ledger:
 
 
 class Boundary:
-    """Gives each request an id, turns a defect into an answer and a line in the log.
+    """Gives each request an id, and turns a defect into an answer and a log entry.
 
     Args:
-        paths: Of the routes without parameters, whose template is the path itself.
+        paths: Those of the routes without path parameters, whose template is the path itself.
     """
 
     def __init__(self, app: ASGIApp, paths: Set[str], ledger: Ledger) -> None:
@@ -77,7 +77,7 @@ class Boundary:
             return
         started_at = monotonic()
         status, method = LEFT, scope["method"]
-        if method == "HEAD":  # for all that has a GET (RFC 9110, section 9.3.2); the server leaves the body out
+        if method == "HEAD":  # answered wherever GET is (RFC 9110, section 9.3.2); the server drops the body
             scope = {**scope, "method": "GET"}
         state = scope.setdefault("state", {})
         state["request_id"] = request_id_of(dict(scope["headers"]))
@@ -96,10 +96,10 @@ class Boundary:
         except ClientDisconnect:
             return  # nobody is there to be answered
         except RequestError as error:
-            error.__traceback__ = None  # of frames that hold the error, and the body: a cycle
+            error.__traceback__ = None  # its frames hold the error and the body: a cycle
             state["refusal"] = error.reason
             await refusal(error, state["request_id"]).send(send_with_id)
-        except Exception:  # whatever it is, it is ours: the client gets a sentence, the log the traceback
+        except Exception:  # a defect of ours: the client gets a sentence, the log the traceback
             where = (state["request_id"], method, self._route(scope))
             logger.exception("Request %s, %s %s:", *where, extra={"request_id": where[0]})
             if status != LEFT:
@@ -112,7 +112,7 @@ class Boundary:
             self.ledger.record(self._route(scope), counted, status, seconds, state["request_id"], state.get("refusal"))
 
     def _route(self, scope: Scope) -> str:
-        """The template of the path: itself, or the one with parameters that was found, or a mounted application's."""
+        """The template of the path: the path itself, that of the matched route, or a mounted application's root."""
         path: str = scope["path"]
         if path in self.paths:
             return path
@@ -120,7 +120,7 @@ class Boundary:
 
 
 def request_id_of(headers: Headers) -> str:
-    """The one that the client gave if it is well-formed, else a new one."""
+    """The id that the client gave, if it is well-formed, else a new one."""
     given = headers.get(b"x-request-id", b"")
     if given and REQUEST_ID.fullmatch(given):
         return given.decode()
@@ -134,7 +134,7 @@ def error_response(request: Request, error: RequestError) -> Response:
 
 
 def server_timing(timing: Timing, total: float) -> tuple[bytes, bytes]:
-    """A header, in milliseconds. The rest of the total is HTTP and waiting for the event loop."""
+    """A Server-Timing header, in milliseconds. The rest of the total is HTTP and waiting for the event loop."""
     queue, decode, inference = timing
     milliseconds = (queue * 1e3, decode * 1e3, inference * 1e3, total * 1e3)
     return b"server-timing", b"queue;dur=%.2f, decode;dur=%.2f, inference;dur=%.2f, total;dur=%.2f" % milliseconds
@@ -164,7 +164,7 @@ def _translate(request: Request, error: HTTPException) -> RequestError:
         allowed = ", ".join(sorted({*methods, "HEAD"} if "GET" in methods else methods))
         sentence = f"{request.url.path} does not take {request.method}; it takes {allowed}."
         return MethodNotAllowed(sentence, headers={"Allow": allowed})
-    raise error  # the framework has no other here: a defect
+    raise error  # the framework raises no other here: a defect
 
 
 def _explain(problems: Any) -> RequestError:
@@ -177,7 +177,7 @@ def _explain(problems: Any) -> RequestError:
 
 
 def _accepted(problem: Any) -> str:
-    """In words of ours, for the kinds of parameters that there are."""
+    """What is accepted, in our own words for the kinds of parameters that exist."""
     match problem["type"]:
         case "int_parsing":
             return "a whole number"

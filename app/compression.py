@@ -9,10 +9,10 @@ ENCODINGS = {"gzip": zlib.MAX_WBITS | 16, "deflate": zlib.MAX_WBITS}
 
 
 def inflate(body: bytes, encoding: str, max_bytes: int) -> bytes:
-    """Stops at the limit, so that a few bytes that would become gigabytes cost neither the memory nor the time.
+    """Decompress, but stop at the limit: a few bytes that expand to gigabytes cost neither memory nor time.
 
     Raises:
-        BodyTooLarge: It is more than `max_bytes` without the compression.
+        BodyTooLarge: It is larger than `max_bytes` when decompressed.
         BadRequest: It is damaged, cut short, or something follows it.
     """
     inflater = zlib.decompressobj(ENCODINGS[encoding])
@@ -31,13 +31,13 @@ def inflate(body: bytes, encoding: str, max_bytes: int) -> bytes:
 
 
 def deflate(body: bytes, encoding: str) -> bytes:
-    """At the fastest level, because somebody waits."""
+    """Compress at the fastest level, because somebody is waiting."""
     deflater = zlib.compressobj(1, zlib.DEFLATED, ENCODINGS[encoding])
     return deflater.compress(body) + deflater.flush()
 
 
 def accepted(header: str) -> str | None:
-    """Which of our encodings an Accept-Encoding header likes best; ;q=0 rules one out (RFC 9110, section 12.5.3)."""
+    """Which of our encodings an Accept-Encoding header prefers; ;q=0 rules one out (RFC 9110, section 12.5.3)."""
     best, most = None, 0.0
     for offer in header.lower().replace(" ", "").split(","):
         name, _, quality = offer.partition(";q=")

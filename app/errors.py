@@ -28,8 +28,8 @@
         |-- NotReady           503
         `-- DeadlineExceeded   504
 
-The message of each is a sentence for a stranger: what was given, what is accepted, what to do. It holds no path of
-the server but for those who start it or have its key, no library text and no address.
+Each message is a sentence for a stranger: what was given, what is accepted, what to do. It holds no library text, no
+address, and no path of the server except for those who start it or have its key.
 """
 
 
@@ -57,7 +57,7 @@ class RequestError(AppError):
     """A request is refused.
 
     `status` is the HTTP status, `reason` its name among the metrics, `detail` an optional machine-readable explanation,
-    `headers` what else HTTP wants said.
+    `headers` further headers that HTTP asks for.
     """
 
     status = 500
@@ -127,7 +127,7 @@ class BodyTooLarge(RequestError):
 
 
 class UnsupportedMedia(RequestError):
-    """The content type is none the service reads."""
+    """The service does not read this content type."""
 
     status = 415
     reason = "unsupported_media"
@@ -162,7 +162,7 @@ class HeadTooLarge(RequestError):
 
 
 class NotOffered(RequestError):
-    """A part of a protocol that exists but not here."""
+    """A part of a protocol that this service does not have."""
 
     status = 501
     reason = "not_offered"

@@ -1,6 +1,6 @@
 """One request and its answer below the framework: headers as they came, the body within its limit, bytes to send.
 
-The fast lane lives on these alone; a route of the framework hands its request's over and gets the same answer.
+The fast lane uses only these; a route of the framework passes on its request's and gets the same answer.
 """
 
 import asyncio
@@ -17,20 +17,20 @@ from app.errors import BodyTooLarge, Overloaded, RequestError, TooSlow, Unsuppor
 from app.statistics import Timing
 
 Headers = Mapping[bytes, bytes]
-"""By name in small letters, as ASGI has them."""
+"""By lower-case name, as in ASGI."""
 
 RawReply = tuple[int, list[tuple[bytes, bytes]], bytes]
 """Status, headers and body, ready to be written."""
 
 JSON = b"application/json"
 LIGHT_BYTES = 16 * 1024
-"""Five times a picture's raw pixels. One of the usual 2 KB takes 0.1 ms to decode."""
+"""What the event loop may decode itself: five times a picture's raw pixels. The usual 2 KB take 0.1 ms."""
 MAX_DIGITS = 20
-"""Of a length; that many say more than there is memory, and Python reads 4,300 at most."""
+"""A length with this many digits exceeds any memory, and Python reads 4,300 at most."""
 
 
 class Reply(NamedTuple):
-    """An answer, whole."""
+    """A complete answer."""
 
     body: bytes
     content_type: bytes = JSON
@@ -43,12 +43,12 @@ class Reply(NamedTuple):
         return [(b"content-length", b"%d" % len(self.body)), (b"content-type", self.content_type), *self.headers]
 
     async def send(self, send: Send) -> None:
-        """As an ASGI application does."""
+        """Send it as an ASGI application does."""
         await send({"type": "http.response.start", "status": self.status, "headers": self.head()})
         await send({"type": "http.response.body", "body": self.body})
 
     def response(self, request: Request) -> Response:
-        """The same as the framework has it."""
+        """The same as a response of the framework."""
         if self.timing is not None:
             request.scope["state"]["timing"] = self.timing
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in self.headers}
@@ -61,12 +61,12 @@ def headers_of(request: Request) -> Headers:
 
 
 def header_text(headers: Headers, name: bytes, default: str = "") -> str:
-    """A header in letters."""
+    """A header, decoded."""
     return headers[name].decode("latin-1") if name in headers else default
 
 
 def encoding_of(headers: Headers) -> str | None:
-    """What the body is compressed with, in small letters."""
+    """What the body is compressed with, in lower case; None for nothing."""
     encoding = header_text(headers, b"content-encoding").strip().lower()
     if encoding in ("", "identity"):
         return None
@@ -95,7 +95,7 @@ def announced_bytes(headers: Headers) -> int | None:
 
 
 def refusal(error: RequestError, request_id: str) -> Reply:
-    """The answer that an error is: its sentence, its status and its headers."""
+    """An error as an answer: its sentence, its status and its headers."""
     headers = {**error.headers}
     if error.retry_after_seconds is not None:
         headers["Retry-After"] = str(error.retry_after_seconds)
@@ -108,9 +108,9 @@ class Intake:
     """Where bodies come in. Belongs to the event loop.
 
     Args:
-        max_bytes: Of one body.
-        max_waiting_bytes: Of all that have come in part, or wait to be read.
-        seconds: How long one may take.
+        max_bytes: The limit for one body.
+        max_waiting_bytes: The limit for all bodies that are incomplete or waiting to be parsed.
+        seconds: How long one body may take.
     """
 
     def __init__(self, *, max_bytes: int, max_waiting_bytes: int, seconds: float) -> None:
@@ -120,13 +120,13 @@ class Intake:
         self._waiting_bytes = 0
 
     async def read(self, headers: Headers, receive: Receive) -> bytes:
-        """The body; one that announces too much is not read at all.
+        """Read the body, unless it announces that it is too large.
 
         Raises:
             BodyTooLarge: It has more than `max_bytes`.
-            Overloaded: Too much of other bodies has come that are not whole yet.
-            TooSlow: It was not whole in time.
-            ClientDisconnect: The client has left before its end.
+            Overloaded: Other incomplete bodies hold too many bytes.
+            TooSlow: It was not complete in time.
+            ClientDisconnect: The client left before its end.
         """
         self._check(announced_bytes(headers) or 0)
         try:
@@ -138,8 +138,8 @@ class Intake:
                     return whole
                 return await self._join(message, receive)
         except TimeoutError:
-            # The connection stays: what is still to come is read and dropped, for if it were met with a reset, its
-            # client might never see the answer.
+            # The connection stays: what is still to come is read and dropped, because after a reset the client might
+            # never see the answer.
             raise TooSlow(
                 f"The body was not complete within {self._seconds:g} seconds. Send it faster, or a smaller one."
             ) from None
@@ -163,10 +163,10 @@ class Intake:
 
     @contextmanager
     def holding(self, size_bytes: int) -> Iterator[None]:
-        """Count a body among those that wait.
+        """Count a body as waiting.
 
         Raises:
-            Overloaded: Too much of other bodies waits.
+            Overloaded: Other waiting bodies hold too many bytes.
         """
         self._waiting_bytes += size_bytes
         try:
@@ -176,7 +176,7 @@ class Intake:
             self._waiting_bytes -= size_bytes
 
     def _check_room(self, own_bytes: int) -> None:
-        if self._waiting_bytes > max(self._max_waiting_bytes, own_bytes):  # one alone is always taken
+        if self._waiting_bytes > max(self._max_waiting_bytes, own_bytes):  # one alone is always accepted
             raise Overloaded(
                 "The service receives as much as it accepts at a time. Try again in 1 second.", retry_after_seconds=1
             )

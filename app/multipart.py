@@ -1,5 +1,5 @@
 """multipart/form-data, in memory. The framework's own form parser writes files above 1 MiB to disk, which a read-only
-container does not have, and takes twice the time; the body is bounded already."""
+container cannot do, and takes twice the time; the body is bounded already."""
 
 import re
 
@@ -9,10 +9,10 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from app.errors import BadRequest, RequestError
 
 MAX_PARTS = 32
-"""A form of the web page or of curl for one picture has one; each costs time in the event loop."""
+"""The web page and curl send a picture in a form of one part; each costs time in the event loop."""
 MAX_HEADER_BYTES, MAX_SEMICOLONS = 1024, 16
-"""Of one with parameters, such as the names of field and file. Reading that takes 50 us; the time grows with the
-square of the semicolons."""
+"""Limits of a header with parameters, such as the names of field and file. Parsing it takes 50 us; the time grows with
+the square of the number of semicolons."""
 
 BOUNDARY = re.compile(r"multipart/form-data; ?boundary=([\w'()+,./:=?-]{1,70})")
 PART = re.compile(
@@ -91,7 +91,7 @@ def read_field(body: bytes, content_type: str, name: str) -> bytes:
 
 
 def _only_field(body: bytes, content_type: str, name: str) -> bytes | None:
-    """What `read_field` gives, in a twentieth of the time, for a form as nearly all are; None says: look closer."""
+    """The result of `read_field` in a twentieth of the time, for a form like nearly all; None for any other."""
     boundary = BOUNDARY.fullmatch(content_type)
     if boundary is None:
         return None

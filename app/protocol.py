@@ -1,8 +1,8 @@
 """uvicorn's HTTP protocol, cheaper where it counts.
 
-What one turn of the event loop writes to a connection leaves in one piece: uvicorn writes the head of an answer and its
-body apart, and each is a system call that wakes the client. And under too much load, when refusals are most of the
-work, they are given before uvicorn makes a task of each.
+What one turn of the event loop writes to a connection leaves in one piece: uvicorn writes the head and the body of an
+answer separately, and each is a system call that wakes the client. And under too much load, when refusals are most of
+the work, they are given before uvicorn creates a task for each.
 
 It ignores offers to switch protocols, and does not wait for ever for the head of a request, or for a body that nobody
 reads.
@@ -20,19 +20,19 @@ from app.errors import BadRequest, HeadTooLarge, RequestError, TooSlow
 from app.exchange import LIGHT_BYTES, RawReply
 
 MAX_HEAD_BYTES = 64 * 1024
-"""A longer head, or more after a body in chunks, is refused: nothing else would end it."""
+"""A longer head is refused, and so is more than this after a chunked body: nothing else would stop it."""
 MAX_PIPELINED = 64
-"""Requests that may wait behind one that runs. Those that follow are dropped, and their connection ends after these:
-what comes at once, without a wait for any answer, can be fourteen thousand."""
+"""Requests that may wait behind one that runs. Any further ones are dropped, and the connection ends after these: a
+client that does not wait for answers can send fourteen thousand at once."""
 OFFER = frozenset({b"connection", b"upgrade", b"http2-settings"})
-"""The headers of a request in which its client offers to go on in another protocol."""
+"""The headers with which a client offers to go on in another protocol."""
 
 
 class Turnstile:
     """Lets at most `PER_TURN` requests in during one turn of the event loop; the others follow in the next, in order.
 
-    A turn takes in all that has arrived: of a wave of a thousand requests, a third of a second. A question about the
-    health, which takes a few turns from its connection to its answer, would wait for as many of those.
+    A turn would take in all that has arrived: a third of a second for a wave of a thousand requests. A health
+    check, which takes a few turns from its connection to its answer, would wait for as many such turns.
     """
 
     PER_TURN = 16
@@ -43,7 +43,7 @@ class Turnstile:
         self._waiting: deque[Callable[[], None]] = deque()
 
     def enter(self, come_in: Callable[[], None]) -> bool:
-        """Whether it may come in at once; if not, it is called when it may."""
+        """Whether a request may come in at once; if not, `come_in` is called when it may."""
         if not self._turning:
             self._turning = True
             asyncio.get_running_loop().call_soon(self._turn)
@@ -84,7 +84,7 @@ class CoalescingTransport:
         self._transport.close()
 
     def _flush(self) -> None:
-        if self._parts and not self._transport.is_closing():  # else the client has left since
+        if self._parts and not self._transport.is_closing():  # else the client has left
             self._transport.write(b"".join(self._parts))
         self._parts.clear()
 
@@ -92,8 +92,8 @@ class CoalescingTransport:
 class NoUpgradeParser:
     """A parser that stays with HTTP/1.1 when a client offers another protocol, as RFC 9110, section 7.8 allows.
 
-    Of itself it takes what follows the head for that protocol's: the body is lost, or read as the next request. Java's
-    own client and `curl --http2` offer HTTP/2 with their first request.
+    httptools alone assumes that the other protocol follows the head: the body is lost, or read as the next request.
+    Java's own client and `curl --http2` offer HTTP/2 with their first request.
     """
 
     def __init__(self, protocol: "Protocol") -> None:
@@ -111,28 +111,28 @@ class NoUpgradeParser:
                 return
             except HttpParserUpgrade as offer:
                 if (head := self._protocol.take_head_without_offer()) is None:
-                    return  # CONNECT, to which the application says no; what follows would be for the tunnel
+                    return  # CONNECT, which the application refuses; what follows would be for the tunnel
                 rest = rest[offer.args[0] :]
-                self._parser = HttpRequestParser(self._protocol)  # after `close` the used one takes nothing more
+                self._parser = HttpRequestParser(self._protocol)  # after `close` the old one accepts nothing more
                 self._parser.feed_data(head)
 
 
 Refuse = Callable[[str, Iterable[tuple[bytes, bytes]]], Callable[[], RawReply] | None]
-"""Of the path and the headers of a POST request: what answers it at its end, or None if it may come in."""
+"""Takes the path and the headers of a POST request; returns what refuses it at its end, or None if it may come in."""
 Reject = Callable[[RequestError], RawReply]
-"""The answer to what has not become a request."""
+"""Returns the answer to bytes that are not a valid request."""
 
 
 class Protocol(HttpToolsProtocol):
-    """For connections that share a turnstile; what is refused, and how, the application says."""
+    """For connections that share a turnstile. The application decides what is refused, and how."""
 
     _held = b""
     _refusal: Callable[[], RawReply] | None = None
     _head_without_offer: bytes | None = None
     _running: RequestResponseCycle | None = None
-    """The request that the application has; uvicorn's `cycle` is the last one that has come, which may be behind it."""
+    """The request that the application works on; uvicorn's `cycle` is the latest, which may be queued behind it."""
     _undigested_bytes = 0
-    """What has come since a head was whole or some of a body was there."""
+    """What has come since a head was last complete, or part of a body came."""
 
     def __init__(self, *args: Any, turnstile: Turnstile, refuse: Refuse, reject: Reject, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -146,7 +146,7 @@ class Protocol(HttpToolsProtocol):
         self._start_clock()
 
     def data_received(self, data: bytes) -> None:
-        # What begins like this is a whole request more often than not; a longer one is not decoded by the event loop.
+        # What begins like this is usually a whole request; a longer one is not decoded by the event loop.
         if not data.startswith(b"POST") or len(data) > LIGHT_BYTES or self._turnstile.enter(self._come_in):
             self._take(data)
         else:
@@ -164,7 +164,7 @@ class Protocol(HttpToolsProtocol):
             self._reject(HeadTooLarge("The head of the request is too long; send fewer or shorter headers."))
             return
         self._undigested_bytes += len(data)
-        # uvicorn stops the clock at the first byte of a head. Here it runs on until the head is whole.
+        # uvicorn stops the clock at the first byte of a head. Here it runs on until the head is complete.
         clock, self.timeout_keep_alive_task = self.timeout_keep_alive_task, None
         super().data_received(data)
         if clock is not None and self._undigested_bytes:
@@ -173,19 +173,19 @@ class Protocol(HttpToolsProtocol):
         if clock is not None:
             clock.cancel()
         if self.timeout_keep_alive_task is None and (self.cycle is None or self.cycle.response_complete):
-            self._start_clock()  # what comes is a body that nobody reads: of a request refused or answered already
+            self._start_clock()  # for the rest of a body that nobody reads: its request was already refused or answered
 
     def _start_clock(self) -> None:
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def timeout_keep_alive_handler(self) -> None:
-        """The clock has run down."""
-        if self._held:  # it has come in time, and waits for its turn
+        """Called when the clock has run down."""
+        if self._held:  # a request has come in time, and waits for its turn
             self._start_clock()
         elif self._undigested_bytes and not self.transport.is_closing():
             seconds = f"{self.timeout_keep_alive:g} seconds"
             self._reject(TooSlow(f"The head of the request was not whole after {seconds}; send it faster."))
-        elif self.transport.get_write_buffer_size():  # nobody reads the answer, for which closing would wait
+        elif self.transport.get_write_buffer_size():  # nobody reads the answer, and closing would wait for that
             self.transport.abort()
         else:
             super().timeout_keep_alive_handler()
@@ -202,7 +202,7 @@ class Protocol(HttpToolsProtocol):
         super().shutdown()
 
     def take_head_without_offer(self) -> bytes | None:
-        """The head of a request that offered another protocol, once."""
+        """The head of a request that offered another protocol, without the offer; only once."""
         head, self._head_without_offer = self._head_without_offer, None
         return head
 
@@ -210,7 +210,7 @@ class Protocol(HttpToolsProtocol):
         self._undigested_bytes = 0
         hosts = [name for name, _ in self.headers].count(b"host")
         if hosts > 1 or (not hosts and self.parser.get_http_version() == "1.1"):  # RFC 9112, section 3.2
-            raise BufferError  # which the parser passes on as what it cannot read
+            raise BufferError  # which the parser reports as bytes it cannot read
         method: bytes = self.parser.get_method()
         if self.parser.should_upgrade() and method != b"CONNECT":
             lines = [b"%b %b HTTP/%b" % (method, self.url, self.parser.get_http_version().encode())]
@@ -228,7 +228,7 @@ class Protocol(HttpToolsProtocol):
             super().on_headers_complete()
             if not self.pipeline:
                 self._running = self.cycle
-        self.headers = []  # for what may follow the body, which is not the head's (RFC 9110, section 6.5.1)
+        self.headers = []  # so that trailers do not join those of the head (RFC 9110, section 6.5.1)
 
     def on_response_complete(self) -> None:
         if self.pipeline:
@@ -248,7 +248,7 @@ class Protocol(HttpToolsProtocol):
             super().on_message_complete()
             return
         reply, self._refusal = self._refusal(), None
-        modern = self.parser.get_http_version() != "1.0"  # whose clients wait for the end of the connection
+        modern = self.parser.get_http_version() != "1.0"  # HTTP/1.0 clients wait for the connection to close
         self._write(reply, keep_alive=modern and self.parser.should_keep_alive())
         self.on_response_complete()
 
@@ -261,7 +261,7 @@ class Protocol(HttpToolsProtocol):
         self._reject(BadRequest(sentence))
 
     def _reject(self, error: RequestError) -> None:
-        if self.pipeline and self.cycle.more_body:  # what is broken is behind a request that is still to be answered
+        if self.pipeline and self.cycle.more_body:  # the broken one is behind a request that is still to be answered
             self.pipeline.popleft()
             self.cycle = self.pipeline[0][0] if self.pipeline else cast(RequestResponseCycle, self._running)
         if self.cycle is not None and not (self.cycle.more_body or self.cycle.response_complete):

@@ -193,7 +193,7 @@ MEANINGS = {
 
 
 def refusals(*statuses: int, meanings: Mapping[int, str] = {}) -> dict[int | str, dict[str, Any]]:
-    """The documentation of error answers, for a route's `responses`; with `meanings` where they are others there."""
+    """The documentation of error answers, for a route's `responses`; `meanings` replace the usual ones."""
     return {
         status: {
             "model": ErrorBody,

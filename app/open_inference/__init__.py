@@ -1,10 +1,10 @@
 """The Open Inference Protocol (KServe V2), bytes to bytes: request.py reads, response.py writes, spec.py describes.
 
-After specification/protocol/inference_rest.md of the Open Inference Protocol and Triton's extensions "binary tensor
+Follows specification/protocol/inference_rest.md of the Open Inference Protocol and Triton's extensions "binary tensor
 data", "classification", "statistics" and "model configuration". Knows neither HTTP nor torch; routes/open_inference.py
 is the edge.
 
-With binary data a body is the JSON, whose length a header tells, and then the raw tensors in order, without padding.
+With binary data a body is the JSON, whose length a header gives, and then the raw tensors in order, without padding.
 Numbers are little-endian and row-major; an element of BYTES is its length in four bytes, and then its bytes.
 
 Shape letters: N images, H = W = 32, C = 3, K classes.

@@ -1,7 +1,7 @@
 """The body of an inference request -> what is asked for, everything checked."""
 
 from dataclasses import dataclass, field
-from reprlib import repr as show  # a sentence should not repeat a megabyte of what was sent
+from reprlib import repr as show  # an error message should not repeat a megabyte of input
 from typing import Any
 
 from pydantic_core import from_json
@@ -12,7 +12,7 @@ from app.open_inference import tensors
 from app.open_inference.spec import IMAGE, INPUTS, MAX_ID_LETTERS, OUTPUT_NAMES, PIXELS, TensorSpec
 
 MAX_BRACKETS_OF_A_PICTURE = 1 + IMAGE_SIZE + IMAGE_SIZE**2
-"""If its pixels are nested as far as they can be."""
+"""With its pixels nested as far as possible."""
 MAX_OTHER_BRACKETS = 1000
 
 
@@ -41,7 +41,7 @@ def decode(body: bytes, header: str | None, *, binary: bool, max_pictures: int) 
     """Read an inference request.
 
     Args:
-        header: Inference-Header-Content-Length as it was sent, None without. With 0 there is no JSON:
+        header: Inference-Header-Content-Length as it was sent, or None. With 0 there is no JSON:
             the body is one encoded picture.
         binary: Whether the outputs are binary if there is no JSON to say so.
 
@@ -80,10 +80,10 @@ def decode(body: bytes, header: str | None, *, binary: bool, max_pictures: int) 
 
 
 def json_length(body: bytes, header: str | None) -> int:
-    """How many bytes of an uncompressed body are JSON, by the header Inference-Header-Content-Length; all without.
+    """How many bytes of an uncompressed body are JSON: as Inference-Header-Content-Length says, or all without it.
 
     Raises:
-        BadRequest: That is not a length, or more than there is.
+        BadRequest: The header is no length, or exceeds the body.
     """
     if header is None:
         return len(body)
@@ -97,7 +97,7 @@ def json_length(body: bytes, header: str | None) -> int:
 
 
 def _json(text: bytes, max_pictures: int) -> dict[str, Any]:
-    # Millions of lists keep the interpreter for a second, which the event loop waits for.
+    # Parsing millions of lists holds the GIL for a second, and the event loop with it.
     most = max_pictures * MAX_BRACKETS_OF_A_PICTURE + MAX_OTHER_BRACKETS
     if (brackets := text.count(b"[") + text.count(b"{")) > most:
         raise BodyTooLarge(
@@ -126,7 +126,7 @@ def _parameters(holder: dict[str, Any], owner: str) -> dict[str, Any]:
 
 
 def _given(holder: dict[str, Any], name: str, default: Any) -> Any:
-    """Null is what some clients send for nothing."""
+    """The value, or `default` if there is none; some clients send null instead."""
     value = holder.get(name)
     return default if value is None else value
 
@@ -146,7 +146,7 @@ def _number(parameters: dict[str, Any], name: str, owner: str) -> int:
 
 
 def _timeout(parameters: dict[str, Any]) -> float | None:
-    """The parameter is in microseconds; 0 is none."""
+    """In seconds; the parameter is in microseconds, and 0 means none."""
     return min(_number(parameters, "timeout", "The request"), 2**63) / 1e6 or None
 
 
@@ -184,7 +184,7 @@ def _only_input(request: dict[str, Any]) -> tuple[TensorSpec, dict[str, Any], in
 def _content(
     spec: TensorSpec, tensor: dict[str, Any], count: int, tail: memoryview
 ) -> tuple[bytearray | None, list[bytes]]:
-    """The pixels, or the pictures: from the JSON, or from the bytes behind it."""
+    """The raw pixels, or the encoded pictures, from the JSON or from the bytes after it."""
     owner = f"Input {spec.name!r}"
     size = _parameters(tensor, owner).get("binary_data_size")
     if size is None:
@@ -194,7 +194,7 @@ def _content(
         if not isinstance(data, list):
             raise BadRequest(f"{owner} has neither a list `data` nor the parameter `binary_data_size`.")
         return (tensors.json_pixels(data, count), []) if spec is PIXELS else (None, tensors.json_strings(data, count))
-    if tensor.get("data") not in (None, []):  # as clients send it that have a place for both
+    if tensor.get("data") not in (None, []):  # some clients send an empty list, too
         raise BadRequest(f"{owner} has both `data` and `binary_data_size`; expected is one of them.")
     if type(size) is not int or size != len(tail):
         raise BadRequest(f"{owner} has the binary_data_size {show(size)}, but {len(tail):,} bytes follow the JSON.")
@@ -202,7 +202,7 @@ def _content(
 
 
 def _outputs(request: dict[str, Any], *, binary: bool) -> list[Wanted]:
-    """The outputs asked for, all of them if none is. What an output says of itself wins over the whole request."""
+    """The outputs asked for, or all if none is named. An output's own parameters override those of the request."""
     wanted: dict[str, Wanted] = {}
     for output in _objects(request, "outputs"):
         name = output.get("name")

@@ -13,7 +13,7 @@ def _forget_defaults(schema: dict[str, Any]) -> None:
 
 
 class Body(BaseModel):
-    """A field with a default may be absent. Generated clients take a default in the description for what is sent."""
+    """A field with a default may be absent. The schema hides it: generated clients would take it for what is sent."""
 
     model_config = ConfigDict(json_schema_extra=_forget_defaults)
 

@@ -7,7 +7,7 @@ from app.model import IMAGE_SIZE
 from app.statistics import Histogram, Statistics
 
 MODEL_NAME = "cifar"
-"""Fixed: which weights are behind it changes, and clients should not have to. Answers name the weights."""
+"""Fixed, so that clients need not change when the weights behind it do. Answers name the weights."""
 MODEL_VERSION = "1"
 PLATFORM = "pytorch_state_dict"
 EXTENSIONS = ("binary_tensor_data", "classification", "statistics", "model_repository", "model_configuration")
@@ -35,9 +35,9 @@ INPUTS = {spec.name: spec for spec in (PIXELS, IMAGE)}
 OUTPUT_NAMES = ("probabilities", "label", "class_id", "familiarity")
 
 MAX_ID_LETTERS = 1024
-"""Of a request; it is sent back."""
+"""The limit for the id of a request, which is sent back."""
 UNKNOWN = -1.0
-"""The familiarity with weights that do not know of it; a tensor cannot have null."""
+"""The familiarity when the weights do not know it; a tensor cannot hold null."""
 
 
 def output_specs(num_classes: int) -> tuple[TensorSpec, ...]:

@@ -31,7 +31,7 @@ def json_pixels(data: list[Any], count: int) -> bytearray:
     """The same from numbers, nested as the shape says or flat.
 
     Raises:
-        BadRequest: Another nesting, another number of elements, or something else than whole numbers from 0 to 255.
+        BadRequest: Another nesting, another number of elements, or anything but whole numbers from 0 to 255.
     """
     flat = _flatten(data, [count, *PIXEL_SHAPE], PIXELS.name)
     try:
@@ -45,7 +45,7 @@ def json_pixels(data: list[Any], count: int) -> bytearray:
 
 
 def raw_strings(tail: memoryview, count: int) -> list[bytes]:
-    """The N elements of a BYTES tensor, each behind its length.
+    """The N elements of a BYTES tensor, each preceded by its length.
 
     Raises:
         BadRequest: The tensor ends within an element, or holds another number of them.
@@ -93,7 +93,7 @@ def _flatten(data: list[Any], shape: Sequence[int], name: str) -> list[Any]:
     if len(shape) > 1 and data and isinstance(data[0], list):
         fits = len(data) == shape[0]
         for size in shape[1:]:
-            # Counting the elements alone would take channels first for channels last.
+            # Merely counting the elements would mistake channels first for channels last.
             if not fits or not all(isinstance(row, list) and len(row) == size for row in data):
                 raise BadRequest(f"Input {name!r} has its `data` nested otherwise than its shape {list(shape)} says.")
             data = list(chain.from_iterable(data))

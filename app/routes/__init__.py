@@ -1,4 +1,4 @@
-"""A file for each group of paths, and what they share. They translate HTTP and compute nothing."""
+"""A file for each group of paths, and what they share. The files translate HTTP and compute nothing."""
 
 from typing import Annotated
 
@@ -20,7 +20,7 @@ ServiceDep = Annotated[Service, Depends(_service)]
 
 
 def check_ready(service: Service) -> None:
-    """What probes ask.
+    """Refuse if new requests are not welcome, for readiness probes.
 
     Raises:
         NotReady: New requests should be sent elsewhere.
@@ -37,7 +37,7 @@ async def _total(request: Request) -> Counts:
 
 
 TotalDep = Annotated[Counts, Depends(_total)]
-"""What all processes that serve have counted."""
+"""What all serving processes have counted."""
 
 ResizeQuery = Annotated[
     Resize | None,

@@ -1,4 +1,4 @@
-"""POST /admin/reload. Not there at all unless a key is set."""
+"""POST /admin/reload. It exists only if a key is set."""
 
 import hmac
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""What is said of a picture and of the weights, over whichever route."""
+"""What answers say about a picture and about the weights, whatever the route."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from app.predictor import Estimate
 
 
 def scores(estimate: Estimate, checkpoint: Checkpoint, top_k: int | None) -> dict[str, Any]:
-    """What `schemas.Scores` describes; by hand, because validating our own answer takes longer than making it."""
+    """What `schemas.Scores` describes; built by hand, because validating our own answer takes longer than making it."""
     probabilities, familiarity = estimate
     classes = checkpoint.classes
     confidence = max(probabilities)

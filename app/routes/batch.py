@@ -51,7 +51,7 @@ async def predict_batch(
     """Answers in the order of the pictures. One that cannot be read is reported in its place and the others do not
     suffer. Raw pixels cost the least: nothing has to be decoded."""
     predictions: list[dict[str, Any]] = []
-    checkpoint = service.checkpoint  # if no picture could be read
+    checkpoint = service.checkpoint  # for the case that no picture can be read
     for answer in await _answers(request, service, resize):
         if isinstance(answer, OWN_FAULTS):
             predictions.append({"error": str(answer), "detail": answer.detail})
@@ -65,7 +65,7 @@ async def predict_batch(
 
 
 async def _answers(request: Request, service: Service, resize: Resize | None) -> list[Verdict | BaseException]:
-    """The rows of each picture or of several, or an error in the place of one picture."""
+    """A verdict on each picture or group of pictures, or an error in the place of one picture."""
     headers = headers_of(request)
     kind, content_type = content_kind(headers)
     most, deadline_seconds = service.settings.max_pictures, service.settings.deadline_seconds
@@ -77,7 +77,7 @@ async def _answers(request: Request, service: Service, resize: Resize | None) ->
         body = await service.intake.read(headers, request.receive)
         if len(body) <= LIGHT_BYTES:
             fields = read_fields(body, content_type, most, refusal)
-        else:  # of a thousand parts it takes 0.1 s
+        else:  # a thousand parts take 0.1 s
             with service.intake.holding(len(body)):
                 fields = await asyncio.to_thread(read_fields, body, content_type, most, refusal)
         if unknown := [name for name, _ in fields if name not in FIELDS]:

@@ -24,7 +24,7 @@ async def metrics(service: ServiceDep, total: TotalDep, request: Request) -> Res
     """Since the start, over all processes that serve. Durations are in seconds."""
     try:
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
-    except (TypeError, ValueError):  # a version that is none
+    except (TypeError, ValueError):  # a malformed version
         encode, content_type = choose_encoder("")
     return Response(encode(CountsCollector(total, service.checkpoint)), media_type=content_type)
 

@@ -1,6 +1,6 @@
 """/v2: the Open Inference Protocol (KServe V2), with Triton's extensions as far as `spec.EXTENSIONS` names them.
 
-Paths and statuses after specification/protocol/inference_rest.md, headers after the extension "binary tensor data".
+Paths and statuses follow specification/protocol/inference_rest.md, headers the extension "binary tensor data".
 """
 
 import asyncio
@@ -30,10 +30,10 @@ VERSION = f"{MODEL}/versions/{spec.MODEL_VERSION}"
 OCTETS = b"application/octet-stream"
 JSON_LENGTH = b"inference-header-content-length"
 WORTH_COMPRESSING_BYTES = 1024
-"""Less fits into one packet either way."""
+"""A shorter answer fits into one packet either way."""
 LITTLE_JSON_BYTES = 64 * 1024
-"""What is read in the event loop. More goes to a thread, for what is compressed or in base64: the parser itself keeps
-the interpreter, 0.1 s for 8 MiB of numbers, and up to ten times that for brackets without end."""
+"""What is parsed in the event loop. More goes to a thread, which helps with compression and base64 only: the parser
+itself holds the GIL, 0.1 s for 8 MiB of numbers, and up to ten times that for endless brackets."""
 
 PICTURE = "iVBORw0KGgoAAAANSUhEUgAAACAAAAAgAQAAAABbAUdZAAAAEUlEQVR42mP8z8DAwMQwaAkAswEBP25AfJYAAAAASUVORK5CYII="
 """A PNG, 32x32, drawn by Pillow."""
@@ -211,14 +211,14 @@ async def infer(request: Request, service: ServiceDep, resize: ResizeQuery = Non
 async def respond(headers: Headers, receive: Receive, service: Service, resize: Resize | None = None) -> Reply:
     """The answer to an inference request whose query is known.
 
-    The clients send odd content types or none, so that the body is read whatever it is said to be.
+    Clients send odd content types or none, so the body is read whatever its type.
     """
     body = await service.intake.read(headers, receive)
     encoding = _encoding(headers)
     length = None if JSON_LENGTH not in headers else header_text(headers, JSON_LENGTH)
 
     def read() -> Inference:
-        # In one go: bodies that are inflated and wait for a thread to be read in would be in nobody's account.
+        # In one go: no limit would count bodies that are inflated and then wait for a thread to be parsed in.
         plain = body if encoding is None else compression.inflate(body, encoding, service.intake.max_bytes)
         binary = JSON not in headers.get(b"accept", b"").lower()
         return decode(plain, length, binary=binary, max_pictures=service.settings.max_pictures)
@@ -240,7 +240,7 @@ async def respond(headers: Headers, receive: Receive, service: Service, resize: 
 
 
 def _encoding(headers: Headers) -> str | None:
-    """What the body is compressed with."""
+    """What the body is compressed with; None for nothing."""
     encoding = encoding_of(headers)
     if encoding is not None and encoding not in ENCODINGS:
         raise UnsupportedMedia(

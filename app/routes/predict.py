@@ -18,7 +18,7 @@ from app.service import Service
 router = APIRouter(tags=["prediction"])
 
 RAW = ("application/octet-stream", "application/x-www-form-urlencoded")
-"""The latter is what `curl --data-binary @picture.png` says of any body; what a body is shows in its bytes anyway."""
+"""The latter is what `curl --data-binary @picture.png` calls any body; the bytes tell what it is anyway."""
 FORM = {"type": "object", "properties": {"file": BINARY["schema"]}, "required": ["file"]}
 BODY = {
     "required": True,
@@ -62,7 +62,7 @@ async def respond(
 
 
 async def _read_picture(headers: Headers, receive: Receive, intake: Intake) -> bytes:
-    """The bytes of the picture, wherever the request has them."""
+    """The bytes of the picture, wherever they are in the request."""
     kind, content_type = content_kind(headers)
     if kind == "multipart/form-data":
         picture = read_field(await intake.read(headers, receive), content_type, "file")

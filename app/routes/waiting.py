@@ -11,19 +11,19 @@ from app.errors import DeadlineExceeded
 T = TypeVar("T")
 
 PATIENCE_SECONDS = 0.05
-"""Watching takes a task for each request, more than a small picture's share of a forward pass. So it begins only after
-this time; a client that has left by then is noticed at once."""
+"""Watching a client takes a task, which costs more than a small picture's share of a forward pass. So it begins only
+after this time; a client that has left by then is noticed at once."""
 
 GRACE_SECONDS = 1.0
-"""What was taken up within the deadline may still be finished."""
+"""What was started within the deadline may still be finished."""
 
 
 async def unless_left(receive: Receive, future: asyncio.Future[T], deadline_seconds: float) -> T:
-    """What the future gives, whose request has been read; it is cancelled when the client leaves before.
+    """The result of the future; cancels it if the client leaves before. The request must have been read.
 
     Raises:
         ClientDisconnect: the client has left.
-        DeadlineExceeded: nothing came of it. Usually that is said where it waits; not if a thread is stuck.
+        DeadlineExceeded: there is no result. Usually the queue says so itself, but not if a thread is stuck.
     """
     watching: list[asyncio.Task[Exception]] = []
 
@@ -35,7 +35,7 @@ async def unless_left(receive: Receive, future: asyncio.Future[T], deadline_seco
         return await future
     except asyncio.CancelledError:
         if watching and watching[0].done():
-            # Not left in the list: what is raised holds this frame, and the body, and would be held by it in turn.
+            # Popped, because the error holds this frame, and with it the body, and the list would hold the error.
             raise watching.pop().result() from None
         raise
     finally:
@@ -53,5 +53,5 @@ async def _give_up(receive: Receive, future: asyncio.Future[T], deadline_seconds
                 pass
     except TimeoutError:
         reason = DeadlineExceeded(f"The request took longer than {deadline_seconds:g} seconds. Try again later.")
-    future.cancel()  # changes nothing if it is done; else no forward pass is spent on it
+    future.cancel()  # no forward pass is then spent on it; changes nothing if it is done
     return reason
