@@ -1,4 +1,4 @@
-"""python -m app: settings -> server. Exits with 1 and a sentence if it cannot start, with 0 after a clean stop."""
+"""python -m app: settings -> server. Exits with 1 and a message if it cannot start, with 0 after a clean stop."""
 
 import errno
 import os
@@ -17,10 +17,10 @@ INTERRUPTED = 128 + signal.SIGINT
 
 
 def bind(settings: Settings) -> socket.socket:
-    """The listening address, taken before the network is loaded, because a taken port is better known early.
+    """Bind the listening socket. Done before the network is loaded, so that a port in use is reported early.
 
     Raises:
-        SettingsError: the address cannot be listened on.
+        SettingsError: the service cannot listen on the address.
     """
     try:
         family, kind, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
@@ -31,7 +31,7 @@ def bind(settings: Settings) -> socket.socket:
         except OSError:
             listener.close()
             raise
-    except (OSError, UnicodeError) as error:  # the latter of a name that cannot be one
+    except (OSError, UnicodeError) as error:  # UnicodeError: not a possible host name
         reason = getattr(error, "strerror", None) or "there is no such name"
         advice = "Name an address of this machine with --host or CIFAR_HOST."
         if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES):
@@ -43,23 +43,23 @@ def bind(settings: Settings) -> socket.socket:
 
 
 def open_standard_streams() -> None:
-    """Whoever starts this may have closed some of the three, and what is opened next would get their numbers."""
+    """Open on /dev/null those of the three that the parent has closed: what is opened next would get their numbers."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free: this one
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest free number: this one
     if sys.stderr is None:
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 - for as long as the process lives
 
 
 def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
-    # Until the server takes the signals over. By default the first process of a container ignores SIGTERM, and Ctrl-C
-    # is a traceback of whatever is being imported.
+    # Until the server installs its own handlers. By default the first process of a container ignores SIGTERM, and
+    # Ctrl-C prints a traceback of whatever is being imported.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
     if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # would end the process; the weights are still to be read
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # would end the process; nothing to reload yet
     open_standard_streams()
     try:
         settings = parse_settings(arguments, environment)
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     logs.configure(sys.stderr)
     if settings.processes > 1:
         return Supervisor(settings, listener).run()
-    from app.server import serve  # with torch, which takes a second; --help, a bad value and a supervisor do without it
+    from app.server import serve  # imports torch (a second); --help, errors and the supervisor do without it
 
     with listener:
         return serve(settings, listener)

@@ -1,7 +1,7 @@
-"""The log on stderr: JSON objects, one a line, for programs; short lines where a person looks on.
+"""The log on stderr: JSON objects, one a line, for programs; short lines of text on a terminal.
 
-Of a request it holds its id, its method, the template of its route and what became of it. Pictures, paths and queries
-are the client's own words and stay out.
+Of a request it holds the id, the method, the template of the route and the outcome. Pictures, paths and queries come
+from the client and stay out.
 """
 
 import asyncio
@@ -22,11 +22,11 @@ QUIET = frozenset(
         *("/v2/models/cifar/ready", "/v2/models/cifar/versions/1/ready"),
     }
 )
-"""Routes that are asked every few seconds, by machines."""
+"""Routes that machines ask every few seconds. They are not logged."""
 
 
 def configure(stream: TextIO) -> None:
-    """Send the records of all loggers there, the server's own and Python's warnings among them."""
+    """Send the records of all loggers to `stream`, the server's own and Python's warnings among them."""
     handler = logging.StreamHandler(NonBlockingStream(stream))
     handler.setFormatter(logging.Formatter(TEXT) if stream.isatty() else JsonFormatter())
     root = logging.getLogger()
@@ -37,8 +37,8 @@ def configure(stream: TextIO) -> None:
 
 
 class NonBlockingStream:
-    """A stream that drops what would have to wait, and counts the lines: a pipe that nobody reads fills up, and
-    writing to it would stop the event loop and with it the service."""
+    """A stream that drops lines, and counts them, instead of waiting: a pipe that nobody reads fills up, and writing
+    to it would stop the event loop and with it the service."""
 
     PIECE_BYTES = select.PIPE_BUF if hasattr(select, "PIPE_BUF") else 512
     """A pipe that is ready for writing has room for this much (POSIX)."""
@@ -47,9 +47,9 @@ class NonBlockingStream:
         self._stream = stream
         self._poll: select.poll | None = None
         self._cut = False
-        """Whether the last line was written in part only."""
+        """Whether the last line was written only in part."""
         self.dropped = 0
-        with suppress(OSError, ValueError, AttributeError):  # in memory, closed, or no such thing on this system
+        with suppress(OSError, ValueError, AttributeError):  # in memory, closed, or no poll on this system
             self._file = stream.fileno()
             self._poll = select.poll()
             self._poll.register(self._file, select.POLLOUT)
@@ -96,11 +96,11 @@ class JsonFormatter(logging.Formatter):
 
 
 class AccessLog:
-    """A line for each request, past the logging module, which takes five times as long for one.
+    """Writes a line for each request, without the logging module, which takes five times as long.
 
-    What is noted in one turn of the event loop is written at once in the next: the answers of a batch leave together,
-    and a system call for each of them, which hands the interpreter to another thread, took 13 % of the throughput.
-    Like this it is some 4 %.
+    The lines of one turn of the event loop are written together in the next: the answers of a batch leave together, and
+    a system call for each of them, which hands the GIL to another thread, took 13 % of the throughput. This way it is
+    some 4 %.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -119,7 +119,7 @@ class AccessLog:
             return
         if not self._lines:
             asyncio.get_running_loop().call_soon(self._write)
-            # Of the turn; it takes as long as all the rest of a line.
+            # Once a turn: it takes as long as all the rest of a line.
             self._time = datetime.now(UTC).isoformat(timespec="milliseconds")
         self._lines.append(self._line(self._time, request_id, method, route, status, seconds * 1e3))
 
@@ -134,7 +134,7 @@ def _as_text(time: str, request_id: str, method: str, route: str, status: int, m
 
 
 def _as_json(time: str, request_id: str, method: str, route: str, status: int, milliseconds: float) -> str:
-    """By hand. Nothing needs escaping: ids are checked when they are taken over, the rest are words of ours."""
+    """Formatted by hand. Nothing needs escaping: ids are checked when they come in, the rest is ours."""
     return (
         f'{{"time": "{time}", "level": "info", "logger": "app.access", '
         f'"message": "{method} {route} {status}", "request_id": "{request_id}", "method": "{method}", '

@@ -29,7 +29,7 @@ def create_app(settings: Settings, classes: tuple[str, ...] | None = None) -> Ap
     """The application. Reads the weights file at once; builds and warms the network when the lifespan starts.
 
     Args:
-        classes: That the weights have to be for; None takes any.
+        classes: Those that the weights must be for; None takes any.
 
     Raises:
         StartError: the weights file, the device or the engine cannot be used.
@@ -46,7 +46,7 @@ def create_app(settings: Settings, classes: tuple[str, ...] | None = None) -> Ap
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        if not service.running:  # `python -m app` has started it, to say itself what is wrong with the weights
+        if not service.running:  # `python -m app` has done it, to report bad weights itself
             await service.start()
         yield
         await service.close()

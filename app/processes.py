@@ -10,10 +10,10 @@
     asks each of them (Tell, Told)    <- Ask         one wants to report what all have counted
     sums up, with those that died -----> Total
 
-Messages travel over a pipe for each process. A question is not asked again before its answer, so that no pipe fills up
+Messages travel over a pipe for each process. No question is repeated before it is answered, so that no pipe fills up
 and neither side ever waits for the other to read. A process whose supervisor is gone stops as if by SIGTERM. (One
-socket for all of them would be simpler, but who wakes first takes all connections of a client that opens several at
-once.)
+socket for all of them would be simpler, but the process that wakes first would take all connections of a client that
+opens several at once.)
 """
 
 import asyncio
@@ -42,24 +42,24 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if 
 COULD_NOT_START = 1
 """The exit code of a process that has said why."""
 RETRY_SECONDS, MOST_RETRY_SECONDS = 1.0, 30.0
-"""After a process that could not start; twice as long after each further one."""
+"""The wait after a process that could not start; twice as long after each further one."""
 TELL_SECONDS = 1.0
-"""To wait for a process's counts; after that its last ones are used."""
+"""How long to wait for a process's counts; after that its last ones are used."""
 CHECK_SECONDS = 5.0
-"""Between two questions to each process whether it is there."""
+"""The time between two checks that each process still answers."""
 PATIENCE = 6
-"""Checks without an answer after which it is stuck. Counted, not timed: a container may have been paused as a whole."""
+"""After this many unanswered checks a process is stuck. Not timed: the whole container may have been paused."""
 
 
 class Ready(NamedTuple):
     """This process serves."""
 
     engine: str
-    """The one that it found to be the fastest, with the machine to itself."""
+    """The one that it found to be the fastest, while it had the machine to itself."""
     weights: str
     """The digest of what it serves."""
     classes: tuple[str, ...]
-    """That it answers with."""
+    """Those that it answers with."""
 
 
 class Reloaded(NamedTuple):
@@ -86,11 +86,7 @@ class Total(NamedTuple):
 
 
 class Link:
-    """The serving process's end of the pipe. Belongs to the event loop.
-
-    Args:
-        end: Of the pipe.
-    """
+    """The serving process's end of the pipe. Belongs to the event loop."""
 
     def __init__(self, end: Connection) -> None:
         self._end = end
@@ -101,18 +97,18 @@ class Link:
         """Say that this process serves.
 
         Args:
-            count: Called when the supervisor wants to know.
-            stop: Called when it is gone.
+            count: Called when the supervisor asks for the counts.
+            stop: Called when the supervisor is gone.
         """
         self._count = count
         asyncio.get_running_loop().add_reader(self._end.fileno(), self._receive, stop)
-        os.set_blocking(self._end.fileno(), True)  # uvloop has changed that, and a long message comes in two pieces
+        os.set_blocking(self._end.fileno(), True)  # uvloop changed that, but a long message comes in two pieces
         with suppress(OSError):  # the supervisor is gone, which the reader will notice
             self._end.send(ready)
 
     async def total(self) -> Counts:
-        """What all processes have counted; this one alone, if the supervisor is gone or stopped. Concurrent callers
-        share one question."""
+        """What all processes have counted; this one alone, if the supervisor is gone or does not answer. Concurrent
+        callers share one question."""
         if self._asked is None:
             try:
                 self._end.send(Ask())
@@ -158,13 +154,13 @@ class Worker:
     end: Connection
     ready: bool = False
     outdated: bool = False
-    """The weights may have changed since it read them, and it does not listen to signals yet."""
+    """The weights may have changed since it read them, while it was not ready and ignored signals."""
     counts: Counts = field(default_factory=Counts)
-    """When it last told."""
+    """What it told last."""
     asked: bool = False
-    """Whether it is still to tell."""
+    """Whether it has been asked and has not told yet."""
     unanswered: int = 0
-    """Checks that have found it so."""
+    """Checks in a row that found it in that state."""
 
     def ask(self) -> None:
         if not self.asked:
@@ -185,7 +181,7 @@ class Supervisor:
     """Keeps as many processes serving as the settings say.
 
     Args:
-        listener: Bound to the address that they will share; taken over.
+        listener: Bound to the address that the processes will share; taken over.
     """
 
     def __init__(self, settings: Settings, listener: socket.socket) -> None:
@@ -193,23 +189,23 @@ class Supervisor:
         self._family, self._address = listener.family, listener.getsockname()
         self._reserved = self._bind()  # keeps others off the address while nobody listens; gets no connection itself
         listener.close()
-        # With it, others may bind to an address where nobody listens yet. Those that connections come to need it, or
-        # the next start would have to wait for a minute.
+        # With that option, other programs could bind to the address while nobody listens. The sockets that listen need
+        # it, or the next start would have to wait for a minute.
         self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
         self._context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
         self._workers: list[Worker] = []
         self._rounds: dict[Worker, tuple[set[Worker], float]] = {}
-        """By the worker that asks: those that have not told yet, and until when they are waited for."""
+        """For each worker that asks: the workers that have not told yet, and until when to wait for them."""
         self._gone = Counts()
         self._weights: str | None = None
-        """The digest that was reported last by any process."""
+        """The digest that any process reported last."""
         self._classes: tuple[str, ...] | None = None
-        """What the first process answered with, and all others have to."""
+        """Those of the first process, which all others must have, too."""
         self._check_at = time.monotonic() + CHECK_SECONDS
         self._start_at = 0.0
-        """No process before that."""
+        """No process is started before that."""
         self._failures = 0
-        """Processes in a row that have ended before they served."""
+        """Processes in a row that ended before they served."""
         self._announced = False
         self._stopping = False
         self._exit_code = 0
@@ -223,7 +219,7 @@ class Supervisor:
         try:
             self._look_after(signals)
         finally:
-            for worker in self._workers:  # after a defect here: they notice, and stop
+            for worker in self._workers:  # after a defect here: the workers notice, and stop
                 worker.end.close()
         return self._exit_code
 
@@ -250,14 +246,14 @@ class Supervisor:
 
     @property
     def _missing(self) -> int:
-        """How many are to be started. The first has to show that the settings are good; if not, only one says so."""
+        """How many to start: none until the first has shown that the settings are good, so that only one complains."""
         return self._settings.processes - len(self._workers) if self._announced and not self._stopping else 0
 
     def _fill(self) -> None:
         while self._missing and time.monotonic() >= self._start_at:
             try:
                 self._start()
-            except OSError as error:  # no memory or no process to be had, for the moment
+            except OSError as error:  # no memory, or no more processes, for the moment
                 logger.error("Another process could not be started, and is tried again: %s.", error)
                 self._start_at = time.monotonic() + RETRY_SECONDS
 
@@ -291,7 +287,7 @@ class Supervisor:
         self._stopping = True
         self._reserved.close()
         for worker in self._workers:
-            worker.signal(sent if worker.ready else signal.SIGTERM)  # Ctrl-C while it starts would be a traceback
+            worker.signal(sent if worker.ready else signal.SIGTERM)  # SIGINT would print a traceback while it starts
 
     def _hang_up(self) -> None:
         for worker in self._workers:
@@ -327,7 +323,7 @@ class Supervisor:
                 self._count_off(worker)
 
     def _compare(self, weights: str) -> None:
-        """Have all read the file again if one of them has found another one there. Who has it already does nothing."""
+        """Have all read the file again if one reports other weights. Those that have them already do nothing."""
         if self._weights not in (None, weights):
             self._hang_up()
         self._weights = weights
@@ -361,20 +357,20 @@ class Supervisor:
             self._exit_code = COULD_NOT_START
             return
         logger.error("Process %d ended (exit code %s). Another one takes its place.", pid, exit_code)
-        if exit_code == -signal.SIGKILL and worker.unanswered < PATIENCE:  # the latter was killed here
+        if exit_code == -signal.SIGKILL and worker.unanswered < PATIENCE:  # else it was killed here
             logger.error("It was killed, for want of memory most likely: give it more, or set CIFAR_PROCESSES lower.")
-        if not worker.ready:  # it would not go better at once, and ever less so
+        if not worker.ready:  # an immediate retry would fail, too, so wait longer each time
             self._failures += 1
             self._start_at = time.monotonic() + min(RETRY_SECONDS * 2 ** (self._failures - 1), MOST_RETRY_SECONDS)
 
 
 def _work(settings: Settings, listener: socket.socket, end: Connection, classes: tuple[str, ...] | None) -> None:
-    """In the new process; `classes` are those of the others, if it is not the first."""
+    """Run in the new process; `classes` are those of the others, if it is not the first."""
     if hasattr(os, "setpgrp"):
-        os.setpgrp()  # Ctrl-C goes to the supervisor alone, which hands it on
+        os.setpgrp()  # Ctrl-C goes to the supervisor alone, which passes it on
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     logs.configure(sys.stderr)
-    from app.server import serve  # with torch, which the supervisor does without
+    from app.server import serve  # imports torch, which the supervisor does without
 
     raise SystemExit(serve(settings, listener, Link(end), classes))

@@ -27,7 +27,7 @@ from app.settings import Settings
 logger = logging.getLogger(__name__)
 
 REQUEST_SECONDS = 0.2
-"""For the request of a connection that was accepted when the socket closed."""
+"""How long a connection that was accepted just as the socket closed has to send its request."""
 BROKEN = 70
 """The exit code of a process whose engine has failed (EX_SOFTWARE of sysexits.h)."""
 
@@ -35,10 +35,10 @@ BROKEN = 70
 class Server(uvicorn.Server):
     """uvicorn alone closes its socket at the first signal, which fails what a load balancer still sends.
 
-    Here SIGTERM first makes /readyz answer 503 while everything else goes on, and closes after `drain_seconds`. Ctrl-C
-    or a second signal closes at once. However many come, what was admitted is answered, and the exit code is 0.
+    Here SIGTERM first makes /readyz answer 503 while all else goes on, and closes the socket after `drain_seconds`.
+    Ctrl-C or a second signal closes it at once. However many come, what was admitted is answered; the exit code is 0.
 
-    SIGHUP has the weights file read anew. When nothing can be answered any more it stops, and the exit code is not 0.
+    SIGHUP has the weights file read anew. When no batch can be run any more, the server stops with another exit code.
 
     Args:
         on_started: Called when the socket is open.
@@ -50,25 +50,25 @@ class Server(uvicorn.Server):
         self._on_started = on_started
         self._close_at = math.inf
         self._reloads: set[asyncio.Task[None]] = set()
-        """Kept, or they might be collected before their end."""
+        """Kept here, or they might be garbage-collected before their end."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         try:
             await self._service.start()
-        except StartError as error:  # from the application's lifespan it would come out as a traceback
+        except StartError as error:  # raised in the application's lifespan, it would be a traceback
             print(error, file=sys.stderr)
             self.should_exit = True
             return
         try:
             for listener in sockets or ():
-                listener.listen(self.config.backlog)  # here, because uvloop does not say when it cannot
-        except OSError as error:  # bound it is; another program has begun to listen there since
+                listener.listen(self.config.backlog)  # here, because uvloop does not report a failure
+        except OSError as error:  # it is bound, but another program has begun to listen there
             print(f"The service cannot listen: {error.strerror}. Choose another port with --port.", file=sys.stderr)
             self.should_exit = True
         if self.should_exit:  # or a signal has come meanwhile
             await self._service.close()  # a thread that still computes when the interpreter ends would abort it
             return
-        # What is loaded stays; without this, a full garbage collection stops all requests for 60 ms now and then.
+        # What is loaded by now stays; otherwise a full garbage collection stops all requests for 60 ms now and then.
         gc.collect()
         gc.freeze()
         gc.set_threshold(20_000)  # a request leaves no cycles; looking for some every 700 objects takes 3 % of the time
@@ -80,13 +80,13 @@ class Server(uvicorn.Server):
         self._on_started()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close the socket and answer what has come until then, which is more than what has been accepted.
+        """Close the socket and answer everything that came before, even on connections that are not accepted yet.
 
-        uvicorn alone resets the connections that wait for that, and closes those whose request it has not read yet.
+        uvicorn alone resets those, and closes accepted ones whose request it has not read yet.
         """
         loop = asyncio.get_running_loop()
         for listener in sockets or ():
-            with suppress(OSError):  # none waits, or there is no room for one
+            with suppress(OSError):  # none is waiting, or none can be opened
                 for _ in range(self.config.backlog):
                     connection, _ = listener.accept()
                     await loop.connect_accepted_socket(self._protocol, connection)
@@ -98,7 +98,7 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
         if hasattr(signal, "SIGHUP"):
             loop.remove_signal_handler(signal.SIGHUP)
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # or one that comes now would be how this ends
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # or one that comes now would kill the process
 
     def _protocol(self) -> asyncio.Protocol:
         return self.config.http_protocol_class(  # type: ignore[call-arg]
@@ -113,8 +113,8 @@ class Server(uvicorn.Server):
         if self._service.draining:
             return
         self._service.draining = True
-        # Clients that keep a connection for their next request learn to take another one before this is closed.
-        for headers in (self.config.encoded_headers, self.server_state.default_headers):  # the next ones, and now
+        # Clients that reuse connections are told to take another one before this one is closed.
+        for headers in (self.config.encoded_headers, self.server_state.default_headers):  # for later ticks, and now
             headers.append((b"connection", b"close"))
 
     def hang_up(self) -> None:
@@ -149,13 +149,13 @@ def serve(
 
     Args:
         link: To the supervisor, if this is one of several processes.
-        classes: Of other processes that serve already. Without them what is served, and where, is printed when it is.
+        classes: Those of processes that serve already. Without them, what is served and where is printed once it is.
     """
-    # The inference thread releases the interpreter at every step of torch, and would regain it from a busy event
-    # loop only after Python's 5 ms. Measured with tests/soak.py: 445 -> 636 answers/s with torch, 967 -> 1,049 with
+    # The inference thread releases the GIL at every step of torch, and would get it back from a busy event loop only
+    # after Python's usual 5 ms. Measured with tests/soak.py: 445 -> 636 answers/s with torch, 967 -> 1,049 with
     # OpenVINO, which has one step.
     sys.setswitchinterval(0.0005)
-    # What comes once the weights have been read is not to be lost. (One of several gets it again from the supervisor.)
+    # A SIGHUP after the weights were read must not be lost. (One of several gets it again from the supervisor.)
     hang_ups: list[int] = []
     if link is None and hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, lambda sent, _frame: hang_ups.append(sent))
@@ -172,7 +172,7 @@ def serve(
         proxy_headers=False,  # nothing here depends on who asks, and looking takes time for each request
         access_log=False,  # ours is cheaper, and knows the request's id and route
         ws="none",
-        timeout_keep_alive=75,  # load balancers keep theirs for 60 and would now and then ask on a closed connection
+        timeout_keep_alive=75,  # load balancers keep theirs for 60, and would now and then use a closed connection
         timeout_graceful_shutdown=2 * math.ceil(settings.deadline_seconds) + 1,  # for a body, and for its answer
     )
 
@@ -195,11 +195,11 @@ def serve(
 
 
 def say(text: str) -> None:
-    """On stdout, if it takes it: serving depends on neither a disk with room nor a reader."""
+    """Print to stdout, if that works: serving must not depend on a disk with room, or on a reader."""
     try:
         print(text, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or what it still holds would fail at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing the rest at exit would fail
 
 
 def url(listener: socket.socket) -> str:

@@ -25,10 +25,10 @@ MIB = 1024 * 1024
 DEVICES = ("cuda", "mps", "cpu")
 ENGINES = ("auto", "torch", "openvino")
 KUBERNETES = re.compile(r"CIFAR_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_[A-Z]+(_(PROTO|PORT|ADDR))?)")
-"""What it puts into every container of the namespace of a Service named cifar, or cifar- and more; and CIFAR_PORT as
-an address: https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables."""
+"""What Kubernetes sets in every container of a namespace with a Service named cifar or cifar-*; also CIFAR_PORT as an
+address: https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables."""
 BYTES_OF_A_PROCESS = 1024 * MIB
-"""Memory that each is given when their number is chosen: 0.75 GB, and what a large picture takes."""
+"""Memory reckoned for each when their number is chosen: 0.75 GB, and what a large picture takes."""
 SHARES_ADDRESS = sys.platform == "linux"
 """Whether the system deals connections out among several processes that listen on one address."""
 
@@ -115,7 +115,7 @@ def one_of(names: Sequence[str]) -> Parse:
 
 
 def usual_processes(threads: int | None = None) -> int:
-    """One keeps two cores busy, and gives both to a lone client with many pictures."""
+    """How many: each keeps two cores busy, and gives both to a lone client with many pictures."""
     if not SHARES_ADDRESS:
         return 1
     return int(max(1, min((threads or available_cpus()) // 2, 4, available_memory() // BYTES_OF_A_PROCESS)))
@@ -171,7 +171,7 @@ class Settings:
         int,
         Setting(whole(1, 1024), "pictures per forward pass; those that wait run together, 32 of them unless many do"),
     ] = 128
-    # Twice as many as a request may have, so that those of one picture are still admitted beside the largest.
+    # Twice as many as a request may have, so that single pictures are still admitted beside the largest request.
     max_waiting: Annotated[
         int, Setting(whole(1, 1_000_000), "pictures admitted by a process and not yet answered; more get 429")
     ] = 2048
@@ -185,7 +185,7 @@ class Settings:
     drain_seconds: Annotated[
         float, Setting(seconds(0, 3600), "after SIGTERM: how long requests are still accepted while /readyz says 503")
     ] = 5.0
-    # On, because a service that cannot say what it did costs more than the 4 % of its requests per second.
+    # On, because a service that cannot say what it did costs more than 4 % of its requests per second.
     access_log: Annotated[bool, Setting(switch, "on or off: a line on stderr for each request")] = True
     admin_key: Annotated[
         str | None,
@@ -248,7 +248,7 @@ def _nearest(given: str, known: list[str]) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Complains by a sentence of ours instead of a usage text and an exit."""
+    """Raises an error with a sentence of ours, instead of printing the usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise SettingsError(f"The command line was not understood: {message}. See `python -m app --help`.")
