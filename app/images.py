@@ -69,6 +69,7 @@ TURNS = {
 DAMAGED = (OSError, ValueError, SyntaxError, AssertionError, IndexError, struct.error)
 
 # All texts of a PNG may inflate to 1 MB. Pillow allows 64 MB, which keep a core busy for 0.1 s.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 PngImagePlugin.MAX_TEXT_MEMORY = PngImagePlugin.MAX_TEXT_CHUNK
 
 # They are about odd metadata, which make no difference here; one picture can cause sixty thousand.
@@ -116,7 +117,8 @@ def decode(data: bytes, resize: Resize | None = None, max_pixels: int = MAX_PIXE
         WrongSize: It is not 32x32 and `resize` is None.
     """
     # Pillow itself refuses more than twice as many before it makes room for them, which for a GIF it does on opening.
-    Image.MAX_IMAGE_PIXELS = max_pixels
+    # All threads share that limit, and may ask for different ones, so it is never lowered.
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
     try:
         _check_palette(data)
         with Image.open(source := MeteredFile(data), formats=FORMATS) as picture:

@@ -5,7 +5,7 @@ import struct
 import subprocess
 import sys
 import zlib
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -263,6 +263,19 @@ def test_no_room_is_made_for_what_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(BodyTooLarge):
         pixels(HUGE_GIF)
     assert made == []
+
+
+def test_the_limit_of_one_thread_is_not_that_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a request, while a data set is read."""
+    small, opened = encode(drawing()), Image.open
+
+    def meanwhile(*arguments: Any, **options: Any) -> Image.Image:
+        monkeypatch.setattr("PIL.Image.open", opened)
+        pixels(small, max_pixels=1024)
+        return opened(*arguments, **options)
+
+    monkeypatch.setattr("PIL.Image.open", meanwhile)
+    assert pixels(encode(drawing(100, 100)), "crop").shape == (3, 32, 32)
 
 
 def test_the_limit_is_on_pixels_and_inclusive() -> None:
