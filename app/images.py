@@ -68,8 +68,8 @@ TURNS = {
 # tests/test_images.py damages pictures of every format to keep it true.
 DAMAGED = (OSError, ValueError, SyntaxError, AssertionError, IndexError, struct.error)
 
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # see `decode`
 # All texts of a PNG may inflate to 1 MB. Pillow allows 64 MB, which keep a core busy for 0.1 s.
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 PngImagePlugin.MAX_TEXT_MEMORY = PngImagePlugin.MAX_TEXT_CHUNK
 
 # They are about odd metadata, which make no difference here; one picture can cause sixty thousand.

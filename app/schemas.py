@@ -13,7 +13,7 @@ class ErrorBody(BaseModel):
         description="What was given, what is accepted and what to do, in one or two sentences.",
         examples=["The picture is 640 x 480; the network takes 32 x 32. Send that size, or add ?resize=crop, ..."],
     )
-    detail: Any = Field(description="The same for programs, where there is more to say; otherwise null.")
+    detail: Any = Field(description="The same for programs, where that says more; otherwise null.")
     request_id: str = Field(description="Also in the header X-Request-ID and in the log of the service.")
 
 
@@ -77,7 +77,7 @@ class Confusion(BaseModel):
     """What images of a class are taken for."""
 
     label: str = Field(description="The class that was answered.")
-    images: int = Field(description="For how many images of the true class.")
+    images: int = Field(description="How many images of the true class were given it.")
 
 
 class ClassReport(BaseModel):
@@ -100,13 +100,13 @@ class ClassReport(BaseModel):
 class DatasetInfo(BaseModel):
     """What was evaluated on."""
 
-    name: str = Field(description="In words.", examples=["CIFAR-10 test"])
-    sha256: str = Field(description="Over its pixels and labels.")
-    images: int = Field(description="How many.")
+    name: str = Field(description="The data set in words.", examples=["CIFAR-10 test"])
+    sha256: str = Field(description="Digest of its pixels and labels.")
+    images: int = Field(description="Number of images.")
 
 
 class Certainty(BaseModel):
-    """How far probabilities can be taken at their word."""
+    """How well the probabilities agree with the share of right answers."""
 
     nll: float = Field(description="Mean negative log likelihood of the true class, in nats.")
     brier: float = Field(description="Mean squared distance of the probabilities from the truth, 0 to 2.")
@@ -114,9 +114,9 @@ class Certainty(BaseModel):
 
 
 class Calibration(Certainty):
-    """How far the probabilities that are served can be taken at their word, and those before calibration."""
+    """How well the served probabilities agree with the share of right answers; and those before calibration."""
 
-    ece_estimator: str = Field(description="How it is estimated.")
+    ece_estimator: str = Field(description="How the calibration error is estimated.")
     uncalibrated: Certainty = Field(description="The three before calibration.")
 
 
@@ -125,14 +125,14 @@ class PredictionSets(BaseModel):
 
     target: float = Field(description="Share of pictures whose set should hold the true class.", examples=[0.95])
     coverage: float = Field(description="Share of images whose set does.")
-    mean_size: float = Field(description="Number of classes in a set, on average.")
+    mean_size: float = Field(description="Mean number of classes in a set.")
 
 
 class WeightsInfo(BaseModel):
     """Which weights the figures belong to."""
 
     name: str = Field(description="The architecture.")
-    sha256: str = Field(description="Of the weights file, in full.")
+    sha256: str = Field(description="The weights file's sha256, in full.")
 
 
 class Report(BaseModel):
@@ -146,11 +146,11 @@ class Report(BaseModel):
     weights: WeightsInfo = Field(description="Which weights the figures belong to.")
     trained: dict[str, Any] = Field(description="Where the weights come from: recipe, seed, versions, device, time.")
     dataset: DatasetInfo = Field(description="What was evaluated on.")
-    evaluated_at: str = Field(description="UTC, ISO 8601.")
+    evaluated_at: str = Field(description="Date and time in UTC, ISO 8601.")
     accuracy: float = Field(description="Share of images whose most probable class is the true one.")
-    correct: int = Field(description="Their number.")
+    correct: int = Field(description="The number of those images.")
     interval: tuple[float, float] = Field(description="95 % Wilson interval of the accuracy.")
-    calibration: Calibration = Field(description="How far the probabilities can be taken at their word.")
+    calibration: Calibration = Field(description="How well the probabilities agree with the share of right answers.")
     prediction_sets: PredictionSets | None = Field(
         description="How well the sets of classes keep their promise; null if these weights know of none."
     )
@@ -159,7 +159,7 @@ class Report(BaseModel):
 
 
 class Reloaded(BaseModel):
-    """What became of the weights."""
+    """Which weights are served after a reload."""
 
     model: ModelInfo = Field(description="Which weights are served now.")
     changed: bool = Field(description="False if the file holds what was served already.")
@@ -174,7 +174,7 @@ class Health(BaseModel):
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 """A body that is not JSON: a picture, pixels, tensors."""
 
-RETRY_AFTER = {"description": "Seconds.", "schema": {"type": "integer"}}
+RETRY_AFTER = {"description": "Seconds to wait.", "schema": {"type": "integer"}}
 MEANINGS = {
     400: "No picture in the body, a damaged one, or a malformed form.",
     401: "The key is missing or wrong.",
@@ -184,9 +184,9 @@ MEANINGS = {
     413: "The body has too many bytes, or the picture too many pixels or pieces.",
     415: "A content type or content encoding that the service does not read.",
     422: "A picture that is not 32x32 without `resize`, or a parameter with a value that is not accepted.",
-    429: "The service has as much to do as it accepts. The header Retry-After says when to try again.",
-    500: "A defect of the service; its log has the details under the request_id.",
-    501: "A part of the protocol that this service does not offer.",
+    429: "The service is overloaded. The header Retry-After says when to try again.",
+    500: "A bug in the service; its log has the details under the request_id.",
+    501: "A part of the protocol that this service does not support.",
     503: "The service is starting or stopping. The header Retry-After says when to try again.",
     504: "The request waited too long for its turn.",
 }

@@ -21,9 +21,9 @@ class Body(BaseModel):
 class ServerMetadata(Body):
     """The server."""
 
-    name: str = Field(description="Of the program.", examples=["cifar-service"])
-    version: str = Field(description="Of the program.")
-    extensions: list[str] = Field(description="Those of Triton's that it knows.")
+    name: str = Field(description="Name of the service.", examples=["cifar-service"])
+    version: str = Field(description="Version of the service.")
+    extensions: list[str] = Field(description="The protocol extensions of Triton that it knows.")
 
 
 class Live(Body):
@@ -35,72 +35,72 @@ class Live(Body):
 class Ready(Live):
     """Requests are welcome."""
 
-    ready: bool = Field(description="Always true; where it is not, the answer is a 503.")
+    ready: bool = Field(description="Always true; while it is not ready, the answer is a 503.")
 
 
 class Models(Body):
     """The names of the models."""
 
-    models: list[str] = Field(description="One name.", examples=[["cifar"]])
+    models: list[str] = Field(description="The name of the one model.", examples=[["cifar"]])
 
 
 class ModelReady(Body):
     """The model answers requests."""
 
-    name: str = Field(description="Of the model.", examples=["cifar"])
-    ready: bool = Field(description="Always true; where it is not, the answer is a 503.")
+    name: str = Field(description="Name of the model.", examples=["cifar"])
+    ready: bool = Field(description="Always true; while it is not ready, the answer is a 503.")
 
 
 class TensorMetadata(Body):
     """A tensor that the model takes or gives."""
 
-    name: str = Field(description="Of the tensor.", examples=["pixels"])
-    datatype: str = Field(description="Of its elements.", examples=["UINT8"])
-    shape: list[int] = Field(description="-1 stands for any number of pictures.", examples=[[-1, 32, 32, 3]])
+    name: str = Field(description="Name of the tensor.", examples=["pixels"])
+    datatype: str = Field(description="Type of its elements.", examples=["UINT8"])
+    shape: list[int] = Field(description="Its shape; -1 stands for any number of pictures.", examples=[[-1, 32, 32, 3]])
 
 
 class ModelMetadata(Body):
     """What the model takes and gives."""
 
-    name: str = Field(description="Of the model.", examples=["cifar"])
-    versions: list[str] = Field(description="One version.", examples=[["1"]])
-    platform: str = Field(description="Of what kind the weights are.")
-    inputs: list[TensorMetadata] = Field(description="A request gives one of them.")
-    outputs: list[TensorMetadata] = Field(description="A request may ask for some of them.")
+    name: str = Field(description="Name of the model.", examples=["cifar"])
+    versions: list[str] = Field(description="Its one version.", examples=[["1"]])
+    platform: str = Field(description="What kind of weights it has.")
+    inputs: list[TensorMetadata] = Field(description="The inputs, of which a request gives one.")
+    outputs: list[TensorMetadata] = Field(description="The outputs, of which a request may ask for some.")
 
 
 class TensorConfiguration(Body):
     """A tensor in Triton's words."""
 
-    name: str = Field(description="Of the tensor.", examples=["pixels"])
-    data_type: str = Field(description="Of its elements.", examples=["TYPE_UINT8"])
-    dims: list[int] = Field(description="-1 stands for any number of pictures.", examples=[[-1, 32, 32, 3]])
-    optional: bool = Field(False, description="Of inputs, which are alternatives: always true.")
+    name: str = Field(description="Name of the tensor.", examples=["pixels"])
+    data_type: str = Field(description="Type of its elements.", examples=["TYPE_UINT8"])
+    dims: list[int] = Field(description="Its shape; -1 stands for any number of pictures.", examples=[[-1, 32, 32, 3]])
+    optional: bool = Field(False, description="True of all inputs, because they are alternatives.")
 
 
 class ModelConfiguration(Body):
     """What the model takes and gives, in Triton's words."""
 
-    name: str = Field(description="Of the model.", examples=["cifar"])
-    platform: str = Field(description="Of what kind the weights are.")
+    name: str = Field(description="Name of the model.", examples=["cifar"])
+    platform: str = Field(description="What kind of weights it has.")
     max_batch_size: int = Field(description="0: the number of pictures is the first of the `dims`.")
-    input: list[TensorConfiguration] = Field(description="A request gives one of them.")
-    output: list[TensorConfiguration] = Field(description="A request may ask for some of them.")
+    input: list[TensorConfiguration] = Field(description="The inputs, of which a request gives one.")
+    output: list[TensorConfiguration] = Field(description="The outputs, of which a request may ask for some.")
 
 
 class Duration(Body):
     """How often, and how long in all."""
 
-    count: int = Field(description="How often.")
-    ns: int = Field(description="All of them together, in nanoseconds.")
+    count: int = Field(description="How many times.")
+    ns: int = Field(description="Their total in nanoseconds.")
 
 
 class InferenceStatistics(Body):
     """Where the time of requests went. A request is a picture, or up to a usual batch of raw pixels."""
 
-    success: Duration = Field(description="From its admission to its result.")
-    fail: Duration = Field(description="The same of those without a result.")
-    queue: Duration = Field(description="Waiting.")
+    success: Duration = Field(description="From the admission of a picture to its result.")
+    fail: Duration = Field(description="The same for pictures without a result.")
+    queue: Duration = Field(description="Waiting for a batch.")
     compute_input: Duration = Field(description="Decoding.")
     compute_infer: Duration = Field(description="Forward passes.")
     compute_output: Duration = Field(description="Not counted: each request encodes its own answer, after its batch.")
@@ -111,11 +111,11 @@ class InferenceStatistics(Body):
 class ModelStatistics(Body):
     """What the model has done since the start, over any route."""
 
-    name: str = Field(description="Of the model.", examples=["cifar"])
-    version: str = Field(description="Of the model.", examples=["1"])
+    name: str = Field(description="Name of the model.", examples=["cifar"])
+    version: str = Field(description="Version of the model.", examples=["1"])
     last_inference: int = Field(description="When it last ended a batch, in milliseconds since 1970; 0 before.")
-    inference_count: int = Field(description="Pictures.")
-    execution_count: int = Field(description="Forward passes.")
+    inference_count: int = Field(description="Number of pictures.")
+    execution_count: int = Field(description="Number of forward passes.")
     inference_stats: InferenceStatistics = Field(description="Where the time went.")
     batch_stats: list[Any] = Field(description="Always empty.")
 
@@ -123,14 +123,14 @@ class ModelStatistics(Body):
 class AllStatistics(Body):
     """What was done so far."""
 
-    model_stats: list[ModelStatistics] = Field(description="Of the one model.")
+    model_stats: list[ModelStatistics] = Field(description="The statistics of the one model.")
 
 
 class IndexEntry(Body):
     """A model of the repository."""
 
-    name: str = Field(description="Of the model.", examples=["cifar"])
-    version: str = Field(description="Of the model.", examples=["1"])
+    name: str = Field(description="Name of the model.", examples=["cifar"])
+    version: str = Field(description="Version of the model.", examples=["1"])
     state: str = Field(description="`READY` or `UNAVAILABLE`.")
     reason: str = Field(description="Why it is unavailable; empty otherwise.")
 
@@ -145,18 +145,18 @@ class InputTensor(Body):
     """Pictures."""
 
     name: Literal["pixels", "image"] = Field(description="`pixels` are raw, red first; `image` is encoded pictures.")
-    datatype: Literal["UINT8", "BYTES"] = Field(description="`UINT8` of pixels, `BYTES` of encoded pictures.")
+    datatype: Literal["UINT8", "BYTES"] = Field(description="`UINT8` for `pixels`, `BYTES` for `image`.")
     shape: list[int] = Field(description="[N, 32, 32, 3] or [N].", examples=[[1, 32, 32, 3]])
     data: list[Any] = Field([], description="Pixels in row-major order, flat or nested; encoded pictures in base64.")
-    parameters: InputParameters | None = Field(None, description="If its elements follow the JSON.")
+    parameters: InputParameters | None = Field(None, description="Needed if its elements follow the JSON.")
 
 
 class OutputParameters(Body):
     """How an output is to be given."""
 
-    binary_data: bool = Field(False, description="After the JSON.")
+    binary_data: bool = Field(False, description="Whether its elements are to follow the JSON.")
     classification: int = Field(
-        0, ge=0, description="Of `probabilities`: how many classes to give as text instead, the most probable first."
+        0, ge=0, description="For `probabilities`: give this many classes as text instead, the most probable first."
     )
 
 
@@ -164,30 +164,30 @@ class RequestedOutput(Body):
     """An output that is asked for."""
 
     name: str = Field(description=f"One of {', '.join(f'`{name}`' for name in OUTPUT_NAMES)}.")
-    parameters: OutputParameters | None = Field(None, description="How it is to be given.")
+    parameters: OutputParameters | None = Field(None, description="In which form it is to be given.")
 
 
 class RequestParameters(Body):
     """Of all of the request."""
 
-    timeout: int = Field(0, ge=0, description="Microseconds that it may wait; 0 is the deadline of the service.")
-    binary_data_output: bool = Field(False, description="All outputs after the JSON.")
+    timeout: int = Field(0, ge=0, description="Microseconds that it may wait; 0: the deadline of the service.")
+    binary_data_output: bool = Field(False, description="Whether all outputs are to follow the JSON.")
 
 
 class InferenceRequest(Body):
     """Pictures to classify."""
 
     id: str = Field("", description="Comes back in the answer.", max_length=MAX_ID_LETTERS)
-    parameters: RequestParameters | None = Field(None, description="Of all of the request.")
+    parameters: RequestParameters | None = Field(None, description="Parameters of the whole request.")
     inputs: list[InputTensor] = Field(description="Exactly one.", min_length=1, max_length=1)
-    outputs: list[RequestedOutput] = Field([], description="Those asked for; without any, all.")
+    outputs: list[RequestedOutput] = Field([], description="The outputs asked for; if there are none, all are given.")
 
 
 class OutputTensor(Body):
     """An output."""
 
     name: str = Field(description=f"One of {', '.join(f'`{name}`' for name in OUTPUT_NAMES)}.")
-    datatype: str = Field(description="Of its elements.", examples=["FP32"])
+    datatype: str = Field(description="Type of its elements.", examples=["FP32"])
     shape: list[int] = Field(description="The number of pictures comes first.", examples=[[1, 10]])
     parameters: dict[str, int] = Field(
         {}, description="`binary_data_size`, if its elements follow the JSON: how many bytes they are."
@@ -198,8 +198,8 @@ class OutputTensor(Body):
 class InferenceResponse(Body):
     """What the network makes of the pictures."""
 
-    model_name: str = Field(description="Of the model.", examples=["cifar"])
-    model_version: str = Field(description="Of the model.", examples=["1"])
-    id: str = Field("", description="That of the request, if it has one.")
+    model_name: str = Field(description="Name of the model.", examples=["cifar"])
+    model_version: str = Field(description="Version of the model.", examples=["1"])
+    id: str = Field("", description="The id of the request, if it has one.")
     parameters: dict[str, str] = Field(description="`weights_sha256`: which weights answered.")
-    outputs: list[OutputTensor] = Field(description="Those asked for, in that order; all, if none is.")
+    outputs: list[OutputTensor] = Field(description="The outputs asked for, in that order; all, if there were none.")

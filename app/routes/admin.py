@@ -36,9 +36,9 @@ router = APIRouter(prefix="/admin", tags=["administration"], dependencies=[Depen
     responses=refusals(401, 409, 500, 503),
 )
 async def reload(service: ServiceDep) -> Reloaded:
-    """As the signal SIGHUP. The file is read, checked and warmed while requests are answered with the old weights;
-    an answer says which weights it came from. A file that cannot be used, or is for other classes, changes nothing.
-    Other processes that serve here follow when this one has exchanged its weights. Send the key as
+    """Does the same as the signal SIGHUP. The file is read, checked and warmed while requests are answered with the
+    old weights; an answer says which weights it came from. A file that cannot be used, or is for other classes, changes
+    nothing. Other processes that serve here follow when this one has exchanged its weights. Send the key as
     `Authorization: Bearer KEY`."""
     changed = await service.reload()
     return Reloaded(model=ModelInfo(**model_info(service.checkpoint)), changed=changed)

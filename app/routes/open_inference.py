@@ -89,7 +89,7 @@ async def server(request: Request) -> dict[str, Any]:
     response_model=schemas.Live,
 )
 async def live() -> dict[str, bool]:
-    """As /healthz."""
+    """The same as /healthz, in the terms of the protocol."""
     return {"live": True}
 
 
@@ -101,7 +101,7 @@ async def live() -> dict[str, bool]:
     responses=refusals(503),
 )
 async def ready(service: ServiceDep) -> dict[str, bool]:
-    """As /readyz."""
+    """The same as /readyz, in the terms of the protocol."""
     check_ready(service)
     return {"ready": True, "live": True}
 
@@ -146,7 +146,7 @@ async def metadata(service: ServiceDep) -> dict[str, Any]:
     responses=refusals(503),
 )
 async def model_ready(service: ServiceDep) -> dict[str, Any]:
-    """The same as for the whole server."""
+    """Whether the model is ready, which it is when the server is."""
     check_ready(service)
     return {"name": spec.MODEL_NAME, "ready": True}
 
@@ -160,7 +160,7 @@ async def model_ready(service: ServiceDep) -> dict[str, Any]:
     response_model_exclude_unset=True,
 )
 async def configuration(service: ServiceDep) -> dict[str, Any]:
-    """As far as Triton's model configuration has a meaning here."""
+    """The parts of Triton's model configuration that have a meaning here."""
     return spec.configuration(len(service.checkpoint.classes))
 
 
