@@ -12,6 +12,11 @@ USUAL_BATCH = 32
 """A larger batch hardly makes a picture cheaper, and everything in it would wait longer."""
 
 
+def usual_batch(max_batch: int) -> int:
+    """Pictures that run together, unless many are waiting."""
+    return min(USUAL_BATCH, max_batch)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """How much may be admitted, and how it is grouped."""
@@ -21,11 +26,6 @@ class Limits:
     """Pictures admitted and not yet answered."""
     max_waiting_bytes: int
     deadline_seconds: float
-
-    @property
-    def usual_batch(self) -> int:
-        """Pictures that run together, unless many are waiting."""
-        return min(USUAL_BATCH, self.max_batch)
 
 
 class Load(NamedTuple):
@@ -62,7 +62,7 @@ class Admission:
         """
         pictures, heavy = self.waiting, self._heavy
         if not load.bulk:
-            pictures = min(pictures, 2 * self._singles + self.limits.usual_batch)
+            pictures = min(pictures, 2 * self._singles + usual_batch(self.limits.max_batch))
             heavy = min(heavy, 2 * self._heavy_singles + 1)
         for_inference = pictures * self._seconds_per_picture
         return for_inference if load.light else max(for_inference, heavy * self._seconds_per_heavy)

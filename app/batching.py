@@ -59,8 +59,8 @@ class Batcher(Generic[Item, Prepared, Result]):
         self._build = build
         self._limits = limits
         self.statistics = Statistics()
-        self._queue: Turns[Item, Prepared, Result] = Turns(limits.usual_batch, limits.max_batch)
-        self._heavy: Turns[Item, Prepared, Result] = Turns(1, 1)
+        self._queue: Turns[Item, Prepared, Result] = Turns(limits.max_batch)
+        self._heavy: Turns[Item, Prepared, Result] = Turns(1)
         self._idle_work: deque[Iterator[object]] = deque()
         self._exchanges: deque[tuple[Building[Prepared, Result], asyncio.Future[Run[Prepared, Result]]]] = deque()
         self._admission = Admission(limits)

@@ -10,7 +10,7 @@ from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import Generic, TypeVar
 
-from app.admission import Load
+from app.admission import Load, usual_batch
 from app.errors import DeadlineExceeded, RequestError
 from app.statistics import Timing
 
@@ -86,8 +86,7 @@ class Turns(Generic[Item, Prepared, Result]):
     event loop alone, so larger batches of them would only hold up a single one for longer (37 ms instead of 12).
     """
 
-    def __init__(self, usual_batch: int, max_batch: int) -> None:
-        self._usual_batch = usual_batch
+    def __init__(self, max_batch: int) -> None:
         self._max_batch = max_batch
         self._arrived: SimpleQueue[Entry[Item, Prepared, Result] | Signal] = SimpleQueue()
         self.stopped = False
@@ -123,7 +122,7 @@ class Turns(Generic[Item, Prepared, Result]):
         if other:
             self._turn = other
         batch: list[Entry[Item, Prepared, Result]] = []
-        room = self._usual_batch
+        room = usual_batch(self._max_batch)
         if not self._bulk:
             while 4 * room <= len(self._singles) and 2 * room <= self._max_batch:
                 room *= 2

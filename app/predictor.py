@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from app import engine, model
-from app.admission import USUAL_BATCH
+from app.admission import usual_batch
 from app.calibration import Calibration, energy
 from app.checkpoint import Checkpoint
 from app.engine import Engine
@@ -36,8 +36,7 @@ class Predictor:
     ) -> None:
         self.engine = engine
         self._head, self._calibration = head, calibration
-        self._usual_batch, self._max_batch = min(USUAL_BATCH, max_batch), max_batch
-        self._records = records
+        self._max_batch, self._records = max_batch, records
 
     def warm_up(self) -> Iterator[None]:
         """Run each batch size once, one a step, because the first run of a size also chooses its kernels.
@@ -47,7 +46,7 @@ class Predictor:
         two, only these, and twice, because the second run records them.
         """
         doubled = (2**power for power in range(self._max_batch.bit_length()))
-        usual = () if self._records else range(1, self._usual_batch + 1)
+        usual = () if self._records else range(1, usual_batch(self._max_batch) + 1)
         for size in sorted({*usual, *doubled, self._max_batch}):
             for _ in range(2 if self._records else 1):
                 self.predict(torch.zeros(size, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8))
@@ -93,6 +92,5 @@ def build(
     folded = yield from aside(lambda: model.fold(checkpoint.network()))
     # The last layer is small; in bfloat16 its logits would be so coarse that two classes often shared the highest.
     body, head = model.split(folded)
-    batch = min(USUAL_BATCH, max_batch)
-    chosen = yield from engine.choose(body, device, name=engine_name, threads=threads, batch=batch)
+    chosen = yield from engine.choose(body, device, name=engine_name, threads=threads, batch=usual_batch(max_batch))
     return Predictor(chosen, head, checkpoint.calibration, max_batch, records=device.type == "cuda")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from app import checkpoint, data, images, memory, predictor, self_test
-from app.admission import Limits
+from app.admission import Limits, usual_batch
 from app.batching import Batcher, Building
 from app.checkpoint import Checkpoint
 from app.device import describe
@@ -212,7 +212,7 @@ class Service:
         Raises:
             Overloaded, NotReady: as `predict_pictures`.
         """
-        step = self._limits.usual_batch * IMAGE_BYTES
+        step = usual_batch(self.settings.max_batch) * IMAGE_BYTES
         groups = [pixels[start : start + step] for start in range(0, len(pixels), step)]
         items: list[tuple[Item, int, int]] = [(group, len(group), len(group) // IMAGE_BYTES) for group in groups]
         return asyncio.gather(*self._batcher.submit_all(items, deadline_seconds, light=True), return_exceptions=True)
