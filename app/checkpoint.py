@@ -23,6 +23,7 @@ import pickle
 import struct
 import warnings
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -35,7 +36,7 @@ from app.calibration import UNCALIBRATED, Calibration
 from app.errors import CheckpointError
 from app.files import save_tensors
 from app.model import Normalized
-from app.report import Evaluation
+from app.report import Evaluation, evaluate_probabilities
 
 FORMAT = 3
 CIFAR10_CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -93,6 +94,18 @@ class Checkpoint:
         copies = {name: given.to(expected[name].dtype, copy=True) for name, given in self.state_dict.items()}
         network.load_state_dict(copies, assign=True)
         return network.eval().requires_grad_(False)
+
+    def evaluate(self, logits_NK: Tensor, labels_N: Tensor, *, dataset: str, digest: str) -> Evaluation:
+        """What the logits (N, K) of this network for some images are worth, with its calibration and without."""
+        return evaluate_probabilities(
+            self.calibration.probabilities(logits_NK),
+            labels_N,
+            dataset=dataset,
+            digest=digest,
+            evaluated_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            uncalibrated_NK=logits_NK.softmax(dim=1),
+            set_threshold=self.calibration.set_threshold,
+        )
 
 
 def save(checkpoint: Checkpoint, path: Path) -> str:

@@ -5,7 +5,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from app.exchange import LIGHT_BYTES, Intake
 from app.images import Resize
 from app.model import IMAGE_BYTES
 from app.predictor import Estimate, Predictor
-from app.report import Evaluation, evaluate_probabilities, report
+from app.report import Evaluation, report
 from app.settings import Settings
 from app.statistics import Predictions, Statistics
 from app.steps import aside, finish
@@ -283,17 +282,8 @@ class Service:
                 return
             parts.append(served.predictor.logits(pixels_NCHW))
             yield
-        evaluated_at = datetime.now(UTC).isoformat(timespec="seconds")
-        logits_NK, calibration = torch.cat(parts), served.checkpoint.calibration
-        served.measured = evaluate_probabilities(
-            calibration.probabilities(logits_NK),
-            split.labels_N,
-            dataset=split.name,
-            digest=digest,
-            evaluated_at=evaluated_at,
-            uncalibrated_NK=logits_NK.softmax(dim=1),
-            set_threshold=calibration.set_threshold,
-        )
+        logits_NK = torch.cat(parts)
+        served.measured = served.checkpoint.evaluate(logits_NK, split.labels_N, dataset=split.name, digest=digest)
         logger.info("Evaluated on %s: %d images.", split.name, len(split))
 
     # A thread of its own: reading takes seconds and none of the others may wait

@@ -3,7 +3,6 @@
 Shape letters: N images, C = 3, H = W = 32, K classes.
 """
 
-import datetime
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from app.calibration import UNCALIBRATED, Calibration
 from app.checkpoint import Checkpoint
 from app.data import Split
-from app.report import Evaluation, evaluate_probabilities, negative_log_likelihood
+from app.report import Evaluation, negative_log_likelihood
 
 BATCH_SIZE = 250
 MOST_NUMBERED_CLASSES = 30
@@ -64,15 +63,7 @@ def evaluate(
     """
     split = split.labelled_for(checkpoint.classes)
     logits_NK = forward(checkpoint.network(), split.pixels_NCHW, batch_size, device).double()
-    return evaluate_probabilities(
-        checkpoint.calibration.probabilities(logits_NK),
-        split.labels_N,
-        dataset=split.name,
-        digest=split.digest,
-        evaluated_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        uncalibrated_NK=logits_NK.softmax(dim=1),
-        set_threshold=checkpoint.calibration.set_threshold,
-    )
+    return checkpoint.evaluate(logits_NK, split.labels_N, dataset=split.name, digest=split.digest)
 
 
 def validate(network: nn.Module, held_out: Split, device: torch.device) -> dict[str, float]:
