@@ -32,10 +32,8 @@ BYTES_OF_A_PROCESS = 1024 * MIB
 SHARES_ADDRESS = sys.platform == "linux"
 """Whether the system deals connections out among several processes that listen on one address."""
 
-Parse = Callable[[str], Any]
 
-
-def whole(least: int, most: int) -> Parse:
+def whole(least: int, most: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
             value = int(text)
@@ -51,11 +49,10 @@ def whole(least: int, most: int) -> Parse:
 def process_count(text: str) -> int:
     if not SHARES_ADDRESS and text.strip() != "1":
         raise ValueError("1 on this system; several processes need Linux")
-    count: int = whole(1, 64)(text)
-    return count
+    return whole(1, 64)(text)
 
 
-def seconds(least: float, most: float) -> Parse:
+def seconds(least: float, most: float) -> Callable[[str], float]:
     def parse(text: str) -> float:
         try:
             value = float(text)
@@ -74,13 +71,10 @@ def switch(value: str) -> bool:
     return value == "on"
 
 
-def nonempty(what: str) -> Parse:
-    def parse(value: str) -> str:
-        if not value.strip():
-            raise ValueError(what)
-        return value.strip()
-
-    return parse
+def host_name(value: str) -> str:
+    if not value.strip():
+        raise ValueError("a host name or an address")
+    return value.strip()
 
 
 def secret(value: str) -> str:
@@ -105,13 +99,10 @@ def device_name(value: str) -> str:
     return value
 
 
-def one_of(names: Sequence[str]) -> Parse:
-    def parse(value: str) -> str:
-        if value not in names:
-            raise ValueError(f"{', '.join(names[:-1])} or {names[-1]}")
-        return value
-
-    return parse
+def engine_name(value: str) -> str:
+    if value not in ENGINES:
+        raise ValueError(f"{', '.join(ENGINES[:-1])} or {ENGINES[-1]}")
+    return value
 
 
 def usual_processes(threads: int | None = None) -> int:
@@ -125,7 +116,7 @@ def usual_processes(threads: int | None = None) -> int:
 class Setting:
     """What is known of a field besides its type and default."""
 
-    parse: Parse
+    parse: Callable[[str], Any]
     help: str
 
 
@@ -138,16 +129,14 @@ class Settings:
         Path | None,
         Setting(location, "a data set; the weights are evaluated on its test part after start-up (default: none)"),
     ] = None
-    host: Annotated[str, Setting(nonempty("a host name or an address"), "where to listen; 0.0.0.0 is everywhere")] = (
-        "127.0.0.1"
-    )
+    host: Annotated[str, Setting(host_name, "where to listen; 0.0.0.0 is everywhere")] = "127.0.0.1"
     port: Annotated[int, Setting(whole(0, 65_535), "the port; 0 takes a free one and prints it")] = 8000
     device: Annotated[
         str | None, Setting(device_name, "cuda, cuda:1, mps or cpu (default: the first of them that this machine has)")
     ] = None
     engine: Annotated[
         str,
-        Setting(one_of(ENGINES), "torch, openvino (if installed; on a CPU only), or auto: what is faster at the start"),
+        Setting(engine_name, "torch, openvino (if installed; on a CPU only), or auto: what is faster at the start"),
     ] = "auto"
     threads: Annotated[
         int, Setting(whole(1, 1024), "threads on a CPU, shared out among the processes (default: the cores it may use)")
@@ -196,7 +185,6 @@ class Settings:
     ] = dataclasses.field(default=None, repr=False)
 
 
-DEFAULTS = {field.name: field.default for field in dataclasses.fields(Settings)}
 KNOWN: dict[str, Setting] = {
     name: hint.__metadata__[0] for name, hint in get_type_hints(Settings, include_extras=True).items()
 }
@@ -261,10 +249,10 @@ def _read_flags(arguments: Sequence[str]) -> dict[str, str | None]:
         epilog=f"Each flag is also an environment variable: --max-batch 8 is {PREFIX}MAX_BATCH=8. The flag wins.",
         allow_abbrev=False,
     )
-    for name, setting in KNOWN.items():
-        default = "on" if DEFAULTS[name] is True else DEFAULTS[name]
+    for field in dataclasses.fields(Settings):
+        default = "on" if field.default is True else field.default
         shown = "" if default in (None, dataclasses.MISSING) else f" (default: {default})"
-        parser.add_argument(_flag(name), metavar="VALUE", help=setting.help + shown)
+        parser.add_argument(_flag(field.name), metavar="VALUE", help=KNOWN[field.name].help + shown)
     flags, unknown = parser.parse_known_args(arguments)
     if unknown:
         given = unknown[0].partition("=")[0]
