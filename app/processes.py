@@ -38,7 +38,6 @@ from app.statistics import Counts
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 COULD_NOT_START = 1
 """The exit code of a process that has said why."""
 RETRY_SECONDS, MOST_RETRY_SECONDS = 1.0, 30.0
@@ -213,7 +212,7 @@ class Supervisor:
     def run(self) -> int:
         """Return the exit code when the last process has ended."""
         signals, signalled = self._context.Pipe(duplex=False)
-        for each in SIGNALS:
+        for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(each, lambda sent, _frame: signalled.send(sent))
         self._start()
         try:
@@ -366,10 +365,8 @@ class Supervisor:
 
 def _work(settings: Settings, listener: socket.socket, end: Connection, classes: tuple[str, ...] | None) -> None:
     """Run in the new process; `classes` are those of the others, if it is not the first."""
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()  # Ctrl-C goes to the supervisor alone, which passes it on
-    if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    os.setpgrp()  # Ctrl-C goes to the supervisor alone, which passes it on
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     logs.configure(sys.stderr)
     from app.server import serve  # imports torch, which the supervisor does without
 
