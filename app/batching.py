@@ -21,7 +21,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from time import monotonic, time
-from typing import Generic, cast
+from typing import Generic
 
 from app.admission import Admission, Limits, Load
 from app.entries import Answer, Entry, Item, Prepared, Result, Run, Signal, Turns
@@ -292,7 +292,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         if not wanted:
             return outcomes, None
         start = monotonic()
-        prepared = [cast(Prepared, entry.prepared) for entry in wanted]
+        prepared = [entry.prepared for entry in wanted]
         outcomes += zip(wanted, _run_or_retry_singly(wanted[0].run, prepared), strict=True)
         seconds = monotonic() - start
         for entry in wanted:

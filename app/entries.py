@@ -39,7 +39,7 @@ class Entry(Generic[Item, Prepared, Result]):
     """On the clock of `monotonic`."""
     deadline_seconds: float
     run: Run[Prepared, Result]
-    prepared: Prepared | None = field(init=False, default=None)
+    prepared: Prepared = field(init=False)
     prepare_seconds: float = field(init=False, default=0.0)
 
     def prepare(self, prepare: Callable[[Item], Prepared]) -> Exception | None:
