@@ -26,7 +26,7 @@ from typing import Generic
 from app.admission import Admission, Limits, Load
 from app.entries import Answer, Entry, Item, Prepared, Result, Run, Signal, Turns
 from app.errors import NotReady
-from app.statistics import Execution, Statistics, Timing
+from app.statistics import Statistics, Timing
 
 logger = logging.getLogger(__name__)
 
@@ -196,12 +196,13 @@ class Batcher(Generic[Item, Prepared, Result]):
     def _settle(
         self,
         outcomes: Sequence[tuple[Entry[Item, Prepared, Result], Result | Exception]],
-        execution: Execution | None = None,
+        ran: Sequence[Entry[Item, Prepared, Result]] = (),
     ) -> None:
         now = monotonic()
-        if execution is not None:
-            self.statistics.record(execution, time())
-            self._admission.learn(execution.seconds / execution.pictures)
+        if ran:
+            timings, pictures = [entry.future.timing for entry in ran], sum(entry.load.pictures for entry in ran)
+            self.statistics.record(timings, pictures, time())
+            self._admission.learn(timings[0].run_seconds / pictures)
             failed = all(isinstance(outcome, Exception) for _, outcome in outcomes)
             self._failed_batches = self._failed_batches + 1 if failed else 0
         for entry, outcome in outcomes:
@@ -281,16 +282,16 @@ class Batcher(Generic[Item, Prepared, Result]):
 
     def _answer(
         self, batch: list[Entry[Item, Prepared, Result]]
-    ) -> tuple[list[tuple[Entry[Item, Prepared, Result], Result | Exception]], Execution | None]:
+    ) -> tuple[list[tuple[Entry[Item, Prepared, Result], Result | Exception]], list[Entry[Item, Prepared, Result]]]:
         outcomes: list[tuple[Entry[Item, Prepared, Result], Result | Exception]] = []
-        wanted = []
+        wanted: list[Entry[Item, Prepared, Result]] = []
         for entry in batch:
             if refusal := entry.refusal():
                 outcomes.append((entry, refusal))
             else:
                 wanted.append(entry)
         if not wanted:
-            return outcomes, None
+            return outcomes, wanted
         start = monotonic()
         prepared = [entry.prepared for entry in wanted]
         outcomes += zip(wanted, _run_or_retry_singly(wanted[0].run, prepared), strict=True)
@@ -298,12 +299,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         for entry in wanted:
             queue_seconds = start - entry.admitted_at - entry.prepare_seconds
             entry.future.timing = Timing(queue_seconds, entry.prepare_seconds, seconds)
-        execution = Execution(
-            timings=[entry.future.timing for entry in wanted],
-            pictures=sum(entry.load.pictures for entry in wanted),
-            seconds=seconds,
-        )
-        return outcomes, execution
+        return outcomes, wanted
 
 
 def _resolve(future: asyncio.Future[Result], outcome: Result | Exception) -> None:

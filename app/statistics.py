@@ -57,17 +57,6 @@ class Timing(NamedTuple):
     """That of the whole batch, which each of its items has waited for."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Execution:
-    """One batch, as the thread that ran it saw it. An item is what was admitted as one: one picture or several."""
-
-    timings: Sequence[Timing]
-    """One for each item."""
-    pictures: int
-    seconds: float
-    """How long the thread was busy with it."""
-
-
 @dataclass
 class Statistics:
     """What the batcher has done. Counted in the event loop."""
@@ -84,13 +73,14 @@ class Statistics:
     last_at: float = 0.0
     """Seconds since 1970 when a batch last ended; 0 before the first."""
 
-    def record(self, execution: Execution, now: float) -> None:
-        queue, prepare, run = zip(*execution.timings, strict=True)
+    def record(self, timings: Sequence[Timing], pictures: int, now: float) -> None:
+        """Count a batch: the timings of its items, each of one picture or several, and how many pictures these are."""
+        queue, prepare, run = zip(*timings, strict=True)
         self.queue.extend(queue)
         self.prepare.extend(prepare)
         self.run.extend(run)
-        self.batches.add(execution.pictures)
-        self.pictures += execution.pictures
+        self.batches.add(pictures)
+        self.pictures += pictures
         self.last_at = now
 
     def merge(self, other: "Statistics") -> None:

@@ -9,7 +9,7 @@ import pytest
 from app.open_inference import spec
 from app.open_inference.request import Inference, Wanted
 from app.open_inference.response import encode
-from app.statistics import Execution, Statistics, Timing
+from app.statistics import Statistics, Timing
 
 ALL = [Wanted(name, binary=False) for name in ("probabilities", "label", "class_id", "familiarity")]
 ROWS = [[0.25, 0.5, 0.125, 0.125], [0.0625, 0.0625, 0.125, 0.75]]
@@ -91,7 +91,7 @@ def test_the_statistics_in_nanoseconds() -> None:
     known = Statistics()
     known.success.add(0.5)
     timings = [Timing(queue_seconds=queue, prepare_seconds=0.001, run_seconds=0.002) for queue in (0.05, 0.1, 0.1)]
-    known.record(Execution(timings=timings, pictures=5, seconds=1.0), now=1000.5)
+    known.record(timings, pictures=5, now=1000.5)
     (model,) = spec.statistics(known)["model_stats"]
     assert (model["inference_count"], model["execution_count"], model["last_inference"]) == (5, 1, 1_000_500)
     assert model["inference_stats"]["success"] == {"count": 1, "ns": 500_000_000}

@@ -36,7 +36,7 @@ from app.errors import SettingsError
 from app.model import IMAGE_BYTES
 from app.processes import Ask, Link, Ready, Supervisor, Total, Worker
 from app.settings import Settings
-from app.statistics import Counts, Execution, Timing
+from app.statistics import Counts, Timing
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="several processes can share an address on Linux only")
 KEY = "a-key-of-sixteen"
@@ -483,9 +483,7 @@ def test_counts_add_up_and_travel() -> None:
         counts = Counts(pids=(pictures,), waiting=pictures, ready=pictures < 3, lines_dropped=1)
         counts.traffic.seconds["/predict", "POST", 200].add(seconds)
         counts.traffic.refusals["overloaded"] += pictures
-        timing = Timing(seconds, seconds, seconds)
-        execution = Execution(timings=[timing], pictures=pictures, seconds=seconds)
-        counts.statistics.record(execution, now=seconds)
+        counts.statistics.record([Timing(seconds, seconds, seconds)], pictures, now=seconds)
         counts.predictions.record([[0.1, 0.9]] * pictures, ("cat", "dog"))
         return counts
 
