@@ -33,6 +33,7 @@ def configure(stream: TextIO) -> None:
     root.addHandler(handler)
     root.setLevel(logging.INFO)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of clients' mistakes, which we answer
     logging.captureWarnings(True)
 
 

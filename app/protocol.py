@@ -206,6 +206,9 @@ class Protocol(HttpToolsProtocol):
         head, self._head_without_offer = self._head_without_offer, None
         return head
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value.rstrip(b" \t"))  # RFC 9110, section 5.5; llhttp strips the front only
+
     def on_headers_complete(self) -> None:
         self._undigested_bytes = 0
         hosts = [name for name, _ in self.headers].count(b"host")

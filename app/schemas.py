@@ -1,7 +1,7 @@
 """The bodies of all answers, each field described. This is what /docs shows; nothing here computes."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -138,7 +138,7 @@ class WeightsInfo(BaseModel):
 class Report(BaseModel):
     """Figures per class and overall."""
 
-    source: str = Field(
+    source: Literal["checkpoint", "measured"] = Field(
         description="`checkpoint`: found in the weights file, where training put them. `measured`: by this service, "
         "with the loaded weights, on the test set it was given.",
         examples=["checkpoint"],
@@ -168,13 +168,19 @@ class Reloaded(BaseModel):
 class Health(BaseModel):
     """The process answers, or is ready for requests."""
 
-    status: str = Field(description="`ok` or `ready`.", examples=["ok"])
+    status: Literal["ok", "ready"] = Field(description="What was asked about.")
 
 
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 """A body that is not JSON: a picture, pixels, tensors."""
 
-RETRY_AFTER = {"description": "Seconds to wait.", "schema": {"type": "integer"}}
+RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer"}}}
+HEADERS = {
+    401: {"WWW-Authenticate": {"description": "`Bearer`.", "schema": {"type": "string"}}},
+    429: RETRY_AFTER,
+    503: RETRY_AFTER,
+}
+"""Of error answers, by status."""
 MEANINGS = {
     400: "No picture in the body, a damaged one, or a malformed form.",
     401: "The key is missing or wrong.",
@@ -198,7 +204,7 @@ def refusals(*statuses: int, meanings: Mapping[int, str] = {}) -> dict[int | str
         status: {
             "model": ErrorBody,
             "description": meanings.get(status, MEANINGS[status]),
-            "headers": {"Retry-After": RETRY_AFTER} if status in (429, 503) else {},
+            "headers": HEADERS.get(status, {}),
         }
         for status in statuses
     }

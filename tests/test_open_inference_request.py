@@ -168,6 +168,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
         "'label' has the parameter `binary_data` 'no'; expected is true or false",
     ),
     "parameters": ({"inputs": [pixels()], "parameters": [1]}, r"the parameters \[1\]; expected is a JSON object"),
+    "parameters no object": ({"inputs": [pixels()], "parameters": []}, r"the parameters \[\]; expected is a JSON"),
+    "outputs no list": ({"inputs": [pixels()], "outputs": {}}, r"the outputs \{\}; expected is a list of JSON objects"),
     "id": ({"inputs": [pixels()], "id": 42}, "`id` of the request is 42; expected is text"),
     "timeout": ({"inputs": [pixels()], "parameters": {"timeout": "1s"}}, "`timeout` '1s'; expected is a whole number"),
 }

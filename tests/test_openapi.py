@@ -3,13 +3,16 @@
 import base64
 import json
 import re
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from pydantic import ValidationError
 
 from app.images import Resize
 from app.open_inference.schemas import InferenceRequest, InferenceResponse
+from app.routes.batch import FIELDS
 from app.schemas import ErrorBody
 
 
@@ -101,6 +104,36 @@ def test_the_schemas_of_the_inference_protocol_leave_nothing_out(client: TestCli
         assert client.get(described).json() == client.get(bare).json()
 
 
+PIXELS: dict[str, Any] = {"name": "pixels", "datatype": "UINT8", "shape": [1, 32, 32, 3], "data": [0] * 3072}
+ABSENT = {"id": None, "outputs": None, "parameters": {"timeout": None, "binary_data_output": None}}
+
+
+@pytest.mark.parametrize(
+    ("request_", "accepted"),
+    [
+        ({"inputs": [PIXELS | {"parameters": {}}]}, True),
+        (ABSENT | {"inputs": [PIXELS | {"parameters": {"binary_data_size": None}}]}, True),
+        ({"inputs": [PIXELS | {"datatype": "BYTES"}]}, False),
+        ({"inputs": [PIXELS | {"shape": [1]}]}, False),
+        ({"inputs": [PIXELS], "outputs": [{"name": "logits"}]}, False),
+        ({"inputs": [PIXELS], "outputs": [{"name": "label", "parameters": {"classification": -1}}]}, False),
+        ({"inputs": [PIXELS, PIXELS]}, False),
+    ],
+)
+def test_the_schema_of_a_request_accepts_what_the_service_accepts(
+    client: TestClient, request_: dict[str, Any], accepted: bool
+) -> None:
+    assert (client.post("/v2/models/cifar/infer", json=request_).status_code == 200) == accepted
+    with nullcontext() if accepted else pytest.raises(ValidationError):
+        InferenceRequest.model_validate(request_)
+
+
+def test_a_form_of_many_pictures_has_them_under_either_name(openapi: dict[str, Any]) -> None:
+    content = openapi["paths"]["/predict/batch"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+    assert content["properties"].keys() == set(FIELDS)
+    assert not content["additionalProperties"]
+
+
 def test_the_example_is_a_request(client: TestClient, openapi: dict[str, Any]) -> None:
     body = openapi["paths"]["/v2/models/cifar/infer"]["post"]["requestBody"]["content"]["application/json"]
     answer = client.post("/v2/models/cifar/infer", json=body["example"])
@@ -109,7 +142,7 @@ def test_the_example_is_a_request(client: TestClient, openapi: dict[str, Any]) -
 
 def test_what_may_be_absent_has_no_default(openapi: dict[str, Any]) -> None:
     """Generators of clients would take it for what is always sent."""
-    for name in ("InferenceRequest", "InputTensor", "InferenceResponse", "OutputTensor"):
+    for name in ("InferenceRequest", "PixelsTensor", "ImageTensor", "InferenceResponse", "OutputTensor"):
         schema = openapi["components"]["schemas"][name]
         assert schema["properties"].keys() > set(schema["required"])
         assert not [field for field, of in schema["properties"].items() if "default" in of]
@@ -134,7 +167,8 @@ def test_every_field_and_parameter_is_described(openapi: dict[str, Any]) -> None
 
 def test_the_body_and_the_parameters_of_predict(openapi: dict[str, Any]) -> None:
     operation = openapi["paths"]["/predict"]["post"]
-    assert set(operation["requestBody"]["content"]) == {*("multipart/form-data", "image/*", "application/octet-stream")}
+    raw = ("application/octet-stream", "application/x-www-form-urlencoded")  # the latter is what curl says by itself
+    assert set(operation["requestBody"]["content"]) == {"multipart/form-data", "image/*", *raw}
     resize, top_k = operation["parameters"]
-    assert resize["schema"]["anyOf"][0]["enum"] == list(Resize.__args__)  # type: ignore[attr-defined]
+    assert resize["schema"]["enum"] == list(Resize.__args__)  # type: ignore[attr-defined]
     assert (resize["name"], top_k["name"]) == ("resize", "top_k")

@@ -252,6 +252,20 @@ async def test_a_request_has_one_host(head: bytes, status: int) -> None:
         assert (await answer(reader))[0] == status
 
 
+async def test_white_space_behind_a_header_is_no_part_of_its_value() -> None:
+    """RFC 9110, section 5.5; the parser strips only the white space in front."""
+    application = Application()
+    application.full = True
+    async with connected(application) as (reader, writer):
+        writer.write(POST % (b"abc \t ", b""))
+        assert (await answer(reader))[2] == b"no, abc"
+        application.full = False
+        writer.write((POST % (b"abc", b"expect: 100-continue \r\n"))[: -len(b"hello")])
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 100")
+        writer.write(b"hello")
+        assert (await answer(reader))[0] == 200
+
+
 async def test_what_is_no_request_is_not_answered_before_the_request_that_it_follows() -> None:
     application = Application()
     application.gate.clear()

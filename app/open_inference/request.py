@@ -117,7 +117,7 @@ def _json(text: bytes, max_pictures: int) -> dict[str, Any]:
 
 
 def _parameters(holder: dict[str, Any], owner: str) -> dict[str, Any]:
-    parameters = holder.get("parameters") or {}
+    parameters = _given(holder, "parameters", {})
     if not isinstance(parameters, dict):
         raise BadRequest(f"{owner} has the parameters {show(parameters)}; expected is a JSON object.")
     if "shared_memory_region" in parameters:
@@ -151,7 +151,7 @@ def _timeout(parameters: dict[str, Any]) -> float | None:
 
 
 def _objects(request: dict[str, Any], field: str) -> list[dict[str, Any]]:
-    objects = request.get(field) or []
+    objects = _given(request, field, [])
     if not isinstance(objects, list) or not all(isinstance(entry, dict) for entry in objects):
         raise BadRequest(f"The request has the {field} {show(objects)}; expected is a list of JSON objects.")
     return objects

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.open_inference.spec import MAX_ID_LETTERS, OUTPUT_NAMES
+from app.open_inference.spec import MAX_ID_LETTERS, OutputName
 
 
 def _forget_defaults(schema: dict[str, Any]) -> None:
@@ -131,62 +131,76 @@ class IndexEntry(Body):
 
     name: str = Field(description="Name of the model.", examples=["cifar"])
     version: str = Field(description="Version of the model.", examples=["1"])
-    state: str = Field(description="`READY` or `UNAVAILABLE`.")
+    state: Literal["READY", "UNAVAILABLE"] = Field(description="Whether it can be asked.")
     reason: str = Field(description="Why it is unavailable; empty otherwise.")
 
 
 class InputParameters(Body):
     """Where the elements are."""
 
-    binary_data_size: int = Field(description="How many bytes follow the JSON, in place of `data`.")
+    binary_data_size: int | None = Field(None, ge=0, description="How many bytes follow the JSON, in place of `data`.")
 
 
-class InputTensor(Body):
-    """Pictures."""
+class PixelsTensor(Body):
+    """Raw pixels."""
 
-    name: Literal["pixels", "image"] = Field(description="`pixels` are raw, red first; `image` is encoded pictures.")
-    datatype: Literal["UINT8", "BYTES"] = Field(description="`UINT8` for `pixels`, `BYTES` for `image`.")
-    shape: list[int] = Field(description="[N, 32, 32, 3] or [N].", examples=[[1, 32, 32, 3]])
-    data: list[Any] = Field([], description="Pixels in row-major order, flat or nested; encoded pictures in base64.")
+    name: Literal["pixels"] = Field(description="The input for raw pixels, red first.")
+    datatype: Literal["UINT8"] = Field(description="Type of its elements.")
+    shape: list[int] = Field(
+        description="[N, 32, 32, 3] for N pictures.", min_length=4, max_length=4, examples=[[1, 32, 32, 3]]
+    )
+    data: list[Any] | None = Field(None, description="Pixels in row-major order, flat or nested as the shape says.")
+    parameters: InputParameters | None = Field(None, description="Needed if its elements follow the JSON.")
+
+
+class ImageTensor(Body):
+    """Encoded pictures."""
+
+    name: Literal["image"] = Field(description="The input for encoded pictures.")
+    datatype: Literal["BYTES"] = Field(description="Type of its elements.")
+    shape: list[int] = Field(description="[N] for N pictures.", min_length=1, max_length=1, examples=[[1]])
+    data: list[str] | None = Field(None, description="Each picture in base64.")
     parameters: InputParameters | None = Field(None, description="Needed if its elements follow the JSON.")
 
 
 class OutputParameters(Body):
     """How an output is to be given."""
 
-    binary_data: bool = Field(False, description="Whether its elements are to follow the JSON.")
-    classification: int = Field(
-        0, ge=0, description="For `probabilities`: give this many classes as text instead, the most probable first."
+    binary_data: bool | None = Field(None, description="Whether its elements are to follow the JSON.")
+    classification: int | None = Field(
+        None, ge=0, description="For `probabilities`: give this many classes as text instead, the most probable first."
     )
 
 
 class RequestedOutput(Body):
     """An output that is asked for."""
 
-    name: str = Field(description=f"One of {', '.join(f'`{name}`' for name in OUTPUT_NAMES)}.")
+    name: OutputName = Field(description="Which output.")
     parameters: OutputParameters | None = Field(None, description="In which form it is to be given.")
 
 
 class RequestParameters(Body):
     """Of all of the request."""
 
-    timeout: int = Field(0, ge=0, description="Microseconds that it may wait; 0: the deadline of the service.")
-    binary_data_output: bool = Field(False, description="Whether all outputs are to follow the JSON.")
+    timeout: int | None = Field(None, ge=0, description="Microseconds it may wait; 0: the deadline of the service.")
+    binary_data_output: bool | None = Field(None, description="Whether all outputs are to follow the JSON.")
 
 
 class InferenceRequest(Body):
     """Pictures to classify."""
 
-    id: str = Field("", description="Comes back in the answer.", max_length=MAX_ID_LETTERS)
+    id: str | None = Field(None, description="Comes back in the answer.", max_length=MAX_ID_LETTERS)
     parameters: RequestParameters | None = Field(None, description="Parameters of the whole request.")
-    inputs: list[InputTensor] = Field(description="Exactly one.", min_length=1, max_length=1)
-    outputs: list[RequestedOutput] = Field([], description="The outputs asked for; if there are none, all are given.")
+    inputs: list[PixelsTensor | ImageTensor] = Field(description="Exactly one.", min_length=1, max_length=1)
+    outputs: list[RequestedOutput] | None = Field(
+        None, description="The outputs asked for; without any, all are given."
+    )
 
 
 class OutputTensor(Body):
     """An output."""
 
-    name: str = Field(description=f"One of {', '.join(f'`{name}`' for name in OUTPUT_NAMES)}.")
+    name: OutputName = Field(description="Which output.")
     datatype: str = Field(description="Type of its elements.", examples=["FP32"])
     shape: list[int] = Field(description="The number of pictures comes first.", examples=[[1, 10]])
     parameters: dict[str, int] = Field(

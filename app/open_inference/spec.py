@@ -1,7 +1,7 @@
 """What the model takes and gives, and how the protocol describes it."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from app.model import IMAGE_SIZE
 from app.statistics import Histogram, Statistics
@@ -32,7 +32,8 @@ PIXEL_SHAPE = (IMAGE_SIZE, IMAGE_SIZE, 3)
 PIXELS = TensorSpec("pixels", "UINT8", (-1, *PIXEL_SHAPE))
 IMAGE = TensorSpec("image", "BYTES", (-1,))
 INPUTS = {spec.name: spec for spec in (PIXELS, IMAGE)}
-OUTPUT_NAMES = ("probabilities", "label", "class_id", "familiarity")
+OutputName = Literal["probabilities", "label", "class_id", "familiarity"]
+OUTPUT_NAMES: tuple[OutputName, ...] = get_args(OutputName)
 
 MAX_ID_LETTERS = 1024
 """The limit for the id of a request, which is sent back."""

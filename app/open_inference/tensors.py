@@ -83,7 +83,7 @@ def json_strings(data: list[Any], count: int) -> list[bytes]:
         except (TypeError, ValueError):
             raise BadRequest(
                 f"Input {IMAGE.name!r}, element {index}: given is {show(text)}; expected is, in JSON, the "
-                "bytes of the picture in base64."
+                "bytes of the picture in base64, in its usual alphabet, without line breaks or a `data:` in front."
             ) from None
     return pictures
 

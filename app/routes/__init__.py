@@ -3,6 +3,7 @@
 from typing import Annotated
 
 from fastapi import Depends, Query, Request
+from pydantic.json_schema import SkipJsonSchema
 
 from app.batching import NOT_RUNNING
 from app.errors import NotReady
@@ -40,10 +41,12 @@ TotalDep = Annotated[Counts, Depends(_total)]
 """What all serving processes have counted."""
 
 ResizeQuery = Annotated[
-    Resize | None,
+    Resize | SkipJsonSchema[None],
     Query(
         description="What to do with a picture that is not 32x32: `crop` takes the centre square, `stretch` ignores "
         "the proportions, `pad` adds white margins. Without it another size is refused."
     ),
 ]
-TopKQuery = Annotated[int | None, Query(ge=1, description="Answer only so many probabilities, highest first.")]
+TopKQuery = Annotated[
+    int | SkipJsonSchema[None], Query(ge=1, description="Answer only so many probabilities, highest first.")
+]

@@ -21,10 +21,12 @@ from app.service import Service, Verdict
 router = APIRouter(tags=["prediction"])
 
 FIELDS = ("file", "files")
+PICTURES = {"type": "array", "items": BINARY["schema"], "minItems": 1}
 FORM = {
     "type": "object",
-    "properties": {"files": {"type": "array", "items": BINARY["schema"], "minItems": 1}},
-    "required": ["files"],
+    "properties": {"files": PICTURES, "file": PICTURES},
+    "anyOf": [{"required": ["files"]}, {"required": ["file"]}],
+    "additionalProperties": False,
 }
 BODY = {
     "required": True,

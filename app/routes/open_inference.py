@@ -43,6 +43,13 @@ HEADER = {
     "description": "Of a request with raw tensors: how many bytes of the body are JSON. 0: the body is a picture.",
     "schema": {"type": "integer", "minimum": 0},
 }
+LENGTH = {
+    HEADER["name"]: {
+        "description": "How many bytes of an answer with raw tensors are JSON. Such an answer is asked for by "
+        "`binary_data`, `binary_data_output` or, if the body is a picture, by not sending `Accept: application/json`.",
+        "schema": HEADER["schema"],
+    }
+}
 BODY = {
     "required": True,
     "description": "One input, `pixels` (UINT8, [N, 32, 32, 3], raw pixels, red first), or `image` (BYTES, [N], "
@@ -198,7 +205,7 @@ async def not_offered() -> None:
     f"`familiarity` ({spec.UNKNOWN:g} if the weights do not know it).",
     response_model=schemas.InferenceResponse,
     responses={
-        200: {"content": {OCTETS.decode(): BINARY}},
+        200: {"content": {OCTETS.decode(): BINARY}, "headers": LENGTH},
         **refusals(400, 408, 413, 415, 422, 429, 500, 501, 503, 504, meanings=MEANINGS),
     },
     openapi_extra={"requestBody": BODY, "parameters": [HEADER]},

@@ -23,11 +23,7 @@ FORM = {"type": "object", "properties": {"file": BINARY["schema"]}, "required": 
 BODY = {
     "required": True,
     "description": "A picture (PNG, JPEG, WebP, BMP or GIF): the body itself, or the field `file` of a form.",
-    "content": {
-        "multipart/form-data": {"schema": FORM},
-        "image/*": BINARY,
-        RAW[0]: BINARY,
-    },
+    "content": {"multipart/form-data": {"schema": FORM}, "image/*": BINARY, **dict.fromkeys(RAW, BINARY)},
 }
 
 
