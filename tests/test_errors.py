@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import drawing, encode, occupied
+from fastapi.exceptions import RequestValidationError
 from fastapi.testclient import TestClient
 from starlette.types import Message
 
@@ -91,15 +92,24 @@ def test_refusals(client: TestClient, path: str, body: bytes, content_type: str,
     refused(client.post(path, content=body, headers={"content-type": content_type}), status, sentence)
 
 
-@pytest.mark.parametrize("path", ["/predict", "/predict?top_k=1", "/predict/batch", "/v2/models/cifar/infer"])
-def test_a_refusal_is_forgotten_without_the_garbage_collector(client: TestClient, path: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/predict", 400),
+        ("/predict?top_k=1", 400),
+        ("/predict?top_k=0", 422),
+        ("/predict/batch", 400),
+        ("/v2/models/cifar/infer", 400),
+    ],
+)
+def test_a_refusal_is_forgotten_without_the_garbage_collector(client: TestClient, path: str, status: int) -> None:
     """It would hold all that led to it, the body first of all, until two hundred others have come."""
-    refused(client.post(path, content=b"no picture", headers=OCTETS), 400, "")
+    refused(client.post(path, content=b"no picture", headers=OCTETS), status, "")
     gc.collect()
     gc.disable()
     try:
-        refused(client.post(path, content=b"no picture", headers=OCTETS), 400, "")
-        left = [each for each in gc.get_objects() if issubclass(type(each), RequestError)]
+        refused(client.post(path, content=b"no picture", headers=OCTETS), status, "")
+        left = [each for each in gc.get_objects() if issubclass(type(each), RequestError | RequestValidationError)]
     finally:
         gc.enable()
     assert left == []
