@@ -180,7 +180,7 @@ class RequestedOutput(Body):
 
 
 class RequestParameters(Body):
-    """Of all of the request."""
+    """Parameters of the whole request."""
 
     timeout: int | None = Field(None, ge=0, description="Microseconds it may wait; 0: the deadline of the service.")
     binary_data_output: bool | None = Field(None, description="Whether all outputs are to follow the JSON.")

@@ -23,16 +23,20 @@ function link(id, ...children) {
   return made;
 }
 
+const joined = (parts, between) => parts.flatMap((part, index) => (index ? [between, part] : [part]));
+
 function type(schema) {
   if (!schema) return "";
   if (schema.$ref) {
     const name = schema.$ref.split("/").pop();
     return link(name, name);
   }
+  if (schema.const) return schema.const;
   if (schema.enum) return schema.enum.join(" | ");
-  if (schema.anyOf) return schema.anyOf.flatMap((each, index) => (index ? [" | ", type(each)] : [type(each)]));
   if (schema.type === "array") return ["list of ", type(schema.items ?? schema.prefixItems?.[0])].flat();
-  if (schema.properties) return ["fields ", Object.keys(schema.properties).map((field) => element("code", field))].flat();
+  if (schema.properties)
+    return ["fields ", ...joined(Object.keys(schema.properties).map((field) => element("code", field)), ", ")];
+  if (schema.anyOf) return joined(schema.anyOf.map(type), " | ");
   return schema.format ?? schema.type ?? "any";
 }
 
