@@ -28,7 +28,7 @@ def keep_pixels(network: Normalized, first: nn.Conv2d) -> None:
     """Give the first convolution pixels that bfloat16 holds exactly, and weights with twice its digits.
 
     It depends on small differences between neighbours, which are lost when normalised pixels are rounded: with an
-    earlier network the largest error of a probability on validation images was 0.034 then, and is 0.022 this way. So
+    earlier network the largest error of a probability on validation images was 0.034 then, and 0.022 this way. So
     it takes over the normalisation and sees whole numbers around 0, twice: once for the rounded weights and once for
     their rounding errors. It must not pad, because its bias contains what the normalisation subtracts.
     """

@@ -117,8 +117,10 @@ def decode(data: bytes, resize: Resize | None = None, max_pixels: int = MAX_PIXE
         WrongSize: It is not 32x32 and `resize` is None.
     """
     # Pillow itself refuses more than twice as many before it makes room for them, which for a GIF it does on opening.
-    # All threads share that limit, and may ask for different ones, so it is never lowered.
-    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
+    # All threads share that limit, and may ask for different ones, so it is never lowered: with a `max_pixels` below
+    # the usual one, a GIF may still take a byte for each of 100 million pixels before `_check_size` refuses it.
+    if max_pixels > (Image.MAX_IMAGE_PIXELS or 0):
+        Image.MAX_IMAGE_PIXELS = max_pixels
     try:
         _check_palette(data)
         with Image.open(source := MeteredFile(data), formats=FORMATS) as picture:

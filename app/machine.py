@@ -51,7 +51,7 @@ def _groups(cgroups: Path, own: Path, controller: str) -> Iterator[Path]:
 
 
 def _numbers(file: Path, count: int) -> list[int | None]:
-    """The whole numbers in a file of `count` words; None for any other word, and only None for any other file."""
+    """The whole numbers in a file of `count` words, None for each other word; all None for any other file."""
     try:
         words = file.read_text().split()
     except OSError:

@@ -180,7 +180,7 @@ HEADERS = {
     429: RETRY_AFTER,
     503: RETRY_AFTER,
 }
-"""Of error answers, by status."""
+"""The headers of error answers, by status."""
 MEANINGS = {
     400: "No picture in the body, a damaged one, or a malformed form.",
     401: "The key is missing or wrong.",

@@ -125,7 +125,7 @@ def test_the_schema_of_a_request_accepts_what_the_service_accepts(
 ) -> None:
     assert (client.post("/v2/models/cifar/infer", json=request_).status_code == 200) == accepted
     with nullcontext() if accepted else pytest.raises(ValidationError):
-        InferenceRequest.model_validate(request_)
+        InferenceRequest.model_validate(request_, strict=True)
 
 
 def test_a_form_of_many_pictures_has_them_under_either_name(openapi: dict[str, Any]) -> None:
@@ -171,4 +171,5 @@ def test_the_body_and_the_parameters_of_predict(openapi: dict[str, Any]) -> None
     assert set(operation["requestBody"]["content"]) == {"multipart/form-data", "image/*", *raw}
     resize, top_k = operation["parameters"]
     assert resize["schema"]["enum"] == list(Resize.__args__)  # type: ignore[attr-defined]
+    assert (top_k["schema"]["type"], top_k["schema"]["minimum"]) == ("integer", 1)
     assert (resize["name"], top_k["name"]) == ("resize", "top_k")

@@ -94,7 +94,10 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     show.add_argument("--count", type=_positive, default=32, help="of the images (default: %(default)s)")
     show.add_argument("--seed", type=_seed, default=0, help="by which they are chosen (default: %(default)s)")
     show.add_argument(
-        "--out", type=Path, help="picture to write, as .png, .jpg, .svg or .pdf; a window where there is a display"
+        "--out",
+        type=Path,
+        help="picture to write, as .png, .jpg, .svg or .pdf; by default a window where there is a display, else "
+        "runs/grid.png",
     )
 
     plot = commands.add_parser("plot", parents=[measured], help="figures of some weights")

@@ -1,5 +1,6 @@
 """What a run leaves to read: log.jsonl, curves.png, and TensorBoard events where tensorboard is installed."""
 
+import errno
 import json
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
@@ -50,6 +51,17 @@ class RunLog:
             ValueError: the folder has a run and `resume` is not set; or the run is still going on; or it is finished
                 and left no state to resume from.
         """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(folder / ".lock")  # held as long as this object; that of a killed process is gone, too
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise ValueError(
+                f"The run in {folder} is going on in another process; wait for its end, or choose another --name."
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # of a file system that has no locks
+                raise
         begun, ended = (folder / "state.pt").exists(), (folder / "cifar_net.pth").exists()
         if resume and ended and not begun:
             raise ValueError(
@@ -59,14 +71,6 @@ class RunLog:
             raise ValueError(
                 f"{folder} already holds a run; add --resume to continue it, or choose another one with --name."
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(folder / ".lock")  # held until this process ends, however it does
-        try:
-            self._lock.acquire(blocking=False)
-        except Timeout:
-            raise ValueError(
-                f"The run in {folder} is going on in another process; wait for its end, or choose another --name."
-            ) from None
         forget_unfinished(folder / "state.pt")
         self.folder = folder
         self.tensorboard = _tensorboard(folder)

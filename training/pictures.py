@@ -230,7 +230,7 @@ def _drawn(count: int, draw: Callable[[ImageDraw.ImageDraw], None], generator: t
 
 
 def _pasted(count: int, things: Sequence[Image.Image], generator: torch.Generator) -> Tensor:
-    """For each picture one of `things`, which have transparent surroundings, at any size on a plain background."""
+    """For each picture one of `things`, which have transparent surroundings, at various sizes on a plain background."""
     pictures = []
     for _ in range(count):
         thing = things[int(_between(0, len(things), generator))]

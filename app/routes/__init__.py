@@ -3,7 +3,7 @@
 from typing import Annotated
 
 from fastapi import Depends, Query, Request
-from pydantic.json_schema import SkipJsonSchema
+from pydantic import TypeAdapter, WithJsonSchema
 
 from app.batching import NOT_RUNNING
 from app.errors import NotReady
@@ -41,12 +41,15 @@ TotalDep = Annotated[Counts, Depends(_total)]
 """What all serving processes have counted."""
 
 ResizeQuery = Annotated[
-    Resize | SkipJsonSchema[None],
+    Resize | None,
+    WithJsonSchema(TypeAdapter(Resize).json_schema()),  # a query has no null
     Query(
         description="What to do with a picture that is not 32x32: `crop` takes the centre square, `stretch` ignores "
         "the proportions, `pad` adds white margins. Without it another size is refused."
     ),
 ]
 TopKQuery = Annotated[
-    int | SkipJsonSchema[None], Query(ge=1, description="Answer only so many probabilities, highest first.")
+    int | None,
+    WithJsonSchema({"type": "integer", "minimum": 1}),
+    Query(ge=1, description="Answer only so many probabilities, highest first."),
 ]
