@@ -63,7 +63,9 @@ def test_every_figure_of_the_report_is_in_the_schema() -> None:
     assert figures.keys() | {"source", "weights", "trained"} == Report.model_fields.keys()
     assert (
         figures["classes"][0].keys()
-        == Report.model_validate({"source": "", "weights": {"name": "", "sha256": ""}, "trained": {}, **figures})
+        == Report.model_validate(
+            {"source": "measured", "weights": {"name": "", "sha256": ""}, "trained": {}, **figures}
+        )
         .classes[0]
         .model_dump()
         .keys()

@@ -3,7 +3,6 @@
 from typing import Annotated
 
 from fastapi import Depends, Query, Request
-from pydantic import TypeAdapter, WithJsonSchema
 
 from app.batching import NOT_RUNNING
 from app.errors import NotReady
@@ -42,14 +41,9 @@ TotalDep = Annotated[Counts, Depends(_total)]
 
 ResizeQuery = Annotated[
     Resize | None,
-    WithJsonSchema(TypeAdapter(Resize).json_schema()),  # a query has no null
     Query(
         description="What to do with a picture that is not 32x32: `crop` takes the centre square, `stretch` ignores "
         "the proportions, `pad` adds white margins. Without it another size is refused."
     ),
 ]
-TopKQuery = Annotated[
-    int | None,
-    WithJsonSchema({"type": "integer", "minimum": 1}),
-    Query(ge=1, description="Answer only so many probabilities, highest first."),
-]
+TopKQuery = Annotated[int | None, Query(ge=1, description="Answer only so many probabilities, highest first.")]
