@@ -1,10 +1,14 @@
 """What a run leaves to read."""
 
+import errno
+import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from filelock import FileLock
 
 from training.log import RunLog
 
@@ -53,6 +57,18 @@ def test_two_processes_do_not_write_one_run(tmp_path: Path) -> None:
             RunLog(tmp_path, resume=resume)
     del going_on
     RunLog(tmp_path, resume=False)
+
+
+@pytest.mark.parametrize(("number", "trains"), [(errno.ENOLCK, True), (errno.EACCES, False)])
+def test_a_file_system_without_locks_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, trains: bool
+) -> None:
+    def acquire(_lock: FileLock, **_options: bool) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    with nullcontext() if trains else pytest.raises(OSError, match="Permission denied"):
+        RunLog(tmp_path, resume=False)
 
 
 def test_a_run_is_not_begun_again(tmp_path: Path) -> None:
