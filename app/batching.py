@@ -49,20 +49,16 @@ class Batcher(Generic[Item, Prepared, Result]):
 
     Args:
         prepare: Item -> Prepared. What it raises fails that item alone.
-        build: Called once, in the inference thread; returns the function that maps a batch to as many results.
     """
 
-    def __init__(
-        self, prepare: Callable[[Item], Prepared], build: Callable[[], Run[Prepared, Result]], limits: Limits
-    ) -> None:
+    def __init__(self, prepare: Callable[[Item], Prepared], limits: Limits) -> None:
         self._prepare = prepare
-        self._build = build
         self._limits = limits
         self.statistics = Statistics()
         self._queue: Turns[Item, Prepared, Result] = Turns(limits.max_batch)
         self._heavy: Turns[Item, Prepared, Result] = Turns(1)
         self._idle_work: deque[Iterator[object]] = deque()
-        self._exchanges: deque[tuple[Building[Prepared, Result], asyncio.Future[Run[Prepared, Result]]]] = deque()
+        self._buildings: deque[tuple[Building[Prepared, Result], asyncio.Future[Run[Prepared, Result]]]] = deque()
         self._admission = Admission(limits)
         self._closing = False
         self._failed_batches = 0
@@ -71,13 +67,20 @@ class Batcher(Generic[Item, Prepared, Result]):
 
     # Event loop
 
-    async def start(self) -> None:
-        """Return when `build` has returned; raise what it raises. Call once only."""
+    async def start(self, building: Building[Prepared, Result]) -> None:
+        """Return when the function is built. Call once only.
+
+        Raises:
+            Exception: whatever `building` raises. The batcher is closed then.
+        """
         self._loop = asyncio.get_running_loop()
-        self._built: asyncio.Future[Run[Prepared, Result]] = self._loop.create_future()
         self._inference_thread.start()
         self._decode_thread.start()
-        self._run = await self._built
+        try:
+            self._run = await self._build(building)
+        except BaseException:  # also if this task is cancelled
+            await self.close()
+            raise
 
     @property
     def running(self) -> bool:
@@ -181,10 +184,13 @@ class Batcher(Generic[Item, Prepared, Result]):
             Exception: whatever `building` raises. Nothing has changed then.
         """
         self.check_open()
+        self._run = await self._build(building)
+
+    async def _build(self, building: Building[Prepared, Result]) -> Run[Prepared, Result]:
         built: asyncio.Future[Run[Prepared, Result]] = self._loop.create_future()
-        self._exchanges.append((building, built))
+        self._buildings.append((building, built))
         self._queue.put(Signal.WAKE)
-        self._run = await built
+        return await built
 
     async def close(self) -> None:
         """Refuse new items, answer those that were admitted, end the threads. Idle work is dropped, and so is a thread
@@ -234,25 +240,19 @@ class Batcher(Generic[Item, Prepared, Result]):
     # Inference thread
 
     def _infer(self) -> None:
-        try:
-            run = self._build()
-        except BaseException as error:  # for `start` to raise, which would otherwise wait for ever
-            self._loop.call_soon_threadsafe(self._built.set_exception, error)
-            return
-        self._loop.call_soon_threadsafe(self._built.set_result, run)
         while batch := self._take():
             self._loop.call_soon_threadsafe(self._settle, *self._answer(batch))
-        for _, built in self._exchanges:
+        for _, built in self._buildings:
             self._loop.call_soon_threadsafe(_resolve, built, NotReady(STOPPING, retry_after_seconds=1))
 
     def _take(self) -> list[Entry[Item, Prepared, Result]]:
         """The next batch, from all that is queued by now; waits if nothing is. Empty only at the end."""
-        if self._exchanges:
-            self._build_step(*self._exchanges[0])
+        if self._buildings:
+            self._build_step(*self._buildings[0])
         self._queue.collect(timeout=0)
         while not (self._queue or self._queue.stopped):
-            if self._exchanges:
-                self._build_step(*self._exchanges[0])
+            if self._buildings:
+                self._build_step(*self._buildings[0])
                 self._queue.collect(timeout=0)
             elif not self._queue.collect(QUIET_SECONDS if self._idle_work else None) and self._idle_work:
                 self._step(self._idle_work[0])
@@ -266,9 +266,9 @@ class Batcher(Generic[Item, Prepared, Result]):
         except StopIteration as finished:
             outcome = finished.value
             self._idle_work.clear()
-        except Exception as error:  # for `exchange` to raise; the old function goes on
+        except Exception as error:  # for `start` or `exchange` to raise; a function before it goes on
             outcome = error
-        self._exchanges.popleft()
+        self._buildings.popleft()
         self._loop.call_soon_threadsafe(_resolve, built, outcome)
 
     def _step(self, work: Iterator[object]) -> None:

@@ -83,11 +83,7 @@ class Service:
         self._batcher = self._new_batcher()
 
     def _new_batcher(self) -> Batcher[Item, Pixels, Verdict]:
-        return Batcher(
-            prepare=self._prepare,
-            build=lambda: finish(self._build(self._served, self.settings.engine)),
-            limits=self._limits,
-        )
+        return Batcher(self._prepare, self._limits)
 
     async def start(self) -> None:
         """Return when the network is warm. An evaluation, if data were given, goes on in the background.
@@ -96,7 +92,7 @@ class Service:
         """
         if self._batcher.closed:
             self._batcher = self._new_batcher()
-        await self._batcher.start()
+        await self._batcher.start(self._build(self._served, self.settings.engine))
         memory.release()
         self._start_evaluation()
 

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -32,7 +32,8 @@ class Doubler:
         self.threads["prepare"].add(threading.current_thread().name)
         return int(text)
 
-    def build(self) -> Callable[[list[int]], Sequence[int]]:
+    def build(self) -> Building[int, int]:
+        yield
         self.threads["build"].add(threading.current_thread().name)
         return self.run
 
@@ -47,8 +48,8 @@ class Doubler:
 
 
 async def start(doubler: Doubler, limits: Limits = LIMITS) -> Batcher[str, int, int]:
-    batcher = Batcher(doubler.prepare, doubler.build, limits)
-    await batcher.start()
+    batcher: Batcher[str, int, int] = Batcher(doubler.prepare, limits)
+    await batcher.start(doubler.build())
     return batcher
 
 
@@ -117,8 +118,8 @@ async def test_pictures_of_one_request_that_take_long_to_prepare_let_those_of_ot
         gate.wait()
         return doubler.prepare(text)
 
-    batcher = Batcher(prepare, doubler.build, LIMITS)
-    await batcher.start()
+    batcher: Batcher[str, int, int] = Batcher(prepare, LIMITS)
+    await batcher.start(doubler.build())
     many = batcher.submit_all([(str(number), 1, 1) for number in range(1, 6)], light=False)
     await asyncio.to_thread(begun.wait)
     singles = [batcher.submit(str(number), 1, light=False) for number in (11, 12)]
@@ -327,8 +328,8 @@ async def test_what_takes_long_to_prepare_is_refused_by_that_and_does_not_count_
         clock.seconds += 8.0 * (text == "7")
         return doubler.prepare(text)
 
-    batcher = Batcher(prepare, doubler.build, LIMITS)
-    await batcher.start()
+    batcher: Batcher[str, int, int] = Batcher(prepare, LIMITS)
+    await batcher.start(doubler.build())
     assert await batcher.submit("7", 1, light=False) == 14  # took 8 seconds, which none of the others will
     held = await hold(doubler, batcher)
     photos = [batcher.submit("1", 1, light=False) for _ in range(8)]
@@ -414,15 +415,6 @@ async def test_closing_gives_up_a_thread_that_does_not_come_to_an_end() -> None:
     assert await held == 0
 
 
-async def test_a_failed_build_is_the_starters_problem() -> None:
-    def build() -> Callable[[list[int]], list[int]]:
-        raise RuntimeError("no such device")
-
-    batcher: Batcher[str, int, int] = Batcher(int, build, LIMITS)
-    with pytest.raises(RuntimeError, match="no such device"):
-        await batcher.start()
-
-
 def building(factor: int, error: Exception | None = None) -> Building[int, int]:
     """A function that multiplies, in three steps."""
     for _ in range(3):
@@ -430,6 +422,14 @@ def building(factor: int, error: Exception | None = None) -> Building[int, int]:
     if error is not None:
         raise error
     return lambda numbers: [factor * number for number in numbers]
+
+
+async def test_a_failed_build_is_the_starters_problem_and_leaves_no_thread() -> None:
+    batcher: Batcher[str, int, int] = Batcher(int, LIMITS)
+    with pytest.raises(RuntimeError, match="no such device"):
+        await batcher.start(building(2, error=RuntimeError("no such device")))
+    assert batcher.closed
+    assert not {"inference", "decode"} & {thread.name for thread in threading.enumerate()}
 
 
 async def test_what_was_admitted_before_an_exchange_runs_as_before_and_the_rest_by_the_new_function() -> None:
@@ -478,6 +478,17 @@ async def test_an_exchange_that_fails_changes_nothing() -> None:
     assert await batcher.submit("2", 1, light=True) == 4
     await batcher.exchange(building(3))
     assert await batcher.submit("2", 1, light=True) == 6
+    await batcher.close()
+
+
+async def test_after_an_exchange_the_old_function_is_let_go() -> None:
+    batcher: Batcher[str, int, int] = Batcher(int, LIMITS)
+    await batcher.start(building(2))
+    old = weakref.ref(batcher._run)
+    assert await batcher.submit("2", 1, light=True) == 4
+    await batcher.exchange(building(3))
+    assert await batcher.submit("2", 1, light=True) == 6
+    assert old() is None
     await batcher.close()
 
 

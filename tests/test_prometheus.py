@@ -14,7 +14,7 @@ from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from app.admission import Limits
-from app.batching import Batcher
+from app.batching import Batcher, Building
 from app.exposition import CountsCollector
 from app.logs import QUIET
 from app.main import create_app
@@ -263,10 +263,14 @@ async def test_the_parts_are_those_of_the_item(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(f"app.{module}.monotonic", lambda: float(next(ticks)))
     batcher: Batcher[int, int, int] = Batcher(
         prepare=lambda item: next(ticks) and item,
-        build=lambda: lambda items: [next(ticks) and item for item in items],
         limits=Limits(max_batch=4, max_waiting=9, max_waiting_bytes=9, deadline_seconds=99),
     )
-    await batcher.start()
+
+    def building() -> Building[int, int]:
+        yield
+        return lambda items: [next(ticks) and item for item in items]
+
+    await batcher.start(building())
     future = batcher.submit(1, 1, light=True)
     await future
     await batcher.close()

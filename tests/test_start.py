@@ -132,9 +132,9 @@ from app import __main__ as command
 from app.batching import Batcher
 
 start = Batcher.start
-async def stop_and_start(batcher):
+async def stop_and_start(batcher, building):
     os.kill(os.getpid(), signal.Signals[sys.argv[1]])
-    await start(batcher)
+    await start(batcher, building)
 Batcher.start = stop_and_start
 sys.exit(command.main([], os.environ))
 """
