@@ -63,6 +63,7 @@ def create_app(settings: Settings, classes: tuple[str, ...] | None = None) -> Ap
         docs_url=None,  # the framework's pages load their scripts from elsewhere; ours is in static
         redoc_url=None,
         redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,  # what generated clients call their functions
     )
     paths = {"/openapi.json"}
     administration = () if settings.admin_key is None else (admin,)

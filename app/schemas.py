@@ -1,9 +1,11 @@
 """The bodies of all answers, each field described. This is what /docs shows; nothing here computes."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, WithJsonSchema
+
+from app.images import Resize
 
 
 class ErrorBody(BaseModel):
@@ -170,6 +172,10 @@ class Health(BaseModel):
 
     status: Literal["ok", "ready"] = Field(description="What was asked about.")
 
+
+# What a query may say. The framework would describe null as well, which a query cannot say.
+RESIZE = WithJsonSchema({"type": "string", "enum": list(get_args(Resize)), "title": "Resize"})
+TOP_K = WithJsonSchema({"type": "integer", "minimum": 1, "title": "Top K"})
 
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 """A body that is not JSON: a picture, pixels, tensors."""

@@ -7,6 +7,7 @@ from fastapi import Depends, Query, Request
 from app.batching import NOT_RUNNING
 from app.errors import NotReady
 from app.images import Resize
+from app.schemas import RESIZE, TOP_K
 from app.service import Service
 from app.statistics import Counts
 
@@ -41,9 +42,10 @@ TotalDep = Annotated[Counts, Depends(_total)]
 
 ResizeQuery = Annotated[
     Resize | None,
+    RESIZE,
     Query(
         description="What to do with a picture that is not 32x32: `crop` takes the centre square, `stretch` ignores "
         "the proportions, `pad` adds white margins. Without it another size is refused."
     ),
 ]
-TopKQuery = Annotated[int | None, Query(ge=1, description="Answer only so many probabilities, highest first.")]
+TopKQuery = Annotated[int | None, TOP_K, Query(ge=1, description="Answer only so many probabilities, highest first.")]

@@ -21,12 +21,11 @@ from app.service import Service, Verdict
 router = APIRouter(tags=["prediction"])
 
 FIELDS = ("file", "files")
-PICTURES = {"type": "array", "items": BINARY["schema"], "minItems": 1}
-FORM = {
+FORM = {  # without `file`: generated clients do not work with alternatives
+    "title": "PicturesForm",
     "type": "object",
-    "properties": {"files": PICTURES, "file": PICTURES},
-    "anyOf": [{"required": ["files"]}, {"required": ["file"]}],
-    "additionalProperties": False,
+    "properties": {"files": {"type": "array", "items": BINARY["schema"], "minItems": 1}},
+    "required": ["files"],
 }
 BODY = {
     "required": True,

@@ -1,6 +1,7 @@
 """/v2: the Open Inference Protocol (KServe V2), with Triton's extensions as far as `spec.EXTENSIONS` names them.
 
-Paths and statuses follow specification/protocol/inference_rest.md, headers the extension "binary tensor data".
+Paths and statuses follow specification/protocol/inference_rest.md, headers the extension "binary tensor data". The
+functions, and so those of generated clients, have the names of the protocol's gRPC calls.
 """
 
 import asyncio
@@ -84,7 +85,7 @@ MEANINGS = {
     response_description="Name, version, extensions.",
     response_model=schemas.ServerMetadata,
 )
-async def server(request: Request) -> dict[str, Any]:
+async def server_metadata(request: Request) -> dict[str, Any]:
     """The rest of the protocol is under `/v2`, too. A model's path may go on with `/versions/1`."""
     return {"name": "cifar-service", "version": request.app.version, "extensions": list(spec.EXTENSIONS)}
 
@@ -95,7 +96,7 @@ async def server(request: Request) -> dict[str, Any]:
     response_description="It is alive.",
     response_model=schemas.Live,
 )
-async def live() -> dict[str, bool]:
+async def server_live() -> dict[str, bool]:
     """The same as /healthz, in the terms of the protocol."""
     return {"live": True}
 
@@ -107,7 +108,7 @@ async def live() -> dict[str, bool]:
     response_model=schemas.Ready,
     responses=refusals(503),
 )
-async def ready(service: ServiceDep) -> dict[str, bool]:
+async def server_ready(service: ServiceDep) -> dict[str, bool]:
     """The same as /readyz, in the terms of the protocol."""
     check_ready(service)
     return {"ready": True, "live": True}
@@ -127,7 +128,7 @@ async def models() -> dict[str, list[str]]:
     response_description="Totals.",
     response_model=schemas.AllStatistics,
 )
-async def statistics(total: TotalDep) -> dict[str, Any]:
+async def model_statistics(total: TotalDep) -> dict[str, Any]:
     """Since the start, over all routes. `execution_count` counts forward passes, `inference_count` pictures."""
     return spec.statistics(total.statistics)
 
@@ -139,7 +140,7 @@ async def statistics(total: TotalDep) -> dict[str, Any]:
     response_description="Names, datatypes and shapes.",
     response_model=schemas.ModelMetadata,
 )
-async def metadata(service: ServiceDep) -> dict[str, Any]:
+async def model_metadata(service: ServiceDep) -> dict[str, Any]:
     """-1 stands for any number of pictures."""
     return spec.metadata(len(service.checkpoint.classes))
 
@@ -166,7 +167,7 @@ async def model_ready(service: ServiceDep) -> dict[str, Any]:
     response_model=schemas.ModelConfiguration,
     response_model_exclude_unset=True,
 )
-async def configuration(service: ServiceDep) -> dict[str, Any]:
+async def model_config(service: ServiceDep) -> dict[str, Any]:
     """The parts of Triton's model configuration that have a meaning here."""
     return spec.configuration(len(service.checkpoint.classes))
 
@@ -210,7 +211,7 @@ async def not_offered() -> None:
     },
     openapi_extra={"requestBody": BODY, "parameters": [HEADER]},
 )
-async def infer(request: Request, service: ServiceDep, resize: ResizeQuery = None) -> Response:
+async def model_infer(request: Request, service: ServiceDep, resize: ResizeQuery = None) -> Response:
     """The parameter `timeout` of the request, in microseconds, shortens the time it may wait."""
     return (await respond(headers_of(request), request.receive, service, resize)).response(request)
 

@@ -19,11 +19,18 @@ router = APIRouter(tags=["prediction"])
 
 RAW = ("application/octet-stream", "application/x-www-form-urlencoded")
 """The latter is what `curl --data-binary @picture.png` calls any body; the bytes tell what it is anyway."""
-FORM = {"type": "object", "properties": {"file": BINARY["schema"]}, "required": ["file"]}
+FORM = {
+    "title": "PictureForm",
+    "type": "object",
+    "properties": {"file": BINARY["schema"]},
+    "required": ["file"],
+}
 BODY = {
     "required": True,
-    "description": "A picture (PNG, JPEG, WebP, BMP or GIF): the body itself, or the field `file` of a form.",
-    "content": {"multipart/form-data": {"schema": FORM}, "image/*": BINARY, **dict.fromkeys(RAW, BINARY)},
+    "description": "A picture (PNG, JPEG, WebP, BMP or GIF): the field `file` of a form, or the body itself, as "
+    "`application/octet-stream`, `image/png`, `image/jpeg` or the like.",
+    # Not all that is accepted: generated clients leave out the path, or do not work, when there is more.
+    "content": {"multipart/form-data": {"schema": FORM}, "application/octet-stream": BINARY},
 }
 
 
