@@ -1,5 +1,6 @@
-"""create_app(settings): wiring only."""
+"""create_app: wiring only."""
 
+import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,7 +16,7 @@ from app.errors import SettingsError
 from app.logs import AccessLog
 from app.routes import admin, batch, health, metrics, open_inference, pages, predict
 from app.service import Service, check_replaces, load_aside
-from app.settings import Settings
+from app.settings import Settings, parse_settings
 from app.statistics import Traffic
 
 DESCRIPTION = """Send a picture, get the probability of each class.
@@ -25,15 +26,17 @@ has a well-formed one. Besides what is listed for each path, 404 answers a path 
 path does not take, and 400, 408 or 431 what is not HTTP, comes too slowly or has too long a head."""
 
 
-def create_app(settings: Settings, classes: tuple[str, ...] | None = None) -> Application:
+def create_app(settings: Settings | None = None, classes: tuple[str, ...] | None = None) -> Application:
     """The application. Reads the weights file at once; builds and warms the network when the lifespan starts.
 
     Args:
+        settings: By default those of the environment, so that other servers can make the application, too.
         classes: Those that the weights must be for; None takes any.
 
     Raises:
         StartError: the weights file, the device or the engine cannot be used.
     """
+    settings = settings or parse_settings([], os.environ)
     try:
         device = choose_device(settings.device)
     except ValueError as error:

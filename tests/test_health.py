@@ -3,11 +3,13 @@
 import gc
 import re
 import weakref
+from pathlib import Path
 from urllib.parse import urljoin
 
 import pytest
 from fastapi.testclient import TestClient
 
+from app import checkpoint
 from app.checkpoint import CIFAR10_CLASSES
 from app.main import create_app
 from app.routes.pages import STATIC
@@ -59,6 +61,17 @@ def test_an_application_can_be_started_again(settings: Settings, png: bytes) -> 
         with TestClient(app) as client:
             assert client.get("/readyz").status_code == 200
             assert client.post("/predict", content=png).status_code == 200
+
+
+def test_without_settings_an_application_takes_those_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch, weights: Path, png: bytes
+) -> None:
+    """For `uvicorn --factory app.main:create_app`."""
+    for name, value in {"WEIGHTS": str(weights), "DEVICE": "cpu", "ENGINE": "torch", "THREADS": "1"}.items():
+        monkeypatch.setenv(f"CIFAR_{name}", value)
+    with TestClient(create_app()) as client:
+        answer = client.post("/predict", content=png).json()
+    assert answer["model"] == {"name": "net", "sha256": checkpoint.load(weights).sha256[:12]}
 
 
 @pytest.mark.parametrize(("method", "path"), [("GET", "/readyz"), ("POST", "/predict"), ("POST", "/predict/batch")])
