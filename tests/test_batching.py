@@ -135,9 +135,11 @@ async def test_one_item_of_many_pictures_is_a_request_of_many() -> None:
     held = await hold(doubler, batcher)
     single = batcher.submit("1", 1, light=True)
     many = batcher.submit_all([("9", 3, 3)], light=True)
+    assert batcher.waiting == 5
     doubler.gate.set()
     assert await asyncio.gather(held, single, *many) == [0, 2, 18]
     assert doubler.batches == [[0], [9], [1]]
+    assert batcher.waiting == 0
     await batcher.close()
 
 
@@ -154,10 +156,10 @@ async def test_batches_of_single_pictures_are_doubled_while_four_of_them_wait(mo
     doubler.batches.clear()
     held = await hold(doubler, batcher)
     many = batcher.submit_all([("1", 1, 2)] * 8, light=True)
-    single = batcher.submit("2", 1, light=True)
+    singles = [batcher.submit("2", 1, light=True) for _ in range(18)]
     doubler.gate.set()
-    await asyncio.gather(held, *many, single)
-    assert [len(batch) for batch in doubler.batches] == [1] * 10  # the usual ones, of one item with two pictures
+    await asyncio.gather(held, *many, *singles)
+    assert doubler.batches == [[0], *8 * [[1], [2, 2]], [2, 2]]  # the usual ones: one item of many has two pictures
     await batcher.close()
 
 

@@ -16,7 +16,8 @@ ALL = [Wanted(name, binary=False) for name in ("probabilities", "label", "class_
 
 
 def pixels(data: Any = None, **changes: Any) -> dict[str, Any]:
-    tensor = {"name": "pixels", "shape": [1, 32, 32, 3], "datatype": "UINT8", "data": data or list(IMAGE)}
+    data = list(IMAGE) if data is None else data
+    tensor = {"name": "pixels", "shape": [1, 32, 32, 3], "datatype": "UINT8", "data": data}
     return tensor | changes
 
 
@@ -130,9 +131,14 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "rank": ({"inputs": [pixels(shape=[32, 32, 3])]}, r"'pixels' has the shape \[32, 32, 3\]; expected is \[N, 32"),
     "shape no list": ({"inputs": [pixels(shape=3072)]}, r"'pixels' has the shape 3072; expected is \[N, 32, 32, 3\]"),
     "shape empty": ({"inputs": [pixels(shape=[])]}, r"'pixels' has the shape \[\]; expected is \[N, 32, 32, 3\]"),
+    "no shape": (
+        {"inputs": [binary("image", "BYTES", [], 0)]},
+        r"the shape \[\]; expected is \[N\] for",
+    ),
     "shape of text": ({"inputs": [pixels(shape=["1", 32, 32, 3])]}, r"has the shape \['1', 32, 32, 3\]"),
     "none": ({"inputs": [pixels(shape=[0, 32, 32, 3])]}, r"has the shape \[0, 32, 32, 3\]; .* at least one"),
     "too few": ({"inputs": [pixels(list(IMAGE[1:]))]}, "'pixels' has 3,071 elements in `data`; expected are 3,072"),
+    "data empty": ({"inputs": [pixels([])]}, "'pixels' has 0 elements in `data`; expected are 3,072"),
     "too many": ({"inputs": [pixels([*IMAGE, 0])]}, "'pixels' has 3,073 elements in `data`; expected are 3,072"),
     "nested otherwise": ({"inputs": [pixels(CHANNELS_FIRST)]}, "'pixels' has its `data` nested otherwise"),
     "half nested": ({"inputs": [pixels([[1], 2])]}, "'pixels' has its `data` nested otherwise"),

@@ -90,7 +90,7 @@ def json_strings(data: list[Any], count: int) -> list[bytes]:
 
 def _flatten(data: list[Any], shape: Sequence[int], name: str) -> list[Any]:
     """The elements in row-major order, from a list that is flat or nested exactly as `shape` says."""
-    if len(shape) > 1 and data and isinstance(data[0], list):
+    if data and isinstance(data[0], list):
         fits = len(data) == shape[0]
         for size in shape[1:]:
             # Merely counting the elements would mistake channels first for channels last.
