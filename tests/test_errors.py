@@ -89,7 +89,9 @@ def form(*fields: tuple[str, bytes], end: bytes = b"--x--\r\n") -> bytes:
     ],
 )
 def test_refusals(client: TestClient, path: str, body: bytes, content_type: str, status: int, sentence: str) -> None:
-    refused(client.post(path, content=body, headers={"content-type": content_type}), status, sentence)
+    response = client.post(path, content=body, headers={"content-type": content_type})
+    refused(response, status, sentence)
+    assert "retry-after" not in response.headers  # the same request would be refused again
 
 
 @pytest.mark.parametrize(

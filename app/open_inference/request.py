@@ -23,7 +23,7 @@ class Wanted:
     name: str
     binary: bool
     top_k: int = 0
-    """How many classes to give as text instead of the probabilities (the classification extension); 0 for none."""
+    """Of `probabilities` only: how many classes to give as text instead (the classification extension); 0 for none."""
 
 
 @dataclass(frozen=True, kw_only=True)

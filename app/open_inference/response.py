@@ -51,7 +51,7 @@ def _tensor(
 ) -> tuple[Datatype, list[int], list[Any]]:
     """Datatype, shape and the elements in row-major order."""
     count, num_classes = len(probabilities_NK), len(classes)
-    if wanted.name == "probabilities" and wanted.top_k:
+    if wanted.top_k:
         top_k = min(wanted.top_k, num_classes)
         return "BYTES", [count, top_k], [text for row in probabilities_NK for text in _ranked(row, classes)[:top_k]]
     if wanted.name == "probabilities":
