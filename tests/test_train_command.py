@@ -18,7 +18,7 @@ import torch
 from app import self_test
 from app.checkpoint import load
 from app.data import RECORD_BYTES, read
-from training import __main__ as cli
+from training import commands as cli
 from training.config import RECIPES
 from training.flags import parser
 from training.log import RunLog
@@ -325,6 +325,27 @@ def test_where_nothing_can_be_written_is_known_before_the_training(
     assert not Path("runs/early").exists()
     assert cli.main(["evaluate", "--weights", "nowhere.pth", "--data", ".", "--out", "new/net.pth"]) == 2
     assert not Path("new").exists()
+
+
+INTERRUPTED_AT_THE_START = """
+import os, runpy, signal, sys
+
+class Interrupting:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+sys.argv = ["training", "summary"]
+runpy.run_module("training", run_name="__main__")
+"""
+
+
+@pytest.mark.usefixtures("heeding_interrupts")
+def test_interrupting_the_import_of_torch_ends_it_without_a_word() -> None:
+    command = [sys.executable, "-c", INTERRUPTED_AT_THE_START]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda sent: sent.name)

@@ -11,7 +11,7 @@ from conftest import random_checkpoint
 from app import data, model
 from app.checkpoint import CIFAR10_CLASSES, Checkpoint, save
 from app.data import Split
-from training import __main__ as cli
+from training import commands as cli
 from training.calibrate import complete
 from training.evaluate import forward
 from training.pictures import SOURCES

@@ -1,4 +1,4 @@
-"""The command line of `python -m training`: commands and flags. What they do is in `__main__`."""
+"""The command line of `python -m training`: commands and flags. What they do is in `commands`."""
 
 import argparse
 from pathlib import Path
