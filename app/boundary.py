@@ -122,7 +122,7 @@ class Boundary:
 def request_id_of(headers: Headers) -> str:
     """The id that the client gave, if it is well-formed, else a new one."""
     given = headers.get(b"x-request-id", b"")
-    if given and REQUEST_ID.fullmatch(given):
+    if REQUEST_ID.fullmatch(given):
         return given.decode()
     return f"{random.getrandbits(64):016x}"
 
