@@ -39,15 +39,13 @@ class Predictor:
         self._max_batch, self._records = max_batch, records
 
     def warm_up(self) -> Iterator[None]:
-        """Run each batch size once, one a step, because the first run of a size also chooses its kernels.
+        """Run batches of 1, 2, 4, 8, ... pictures, one a step: the first run of a size also chooses its kernels.
 
-        All sizes up to the usual one, about a quarter of a second altogether on a CPU; of the larger ones, which take
-        longer, those that `entries.Turns` doubles it to. On an NVIDIA GPU, where batches are filled up to powers of
-        two, only these, and twice, because the second run records them.
+        On an NVIDIA GPU all others are filled up to these, which run twice, because the second run records them. On a
+        CPU the first batch of any other size takes some 5 ms longer; to run one of each would add a fifth to the start.
         """
         doubled = (2**power for power in range(self._max_batch.bit_length()))
-        usual = () if self._records else range(1, usual_batch(self._max_batch) + 1)
-        for size in sorted({*usual, *doubled, self._max_batch}):
+        for size in sorted({*doubled, self._max_batch}):
             for _ in range(2 if self._records else 1):
                 self.predict(torch.zeros(size, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8))
                 yield
