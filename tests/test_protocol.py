@@ -552,6 +552,21 @@ async def test_a_turn_lets_in_so_many_and_the_next_ones_the_others_in_their_orde
     assert turnstile.enter(lambda: None)
 
 
+async def test_while_nobody_comes_nothing_turns() -> None:
+    class Counting(Turnstile):
+        turns = 0
+
+        def _turn(self) -> None:
+            self.turns += 1
+            super()._turn()
+
+    turnstile = Counting()
+    assert turnstile.enter(lambda: None)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert turnstile.turns == 1
+
+
 @pytest.mark.parametrize(
     "light",
     [
