@@ -212,7 +212,7 @@ def _check(checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"The weights file is for a network {checkpoint.architecture!r}; known are {', '.join(model.NETWORKS)}."
         )
-    if not isinstance(checkpoint.arguments, dict) or checkpoint.arguments.get("num_classes") != len(checkpoint.classes):
+    if checkpoint.arguments.get("num_classes") != len(checkpoint.classes):
         raise CheckpointError("In the weights file the number of class names differs from the number of outputs.")
     if not checkpoint.classes:
         raise CheckpointError("The weights file names no class.")
@@ -230,14 +230,13 @@ def _check(checkpoint: Checkpoint) -> None:
     if not (checkpoint.state_dict.get("std", torch.ones(3)) > 0).all():
         raise CheckpointError("In the weights file a standard deviation of the normalisation is not positive.")
     _check_calibration(checkpoint.calibration)
-    if checkpoint.self_test_NK is not None:
-        if not _is_matrix(checkpoint.self_test_NK):
-            raise CheckpointError("In the weights file the field self_test is not a matrix of finite float32 numbers.")
+    if (given := checkpoint.self_test_NK) is not None:
+        if given.dtype != torch.float32 or not given.isfinite().all():
+            raise CheckpointError("In the weights file the field self_test has other values than finite float32.")
         expected = (len(self_test.drawings()), len(checkpoint.classes))
-        if checkpoint.self_test_NK.shape != expected:
+        if given.shape != expected:
             raise CheckpointError(
-                f"In the weights file the field self_test has the shape {tuple(checkpoint.self_test_NK.shape)}; "
-                f"expected is {expected}."
+                f"In the weights file the field self_test has the shape {tuple(given.shape)}; expected is {expected}."
             )
     if checkpoint.evaluation is not None:
         _check_evaluation(checkpoint.evaluation, len(checkpoint.classes))
@@ -249,12 +248,6 @@ def _is_json(value: object) -> bool:
     except (TypeError, ValueError):
         return False
     return True
-
-
-def _is_matrix(value: object) -> bool:
-    return (
-        isinstance(value, Tensor) and value.dtype == torch.float32 and value.ndim == 2 and bool(value.isfinite().all())
-    )
 
 
 def _check_calibration(calibration: Calibration) -> None:
@@ -287,7 +280,7 @@ def _check_evaluation(evaluation: Evaluation, size: int) -> None:
         raise CheckpointError(f"In the weights file the confusion matrix is not {size} x {size} whole numbers.")
     if (evaluation.confusion_KK < 0).any():
         raise CheckpointError("In the weights file the confusion matrix counts fewer than no images.")
-    if evaluation.bins_B3.ndim != 2 or evaluation.bins_B3.shape[1] != 3 or evaluation.bins_B3.dtype != torch.float64:
+    if evaluation.bins_B3.shape[1:] != (3,):
         raise CheckpointError("In the weights file the calibration bins are not rows of three numbers.")
     floats = [value for value in vars(evaluation).values() if isinstance(value, float)]
     if not (all(map(math.isfinite, floats)) and evaluation.bins_B3.isfinite().all()):
