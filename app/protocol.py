@@ -253,7 +253,6 @@ class Protocol(HttpToolsProtocol):
         reply, self._refusal = self._refusal(), None
         modern = self.parser.get_http_version() != "1.0"  # HTTP/1.0 clients wait for the connection to close
         self._write(reply, keep_alive=modern and self.parser.should_keep_alive())
-        self.on_response_complete()
 
     def send_400_response(self, _msg: str) -> None:
         """Called by uvicorn when the bytes are not HTTP. Its own answer would be plain text."""

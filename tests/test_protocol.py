@@ -190,10 +190,10 @@ async def test_a_connection_that_asks_nothing_is_closed() -> None:
 async def test_a_slow_body_or_answer_is_not_a_slow_head() -> None:
     application = Application()
     async with connected(application, patience=0.05) as (reader, writer):
-        writer.write((POST % (b"7", b""))[:-1])
+        writer.write((POST % (b"7", b""))[:-5])
         await asyncio.sleep(0.2)
         application.gate.clear()
-        writer.write(b"o" + POST[:20])  # and the next head has begun
+        writer.write(b"hello" + POST[:20])  # and the next head has begun
         await asyncio.sleep(0.2)
         application.gate.set()
         assert (await answer(reader))[2] == b"5"
@@ -311,12 +311,19 @@ async def test_a_broken_body_takes_no_answer_from_the_requests_before_it(before:
     assert application.called == before
 
 
-class NonBlockingStream(Application):
-    """Answers when the client has left."""
+class Waiting(Application):
+    """Answers some requests at once, and the next when the client has left."""
 
     left = False
 
-    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, answered: int) -> None:
+        super().__init__()
+        self.answered = answered
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.called < self.answered:
+            await super().__call__(scope, receive, send)
+            return
         self.called += 1
         while (await receive())["type"] != "http.disconnect":
             pass
@@ -325,18 +332,20 @@ class NonBlockingStream(Application):
         await send({"type": "http.response.body", "body": b"hi"})
 
 
-@pytest.mark.parametrize("requests", [1, 3])
-async def test_who_leaves_ends_all_that_he_asked(requests: int, caplog: pytest.LogCaptureFixture) -> None:
-    application = NonBlockingStream()
+@pytest.mark.parametrize(("answered", "requests"), [(0, 1), (0, 3), (1, 3)])
+async def test_who_leaves_ends_all_that_he_asked(
+    answered: int, requests: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    application = Waiting(answered)
     async with connected(application) as (_, writer):
         writer.write(requests * (POST % (b"7", b"")))
-        while not application.called:
+        while application.called <= answered:
             await asyncio.sleep(0)
         writer.close()
         async with asyncio.timeout(SECONDS):
             while not application.left:
                 await asyncio.sleep(0.001)
-    assert application.called == 1
+    assert application.called == answered + 1
     assert not caplog.records
 
 
