@@ -138,3 +138,4 @@ def test_draws_stay_in_bounds_and_follow_the_share() -> None:
     assert draws.patch_share(draws.patch_side_N.nonzero()[:, 0]).mean() == pytest.approx(0.5, abs=0.02)
     end_N2 = draws.patch_N2 + draws.patch_side_N[:, None]
     assert (int(draws.patch_N2.min()), int(end_N2.max())) == (0, 32)
+    assert draws.patch_N2[draws.patch_side_N == 16].unique().tolist() == [*range(17)]  # anywhere
