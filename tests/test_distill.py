@@ -110,6 +110,13 @@ def test_labels_and_teachers_count_in_their_shares() -> None:
     torch.testing.assert_close(loss(logits_NK, labels_NK, answers_NK, both), expected)
 
 
+def test_the_loss_to_a_teacher_makes_up_for_its_temperature() -> None:
+    logits_NK = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+    answers_NK = torch.full((6, 10), 0.1)
+    expected = -(TEMPERATURE**2) * (answers_NK * (logits_NK / TEMPERATURE).log_softmax(dim=1)).sum()
+    torch.testing.assert_close(loss(logits_NK, torch.eye(10)[:6], answers_NK, Recipe(distillation=1.0)), expected)
+
+
 class Brightness(nn.Module):
     """Is sure that a picture is dark if its middle is; remembers what it saw."""
 
