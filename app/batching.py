@@ -259,14 +259,14 @@ class Batcher(Generic[Item, Prepared, Result]):
         return self._queue.next_batch()
 
     def _build_step(self, building: Building[Prepared, Result], built: asyncio.Future[Run[Prepared, Result]]) -> None:
-        outcome: Run[Prepared, Result] | Exception
+        outcome: Run[Prepared, Result] | BaseException
         try:
             next(building)
             return
         except StopIteration as finished:
             outcome = finished.value
             self._idle_work.clear()
-        except Exception as error:  # for `start` or `exchange` to raise; a function before it goes on
+        except BaseException as error:  # for `start` or `exchange` to raise, which would otherwise wait for ever
             outcome = error
         self._buildings.popleft()
         self._loop.call_soon_threadsafe(_resolve, built, outcome)
@@ -302,10 +302,10 @@ class Batcher(Generic[Item, Prepared, Result]):
         return outcomes, wanted
 
 
-def _resolve(future: asyncio.Future[Result], outcome: Result | Exception) -> None:
+def _resolve(future: asyncio.Future[Result], outcome: Result | BaseException) -> None:
     if future.done():  # nobody waits any more
         return
-    if isinstance(outcome, Exception):
+    if isinstance(outcome, BaseException):
         future.set_exception(outcome)
     else:
         future.set_result(outcome)

@@ -280,7 +280,7 @@ def _check_evaluation(evaluation: Evaluation, size: int) -> None:
         raise CheckpointError(f"In the weights file the confusion matrix is not {size} x {size} whole numbers.")
     if (evaluation.confusion_KK < 0).any():
         raise CheckpointError("In the weights file the confusion matrix counts fewer than no images.")
-    if evaluation.bins_B3.shape[1:] != (3,):
+    if evaluation.bins_B3.shape[1:] != (3,) or evaluation.bins_B3.dtype != torch.float64:
         raise CheckpointError("In the weights file the calibration bins are not rows of three numbers.")
     floats = [value for value in vars(evaluation).values() if isinstance(value, float)]
     if not (all(map(math.isfinite, floats)) and evaluation.bins_B3.isfinite().all()):

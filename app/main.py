@@ -34,7 +34,7 @@ def create_app(settings: Settings | None = None, classes: tuple[str, ...] | None
         classes: Those that the weights must be for; None takes any.
 
     Raises:
-        StartError: the weights file, the device or the engine cannot be used.
+        StartError: a setting, the weights file, the device or the engine cannot be used.
     """
     settings = settings or parse_settings([], os.environ)
     try:

@@ -417,7 +417,7 @@ async def test_closing_gives_up_a_thread_that_does_not_come_to_an_end() -> None:
     assert await held == 0
 
 
-def building(factor: int, error: Exception | None = None) -> Building[int, int]:
+def building(factor: int, error: BaseException | None = None) -> Building[int, int]:
     """A function that multiplies, in three steps."""
     for _ in range(3):
         yield
@@ -426,11 +426,26 @@ def building(factor: int, error: Exception | None = None) -> Building[int, int]:
     return lambda numbers: [factor * number for number in numbers]
 
 
-async def test_a_failed_build_is_the_starters_problem_and_leaves_no_thread() -> None:
+@pytest.mark.parametrize("error", [RuntimeError("no such device"), BaseException("no such device, says a library")])
+async def test_a_failed_build_is_the_starters_problem_and_leaves_no_thread(error: BaseException) -> None:
     batcher: Batcher[str, int, int] = Batcher(int, LIMITS)
-    with pytest.raises(RuntimeError, match="no such device"):
-        await batcher.start(building(2, error=RuntimeError("no such device")))
+    with pytest.raises(type(error), match="no such device"):
+        await batcher.start(building(2, error=error))
     assert batcher.closed
+    assert not {"inference", "decode"} & {thread.name for thread in threading.enumerate()}
+
+
+async def test_a_start_that_is_given_up_leaves_no_thread() -> None:
+    def endless() -> Building[int, int]:
+        while True:
+            yield
+
+    batcher: Batcher[str, int, int] = Batcher(int, LIMITS)
+    starting = asyncio.create_task(batcher.start(endless()))
+    await asyncio.sleep(0)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
     assert not {"inference", "decode"} & {thread.name for thread in threading.enumerate()}
 
 

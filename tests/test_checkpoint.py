@@ -261,6 +261,7 @@ REFUSED: dict[str, tuple[object, str]] = {
     ),
     "negative matrix": (evaluated(confusion_KK=-EVALUATION.confusion_KK), "counts fewer than no images"),
     "no matrix": (evaluated(confusion_KK=3), "confusion_KK of the evaluation is a int"),
+    "bins of truths": (evaluated(bins_B3=torch.zeros(3, 3).bool()), "bins are not rows of three numbers"),
     "one bin": (evaluated(bins_B3=torch.zeros(3).double()), "bins are not rows of three numbers"),
     "bins of two numbers": (evaluated(bins_B3=torch.zeros(3, 2).double()), "bins are not rows of three numbers"),
     "text for a figure": (evaluated(nll="low"), "nll of the evaluation is a str"),

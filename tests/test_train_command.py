@@ -346,6 +346,10 @@ def test_interrupting_the_import_of_torch_ends_it_without_a_word() -> None:
     command = [sys.executable, "-c", INTERRUPTED_AT_THE_START]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
+    in_background = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh", *command]
+    ended = subprocess.run(in_background, cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "2,489,656" in ended.stdout
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda sent: sent.name)

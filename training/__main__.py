@@ -6,12 +6,14 @@ import signal
 import sys
 
 if __name__ == "__main__":
-    # While torch is imported, which takes seconds, Ctrl-C would print a traceback of whatever is being imported.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    heeds_interrupts = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN  # a job in a script's background does not
+    if heeds_interrupts:  # while torch is imported, which takes seconds: Python would print a traceback of that
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     from training.commands import main
 
-    for sent in (signal.SIGINT, signal.SIGTERM):  # the latter comes from whoever takes the machine back
-        signal.signal(sent, signal.default_int_handler)
+    if heeds_interrupts:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C; sent by whoever takes the machine back
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for class names that its encoding cannot express
     sys.exit(main())
