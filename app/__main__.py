@@ -61,6 +61,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # would end the process; nothing to reload yet
     open_standard_streams()
+    logs.escape_unprintable(sys.stdout)
     try:
         settings = parse_settings(arguments, environment)
         listener = bind(settings)

@@ -203,7 +203,7 @@ def _parse_tutorial(state_dict: dict[Any, Any]) -> Checkpoint:
 
 
 def is_text(value: object) -> bool:
-    """Whether it can be the name of a class: a folder's name that is not UTF-8 could not be sent in an answer."""
+    """Whether an answer can hold it: a folder's name that is not UTF-8 could not be sent."""
     return isinstance(value, str) and value.encode(errors="ignore").decode() == value
 
 
@@ -244,7 +244,7 @@ def _check(checkpoint: Checkpoint) -> None:
 
 def _is_json(value: object) -> bool:
     try:
-        json.dumps(value, allow_nan=False)
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
     except (TypeError, ValueError):
         return False
     return True
@@ -293,3 +293,5 @@ def _check_kinds(holder: Calibration | Evaluation, name: str) -> None:
         value = getattr(holder, entry.name)
         if not isinstance(value, kinds):
             raise CheckpointError(f"In the weights file {entry.name} of the {name} is a {type(value).__name__}.")
+        if isinstance(value, str) and not is_text(value):
+            raise CheckpointError(f"In the weights file {entry.name} of the {name} is not UTF-8.")

@@ -232,7 +232,7 @@ def _read_class_folders(folder: Path, names: list[str], parts: Sequence[str]) ->
     pixels_NCHW = _decode([path for part in parts for path, _ in chosen[part]], folder)
     return [
         Split(
-            name=f"{folder.resolve().name} {part}",
+            name=f"{folder.resolve().name} {part}".encode(errors="replace").decode(),  # a folder's may not be UTF-8
             classes=tuple(names),
             pixels_NCHW=part_NCHW,
             labels_N=torch.tensor([label for _, label in chosen[part]], dtype=torch.int64),

@@ -184,6 +184,7 @@ class Intake:
     def _check(self, size_bytes: int) -> None:
         if size_bytes > self.max_bytes:
             raise BodyTooLarge(
-                f"The request body is too large; accepted are at most {self.max_bytes:,} bytes.",
+                f"The request body is too large; accepted are at most {self.max_bytes:,} bytes. Send smaller or fewer "
+                "pictures.",
                 detail={"max_body_bytes": self.max_bytes},
             )

@@ -5,6 +5,7 @@ from the client and stay out.
 """
 
 import asyncio
+import io
 import json
 import logging
 import os
@@ -35,6 +36,12 @@ def configure(stream: TextIO) -> None:
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of clients' mistakes, which we answer
     logging.captureWarnings(True)
+
+
+def escape_unprintable(stream: TextIO) -> None:
+    """Have `stream` escape what its encoding cannot express, the name of a file perhaps, as stderr does by itself."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
 
 
 class NonBlockingStream:

@@ -368,6 +368,7 @@ def _work(settings: Settings, listener: socket.socket, end: Connection, classes:
     os.setpgrp()  # Ctrl-C goes to the supervisor alone, which passes it on
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     logs.configure(sys.stderr)
+    logs.escape_unprintable(sys.stdout)
     from app.server import serve  # imports torch, which the supervisor does without
 
     raise SystemExit(serve(settings, listener, Link(end), classes))

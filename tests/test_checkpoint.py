@@ -266,6 +266,8 @@ REFUSED: dict[str, tuple[object, str]] = {
     "bins of two numbers": (evaluated(bins_B3=torch.zeros(3, 2).double()), "bins are not rows of three numbers"),
     "text for a figure": (evaluated(nll="low"), "nll of the evaluation is a str"),
     "a figure that is none": (evaluated(nll=float("nan")), "a figure of the evaluation is not finite"),
+    "text that nobody can read": (evaluated(dataset="caf\udce9"), "dataset of the evaluation is not UTF-8"),
+    "provenance that nobody can read": (content(trained={"command": "\udce9"}), "not a dict of plain values"),
     "no class": (content(classes=[], architecture={"name": "net", "arguments": {"num_classes": 0}}), "names no class"),
     "no provenance": (content(trained=None), "the field trained is not a dict of plain values"),
     "a tensor for provenance": (content(trained={"seed": torch.zeros(1)}), "trained is not a dict of plain values"),

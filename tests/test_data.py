@@ -354,6 +354,15 @@ def test_a_class_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
         data.read(folder)
 
 
+def test_a_folder_whose_name_is_no_text_has_another_name_in_reports(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system takes only UTF-8")
+    assert data.read_test(write_class_folders(folder, {"ant": 2, "bee": 2})).name == "caf? test"
+
+
 @pytest.mark.parametrize(
     ("counts", "sentence"),
     [

@@ -147,7 +147,7 @@ def test_a_body_above_the_limit_is_refused_however_it_is_sent(
     content = chunks(201_000) if chunked else b"x" * 200_001
     response = client.post(path, content=content, headers={"content-type": content_type})
     assert ("content-length" not in response.request.headers) is chunked
-    body = refused(response, 413, "The request body is too large; accepted are at most 200,000 bytes.")
+    body = refused(response, 413, "The request body is too large; accepted are at most 200,000 bytes. Send smaller")
     assert body["detail"] == {"max_body_bytes": 200_000}
 
 

@@ -79,6 +79,14 @@ def test_a_signal_while_torch_is_imported_ends_it_without_a_word(
     assert (out, err) == ("", "")
 
 
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_name_that_stdout_cannot_express_is_escaped(weights: Path, tmp_path: Path, processes: str) -> None:
+    named = shutil.copy(weights, tmp_path / "été.pth")
+    arguments = ("--drain-seconds", "0", "--processes", processes, "--weights", str(named))
+    with serving(*arguments, PYTHONIOENCODING="ascii") as (_, _, line):
+        assert r"\xe9t\xe9.pth: net" in line
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no such device")
 def test_a_full_disk_for_stdout_is_no_reason_not_to_serve(weights: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:

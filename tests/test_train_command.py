@@ -17,11 +17,12 @@ import torch
 
 from app import self_test
 from app.checkpoint import load
-from app.data import RECORD_BYTES, read
+from app.data import RECORD_BYTES, Split, read
 from training import commands as cli
 from training.config import RECIPES
 from training.flags import parser
 from training.log import RunLog
+from training.provenance import provenance
 
 TRAIN = [sys.executable, "-m", "training", "train"]
 ROOT = Path(__file__).parent.parent
@@ -508,6 +509,13 @@ def test_seeds_have_the_bounds_of_the_recipes(
         cli.main([*command, seed])
     assert f"{seed!r} is not a whole number from 0 to 1,000,000,000" in capsys.readouterr().err
     parser(None).parse_args([*command, "1000000000"])
+
+
+def test_a_command_line_that_is_no_text_is_recorded_with_marks_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["training", "train", "--data", os.fsdecode(b"caf\xe9")])
+    train = Split(name="none", classes=("a",), pixels_NCHW=torch.zeros(0), labels_N=torch.zeros(0))
+    found = provenance("debug", RECIPES["debug"], train, [])
+    assert found["command"] == "python -m training train --data 'caf?'"
 
 
 @pytest.mark.parametrize("command", ["robustness", "unfamiliar"])

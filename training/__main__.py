@@ -1,6 +1,5 @@
 """python -m training COMMAND; the commands are in commands.py."""
 
-import io
 import os
 import signal
 import sys
@@ -9,11 +8,11 @@ if __name__ == "__main__":
     heeds_interrupts = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN  # a job in a script's background does not
     if heeds_interrupts:  # while torch is imported, which takes seconds: Python would print a traceback of that
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    from app.logs import escape_unprintable
     from training.commands import main
 
     if heeds_interrupts:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C; sent by whoever takes the machine back
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for class names that its encoding cannot express
+    escape_unprintable(sys.stdout)
     sys.exit(main())

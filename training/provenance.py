@@ -26,7 +26,7 @@ def provenance(name: str, recipe: Recipe, train: Split, teachers: list[Checkpoin
     return {
         "recipe": name,
         **dataclasses.asdict(recipe),
-        "command": "python -m training " + shlex.join(sys.argv[1:]),
+        "command": "python -m training " + shlex.join(sys.argv[1:]).encode(errors="replace").decode(),
         "images": f"{len(train):,} of {train.name}",
         "data_sha256": train.digest,
         "teachers": introduce(teachers),

@@ -87,3 +87,4 @@ const contents = operations.map(([path, method]) => element("li", link(method + 
 docs.append(element("nav", element("ul", ...contents)));
 docs.append(...operations.map((each) => operation(...each)));
 docs.append(element("h2", "Bodies"), ...Object.entries(api.components.schemas).map(([name, schema]) => body(name, schema)));
+document.getElementById(decodeURIComponent(location.hash.slice(1)))?.scrollIntoView();  // was not there when the browser looked

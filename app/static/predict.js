@@ -36,12 +36,16 @@ function showAnswer(answer, picture) {
   $("familiarity").classList.toggle("warning", answer.unfamiliar === true);
   $("bars").replaceChildren(...Object.entries(answer.probabilities).map(([label, p]) => bar(label, p)));
   $("answer").hidden = false;
+  $("verdict").scrollIntoView({ block: "nearest" });  // it is below the fold of a phone
+  // Read out in short: with all the bars it would take minutes.
+  $("status").textContent = [$("verdict"), $("set"), $("familiarity")].map((part) => part.textContent).join(" ");
 }
 
 function showError({ error, detail }, status) {
   const sized = detail?.expected && `The picture is ${detail.width} × ${detail.height}. Choose above what to do with it.`;
-  $("error").textContent = sized || error || `Something between this page and the service answered with ${status}.`;
+  $("error").textContent = sized || (typeof error === "string" && error) || `Something between this page and the service answered with ${status}.`;
   $("error").hidden = false;
+  $("error").scrollIntoView({ block: "nearest" });
 }
 
 // What is shown belongs to what the form says; nothing, while that is being changed or answered.
@@ -51,29 +55,31 @@ function clear() {
   $("answer").hidden = $("error").hidden = true;
   button.ariaDisabled = "false";  // not `disabled`, which would take the focus from it
   button.textContent = "Classify";
+  $("status").textContent = "";
 }
 
 async function classify(picture) {
   clear();
   const own = running = new AbortController();
   button.ariaDisabled = "true";
-  button.textContent = "Classifying…";
+  button.textContent = $("status").textContent = "Classifying…";
   const body = new FormData();
   body.append("file", picture);
   const resize = $("resize").value;
+  const timer = setTimeout(() => own.abort(), PATIENCE_MILLISECONDS);
   let show;
   try {
-    const signal = AbortSignal.any([own.signal, AbortSignal.timeout(PATIENCE_MILLISECONDS)]);
-    const response = await fetch("predict" + (resize && `?resize=${resize}`), { method: "POST", body, signal });
+    const response = await fetch("predict" + (resize && `?resize=${resize}`), { method: "POST", body, signal: own.signal });
     const text = await response.text();
     let answer = {};
     try {
       answer = JSON.parse(text) ?? {};
     } catch {}  // it is not the service's
-    show = () => (response.ok && answer.label ? showAnswer(answer, picture) : showError(answer, response.status));
+    show = () => (response.ok && answer.probabilities ? showAnswer(answer, picture) : showError(answer, response.status));
   } catch {
     show = () => showError({ error: "There is no answer. Is the service still running, and the file still there?" });
   }
+  clearTimeout(timer);
   if (own !== running) return;  // another picture has been chosen meanwhile
   clear();
   show();
@@ -109,6 +115,8 @@ document.addEventListener("dragleave", () => document.body.classList.remove("dro
 document.addEventListener("drop", (event) => {
   event.preventDefault();
   document.body.classList.remove("dropping");
-  take(event.dataTransfer.files);
+  if (event.dataTransfer.files.length) return take(event.dataTransfer.files);
+  clear();  // a picture of another page comes as its address
+  showError({ error: "What was dropped is not a file. Save the picture, then choose or drop its file." });
 });
 document.addEventListener("paste", (event) => take(event.clipboardData.files));
