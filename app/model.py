@@ -109,9 +109,9 @@ class CifarNet(Normalized):
 
     @torch.no_grad()
     def set_whitening(self, pixels_NCHW: Tensor) -> None:
-        """Make the first layer output the principal components of 2x2 patches, each scaled to variance 1, and their
-        negatives. A component without variance (colour, in grey pictures) would be constant, which a batch norm turns
-        into noise, so other components take its place. Set the normalisation first.
+        """Make the first layer output the principal components of 2x2 patches, scaled to variance 1 (the weakest to
+        less), and their negatives. A component without variance (colour, in grey pictures) would be constant, which a
+        batch norm turns into noise, so other components take its place. Set the normalisation first.
 
         Args:
             pixels_NCHW: A few thousand training images, 0..255.

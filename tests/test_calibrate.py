@@ -29,6 +29,17 @@ def test_the_calibration_behind_the_labels_is_found(temperature: float, curvatur
         assert calibration_error(logits_NK.softmax(dim=1), labels_N) > 3 * after
 
 
+@pytest.mark.parametrize("scale", [0.001, 30.0, 10_000.0])
+def test_the_calibration_does_not_depend_on_the_size_of_the_logits(scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits_NK = 3 * torch.randn(2000, 10, generator=generator)
+    truth_NK = Calibration(temperature=0.5, curvature=0.05).probabilities(logits_NK)
+    labels_N = truth_NK.multinomial(1, generator=generator)[:, 0]
+    found, scaled = (fit_probabilities(size * logits_NK, labels_N) for size in (1, scale))
+    assert scaled.temperature == pytest.approx(scale * found.temperature, rel=1e-4)
+    assert scaled.curvature == pytest.approx(found.curvature / scale**2, rel=1e-3)
+
+
 def test_few_images_that_are_all_right_make_nobody_certain() -> None:
     logits_NK = torch.tensor([[1.5, 0.2, 0.0], [0.3, 1.2, 0.1], [0.0, 0.4, 1.4]]).repeat(8, 1)
     found = fit_probabilities(logits_NK, logits_NK.argmax(dim=1))

@@ -29,6 +29,7 @@ from training.fit import (
     initialize,
     learning_rate_factor,
     optimizers_for,
+    resolution,
     set_learning_rates,
 )
 from training.muon import Muon
@@ -98,6 +99,11 @@ def test_pictures_are_small_in_the_first_epochs_but_not_those_that_a_teacher_is_
     teachers.register_forward_pre_hook(lambda _, inputs: sizes["teachers"].append(inputs[0].shape[-1]))
     fit(network, split, recipe, device=CPU, teachers=teachers)
     assert sizes == {"network": [20] * 4 + [26] * 2 + [32] * 4, "teachers": [32] * 10}
+
+
+def test_the_share_of_epochs_at_low_resolution_does_not_suffer_from_rounding() -> None:
+    recipe = dataclasses.replace(DEBUG, network="cifar_net", epochs=100, low_resolution=0.07)
+    assert [resolution(epoch, recipe) for epoch in range(100)].count(32) == 93
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def simulate_jpeg(pixels_NCHW: Tensor, quality_N: Tensor) -> Tensor:
     """
     to_ycc, to_rgb, basis, tables = _constants(pixels_NCHW.device)
     quality_N = quality_N.float()
-    scale_N = torch.where(quality_N < 50, 5000 / quality_N, 200 - 2 * quality_N)
+    scale_N = torch.where(quality_N < 50, (5000 / quality_N).floor(), 200 - 2 * quality_N)
     tables_2NHW = ((tables[:, None] * scale_N[:, None, None] + 50) / 100).floor().clamp(1, 255)
 
     ycc_NCHW = torch.einsum("dc,nchw->ndhw", to_ycc, pixels_NCHW.float())

@@ -20,7 +20,10 @@ from training.robustness import jpeg
 
 JPEG_QUALITY = 75
 """The default of most programs that save JPEGs."""
+USUAL_DISTANCE = 5.0
+"""Of the logits from the highest one of their picture, on average: that of the networks here, more or less."""
 LOG_TEMPERATURES = (-5.0, 5.0)
+"""Bounds of the temperature's logarithm, for logits with that distance."""
 QUANTILES = 1001
 """In steps of a thousandth."""
 
@@ -75,7 +78,10 @@ def fit_probabilities(logits_NK: Tensor, labels_N: Tensor, views: int = 1) -> Ca
     Args:
         views: How often each image occurs; more views of the same images are no more evidence.
     """
-    logits_NK = logits_NK.double()
+    # With logits of another size, the search would begin far from its aim, and might end elsewhere.
+    distance = (logits_NK.amax(dim=1, keepdim=True) - logits_NK).double().mean().item()
+    unit = max(distance, 1e-6) / USUAL_DISTANCE
+    logits_NK = logits_NK.double() / unit
     count, num_classes = logits_NK.shape
     smoothing = num_classes / (num_classes - 1) / (count // views + 2)
     parameters = torch.tensor([0.0, 0.1], dtype=torch.float64, requires_grad=True)
@@ -91,7 +97,7 @@ def fit_probabilities(logits_NK: Tensor, labels_N: Tensor, views: int = 1) -> Ca
 
     optimizer.step(closure)
     logarithm, root = parameters[0].clamp(*LOG_TEMPERATURES).item(), parameters[1].item()
-    return Calibration(temperature=math.exp(logarithm), curvature=root**2)
+    return Calibration(temperature=math.exp(logarithm) * unit, curvature=(root / unit) ** 2)
 
 
 def set_threshold(probabilities_NK: Tensor, labels_N: Tensor, coverage: float = COVERAGE, views: int = 1) -> float:

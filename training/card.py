@@ -138,7 +138,10 @@ def _section(path: Path, checkpoint: Checkpoint, pictures: dict[Path, Figure]) -
     validated = read_rows(path.with_suffix(".validation.log.jsonl"), OF_AN_EPOCH)
     if epochs := validated or read_rows(path.with_suffix(".log.jsonl"), OF_AN_EPOCH):
         which = "the same recipe with images held out" if validated else "the run that made these weights"
-        told = "The training loss is of augmented images; with teachers, most of it is the entropy of what they say."
+        told = (
+            "The training loss is of augmented images; with teachers, it counts what they say nearly four times, and "
+            "most of it is the entropy of that."
+        )
         lines += ["### Learning curves", "", f"Of {which}, from its log. {told}", ""]
         lines += picture("curves", plots.learning_curves(epochs))
     return "\n".join(lines)

@@ -123,7 +123,7 @@ def learning_rate_factor(step: int, total: int, recipe: Recipe) -> float:
 def resolution(epoch: int, recipe: Recipe) -> int:
     """The side of the pictures in that epoch: the low resolutions share the recipe's low-resolution epochs equally."""
     for number, size in enumerate(LOW_RESOLUTIONS, start=1):
-        if epoch < number / len(LOW_RESOLUTIONS) * recipe.low_resolution * recipe.epochs:
+        if epoch < round(number / len(LOW_RESOLUTIONS) * recipe.low_resolution * recipe.epochs, 6):  # 7.0000001 is 7
             return size
     return IMAGE_SIZE
 

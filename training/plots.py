@@ -130,7 +130,7 @@ def learning_curves(rows: Sequence[Mapping[str, float]]) -> Figure:
         accuracy.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     loss.set_title("loss", fontsize=10)
     rate.plot(epochs, [row["learning_rate"] for row in rows], color=GREY, marker=marker)
-    rate.set_title("learning rate at the end of the epoch", fontsize=10)
+    rate.set_title("the last layer's learning rate, at the epoch's end", fontsize=10)
     for axes in figure.axes:
         axes.set_xlabel("epoch")
         axes.set_xlim(0.5, max(epochs, default=1) + 0.5)
