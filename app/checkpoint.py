@@ -20,7 +20,6 @@ import io
 import json
 import math
 import pickle
-import struct
 import warnings
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -30,11 +29,12 @@ from typing import Any, get_args, get_origin
 
 import torch
 from torch import Tensor
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from app import model, self_test
 from app.calibration import UNCALIBRATED, Calibration
 from app.errors import CheckpointError
-from app.files import save_tensors
+from app.files import read_regular, save_tensors
 from app.model import Normalized
 from app.report import Evaluation, evaluate_probabilities
 
@@ -91,7 +91,7 @@ class Checkpoint:
                 f"The weights file has a tensor {min(extra)} that the network {self.architecture} does not have."
             )
         # Copies, so that training or moving the network leaves the checkpoint alone. float16 becomes float32.
-        copies = {name: given.to(expected[name].dtype, copy=True) for name, given in self.state_dict.items()}
+        copies = {name: given.detach().to(expected[name].dtype, copy=True) for name, given in self.state_dict.items()}
         network.load_state_dict(copies, assign=True)
         return network.eval().requires_grad_(False)
 
@@ -134,7 +134,7 @@ def load(path: Path) -> Checkpoint:
         CheckpointError: with a sentence that says what is wrong with the file and what is expected.
     """
     try:
-        raw = path.read_bytes()
+        raw = read_regular(path)
     except FileNotFoundError:
         raise CheckpointError(
             f"There is no weights file {path}. Train one with `python -m training train`, or name one that is there; "
@@ -150,9 +150,10 @@ def load(path: Path) -> Checkpoint:
             f"The weights file {path} was refused: it is not a PyTorch file, or it holds Python objects besides "
             f"tensors and plain values, which could run code when loaded. {EXPECTED}"
         ) from None
-    except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, OSError, struct.error):
+    except Exception:  # torch raises nearly anything for damaged bytes
         raise CheckpointError(
-            f"The weights file {path} is not a PyTorch file, or it is cut short ({len(raw):,} bytes). {EXPECTED}"
+            f"The weights file {path} is not a PyTorch file of tensors (TorchScript is not, either), or it is damaged "
+            f"or cut short ({len(raw):,} bytes). {EXPECTED}"
         ) from None
     try:
         checkpoint = _parse(content)
@@ -191,7 +192,9 @@ def _parse(content: object) -> Checkpoint:
 
 
 def _parse_tutorial(state_dict: dict[Any, Any]) -> Checkpoint:
-    """The tutorial saves the bare state_dict and normalises with mean 0.5 and standard deviation 0.5 outside it."""
+    """The tutorial saves the bare state_dict and normalises with mean 0.5 and standard deviation 0.5 outside it. On
+    several GPUs it wraps the network in DataParallel, which begins each name with "module."."""
+    consume_prefix_in_state_dict_if_present(state_dict, "module.")
     half = torch.full((3,), 0.5)
     return Checkpoint(
         architecture="net",

@@ -29,6 +29,7 @@ from torch import Tensor
 from app import images, numpy_pickle
 from app.checkpoint import CIFAR10_CLASSES, is_text
 from app.errors import DataError, RequestError
+from app.files import read_regular
 from app.machine import available_cpus
 from app.model import IMAGE_BYTES, IMAGE_SIZE
 
@@ -40,6 +41,8 @@ PICTURE_SUFFIXES = {
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif"),
     *(".tif", ".tiff", ".heic", ".heif", ".avif"),  # known only to be reported, because they are not read
 }
+MAX_PICTURE_BYTES = 512 * 1024 * 1024
+"""More than `images.MAX_PIXELS` take in any format: a film, most likely."""
 TEST_SHARE = 1 / 5
 NAMED_FILES = 5
 UNREADABLE = (
@@ -179,7 +182,7 @@ def _cifar10(part: str, folder: Path, suffix: str, parse: Callable[[Path, bytear
 def _read_bytes(path: Path) -> bytearray:
     """As a bytearray, because torch warns of tensors that share the memory of immutable bytes."""
     try:
-        return bytearray(path.read_bytes())
+        return bytearray(read_regular(path))
     except FileNotFoundError:
         raise DataError(f"The data set in {path.parent} lacks the file {path.name}. {HOW_TO_GET}") from None
     except OSError as error:
@@ -292,7 +295,7 @@ def _decode(paths: list[Path], folder: Path) -> Tensor:
 def _decode_or_refuse(path: Path) -> bytes | str:
     """The pixels, or a sentence that says what is wrong with the file."""
     try:
-        return images.decode(path.read_bytes(), resize="crop")
+        return images.decode(read_regular(path, MAX_PICTURE_BYTES), resize="crop")
     except RequestError as error:
         return str(error)
     except OSError as error:

@@ -99,7 +99,8 @@ def refusal(error: RequestError, request_id: str) -> Reply:
     headers = {**error.headers}
     if error.retry_after_seconds is not None:
         headers["Retry-After"] = str(error.retry_after_seconds)
-    body = to_json({"error": str(error), "detail": error.detail, "request_id": request_id})
+    sentence = str(error).encode(errors="backslashreplace").decode()  # it may name a file, whose name may be no UTF-8
+    body = to_json({"error": sentence, "detail": error.detail, "request_id": request_id})
     raw = tuple((name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items())
     return Reply(body, headers=raw, status=error.status)
 

@@ -1,13 +1,30 @@
-"""Writing a file as a whole or not at all."""
+"""Files are read, or written, as a whole or not at all."""
 
+import errno
 import hashlib
 import io
+import math
 import os
+import stat
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+
+
+def read_regular(path: Path, max_bytes: float = math.inf) -> bytes:
+    """The content of a file. Pipes and devices are refused: they may never end, or hold the reader for ever.
+
+    Raises:
+        OSError: it cannot be read, is not a regular file, or has more than `max_bytes`.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    if found.st_size > max_bytes:
+        raise OSError(errno.EFBIG, f"more than {max_bytes:,} bytes", str(path))
+    return path.read_bytes()
 
 
 def save_tensors(path: Path, content: dict[str, Any]) -> str:

@@ -325,6 +325,14 @@ def test_no_picture_is_left_out_without_a_word(tmp_path: Path) -> None:
         data.read(folder)
 
 
+def test_a_film_among_the_pictures_is_not_read_into_memory(tmp_path: Path) -> None:
+    folder = write_class_folders(tmp_path, {"ant": 3, "bee": 3})
+    with (folder / "bee" / "film.mp4").open("wb") as film:
+        film.truncate(data.MAX_PICTURE_BYTES + 1)  # a hole, which takes no room
+    with pytest.raises(DataError, match=r"Of bee/film\.mp4: It cannot be read: more than 536,870,912 bytes"):
+        data.read(folder)
+
+
 def test_class_folders_one_level_too_deep_are_pointed_to(tmp_path: Path) -> None:
     """As data sets with a folder for training and one for the test have them."""
     (tmp_path / "train").mkdir()

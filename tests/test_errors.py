@@ -18,8 +18,8 @@ from starlette.types import Message
 
 from app import boundary, entries, errors
 from app.application import Application
-from app.errors import Overloaded, RequestError, TooSlow
-from app.exchange import Intake
+from app.errors import Overloaded, RequestError, TooSlow, WeightsRefused
+from app.exchange import Intake, refusal
 from app.main import create_app
 from app.predictor import Predictor
 from app.service import Service
@@ -342,3 +342,8 @@ def test_the_encoding_that_is_none_may_be_named(client: TestClient, png: bytes, 
 
 def test_a_slash_too_many_is_another_page(client: TestClient, png: bytes) -> None:
     assert client.post("/predict/", content=png, follow_redirects=False).status_code == 404
+
+
+def test_a_sentence_may_name_a_file_whose_name_is_no_text() -> None:
+    reply = refusal(WeightsRefused("There is no weights file caf\udce9.pth."), "an id")
+    assert json.loads(reply.body)["error"] == r"There is no weights file caf\udce9.pth."

@@ -1,11 +1,11 @@
-"""A file is there as a whole or not at all."""
+"""A file is there as a whole or not at all, and what is no file is not read."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-from app.files import write_atomically
+from app.files import read_regular, write_atomically
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
@@ -33,3 +33,18 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         write_atomically(tmp_path / "folder", b"new")
     assert refusal.value.filename == str(tmp_path / "folder")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a regular file"):
+        read_regular(tmp_path / "pipe")
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    file = tmp_path / "film.mp4"
+    file.write_bytes(b"1234")
+    assert read_regular(file, max_bytes=4) == b"1234"
+    with pytest.raises(OSError, match="more than 3 bytes"):
+        read_regular(file, max_bytes=3)

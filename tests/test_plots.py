@@ -1,6 +1,9 @@
 """What the figures show, read back from them; how they look was looked at."""
 
 import io
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -193,3 +196,10 @@ def test_a_display_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not plots.has_display({"DISPLAY": ""})
     monkeypatch.setattr("sys.platform", "darwin")
     assert plots.has_display({})
+
+
+def test_a_backend_that_a_notebook_has_chosen_does_not_matter() -> None:
+    """Commands that are called from a notebook inherit its choice, which their own packages may lack."""
+    environment = {**os.environ, "MPLBACKEND": "module://of_a_notebook"}
+    ran = subprocess.run([sys.executable, "-c", "import training.plots"], env=environment, capture_output=True)
+    assert (ran.returncode, ran.stderr) == (0, b"")

@@ -172,6 +172,7 @@ def test_a_run_on_all_images_takes_over_the_calibration_of_one_with_held_out_ima
         (["--validation", "0.1"], "A run with --validation makes its own calibration"),
         (["--calibration", "runs/plain/cifar_net.pth"], "has no calibration; name one that a run with --validation"),
         (["--out", "runs"], "runs is a folder; --out takes a file, for example runs/result."),
+        (["--out", os.devnull], f"{os.devnull} is a device or a pipe, which would be replaced; --out takes a regular"),
     ],
 )
 def test_a_calibration_that_does_not_fit_is_refused_before_the_training(
@@ -497,7 +498,7 @@ def test_what_cannot_be_written_is_a_sentence_after_the_figures(
 def test_counts_are_at_least_one(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["train", *flags])
-    assert "is not a whole number of at least 1" in capsys.readouterr().err
+    assert "is not a whole number from 1 to 1,000,000" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("seed", ["99999999999999999999", "1000000001", "-1", "x"])
@@ -611,6 +612,8 @@ def test_pictures_are_written(
     assert cli.main(["plot", "--data", ".", "--weights", weights, "--out", "plots"]) == 0
     assert cli.main(["summary", "--network", "net"]) == 0
     assert "62,006" in capsys.readouterr().out
+    assert cli.main(["plot", "--data", ".", "--weights", weights, "--out", "grid.png"]) == 2
+    assert capsys.readouterr().err == "grid.png is a file; --out takes the folder for the pictures.\n"
     names = ["grid.png", "plots/confusion.png", "plots/per_class.png", "plots/reliability.png"]
     for name in names:
         assert Path(name).read_bytes().startswith(b"\x89PNG")

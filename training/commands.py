@@ -279,6 +279,8 @@ def show_command(options: argparse.Namespace) -> None:
 
 
 def plot_command(options: argparse.Namespace) -> None:
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"{options.out} is a file; --out takes the folder for the pictures.")
     checkpoint = load(options.weights)
     evaluation = evaluate(checkpoint, _split(options, checkpoint), choose_device(options.device))
     figures = {
@@ -310,10 +312,12 @@ def _check_writable(file: Path) -> None:
     """Check that `file` can be written: before hours of work, not after them.
 
     Raises:
-        ValueError: it is a folder, or nothing can be written where it would lie.
+        ValueError: it is not a regular file, or nothing can be written where it would lie.
     """
     if file.is_dir():
         raise ValueError(f"{file} is a folder; --out takes a file, for example {file / 'result'}.")
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{file} is a device or a pipe, which would be replaced; --out takes a regular file.")
     there = next(parent for parent in file.absolute().parents if parent.exists())
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         raise ValueError(f"Nothing can be written into {there}; name a file in another folder with --out.")

@@ -5,7 +5,6 @@ Shape letters: N images, C = 3, H = W = 32, K classes.
 
 import io
 import os
-import pickle
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch.optim import SGD, Optimizer
 from app import memory
 from app.data import Split
 from app.device import choose_dtype
-from app.files import save_tensors
+from app.files import read_regular, save_tensors
 from app.model import IMAGE_SIZE, CifarNet, Normalized
 from app.recorded import Recorded, Step
 from training.augment import Draws, augment, draw, epoch_generator, shrink
@@ -289,12 +288,12 @@ def _save_state(
 
 
 def _load_state(file: Path, origin: dict[str, Any], network: nn.Module, optimizers: list[Optimizer]) -> list[Row]:
-    raw = io.BytesIO(file.read_bytes())
+    raw = io.BytesIO(read_regular(file))
     try:
         state: dict[str, Any] = torch.load(raw, map_location="cpu", weights_only=True)
         if not {"origin", "network", "optimizers", "rows"} <= state.keys():
             raise EOFError
-    except (RuntimeError, EOFError, OSError, ValueError, AttributeError, pickle.UnpicklingError):
+    except Exception:  # torch raises nearly anything for damaged bytes
         raise TrainingError(f"{file} is damaged or cut short; start a new run under another --name.") from None
     if changed := [name for name, value in origin.items() if state["origin"].get(name) != value]:
         raise TrainingError(

@@ -8,11 +8,12 @@ from training.config import LARGEST_SEED, RECIPES, add_flags
 
 DEFAULT_WEIGHTS = Path(__file__).parent.parent / "weights" / "cifar_net.pth"
 RUNS = Path("runs")
+LARGEST_NUMBER = 1_000_000
 
 
 def _positive(text: str) -> int:
-    if not (text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    if not (text.isdecimal() and 1 <= int(text) <= LARGEST_NUMBER):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {LARGEST_NUMBER:,}")
     return int(text)
 
 
