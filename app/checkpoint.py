@@ -219,7 +219,8 @@ def _check(checkpoint: Checkpoint) -> None:
         raise CheckpointError("In the weights file the number of class names differs from the number of outputs.")
     if not checkpoint.classes:
         raise CheckpointError("The weights file names no class.")
-    if not isinstance(checkpoint.trained, dict) or not _is_json(checkpoint.trained):
+    trained = checkpoint.trained
+    if not isinstance(trained, dict) or not all(map(is_text, trained)) or not _is_json(trained):
         raise CheckpointError("In the weights file the field trained is not a dict of plain values.")
     if len(set(checkpoint.classes)) != len(checkpoint.classes) or not all(map(is_text, checkpoint.classes)):
         raise CheckpointError("In the weights file the class names are not distinct texts.")

@@ -294,6 +294,7 @@ REFUSED: dict[str, tuple[object, str]] = {
     "no class": (content(classes=[], architecture={"name": "net", "arguments": {"num_classes": 0}}), "names no class"),
     "no provenance": (content(trained=None), "the field trained is not a dict of plain values"),
     "a tensor for provenance": (content(trained={"seed": torch.zeros(1)}), "trained is not a dict of plain values"),
+    "numbers for names": (content(trained={1: "epoch"}), "trained is not a dict of plain values"),
     "list for tensors": (content(state_dict=[1]), "has a field of a wrong kind"),
 }
 
