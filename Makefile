@@ -1,6 +1,8 @@
 # Everything runs in .venv, which the first command makes. `make help` lists what there is.
 PYTHON ?= python3
 BIN := .venv/bin
+# By python -m, because the other scripts in .venv/bin name the folder in which they were made.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 # What a failed rule leaves does not count as done; and rules in parallel would install into one .venv at once.
@@ -15,10 +17,10 @@ serve: .venv/.service ## serve weights/cifar_net.pth, or CIFAR_WEIGHTS, on http:
 	$(BIN)/python -m app
 
 test: .venv/.dev ## lint, format, types, tests
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+	$(BIN)/python -m pytest
 
 train: runs/default/cifar_net.pth ## train the default network on CIFAR_DATA or ./data, from where it stopped
 
@@ -29,24 +31,23 @@ clean: ## remove .venv and caches
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache
 
 # A stamp per set of packages: each is installed once, and again when pyproject.toml changes.
-.venv/bin/python:
+.venv/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv --clear .venv
+	@touch $@
 
 # OpenVINO is up to twice as fast on a CPU; where it has no wheel the service runs on torch alone.
-.venv/.service: .venv/bin/python pyproject.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[openvino]' || { echo "Without OpenVINO:"; \
-		$(BIN)/pip install --quiet --disable-pip-version-check -e .; }
+.venv/.service: .venv/.made pyproject.toml
+	$(INSTALL) -e '.[openvino]' || { echo "Without OpenVINO:"; $(INSTALL) -e .; }
 	@touch $@
 
-.venv/.training: .venv/bin/python pyproject.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[training]'
+.venv/.training: .venv/.made pyproject.toml
+	$(INSTALL) -e '.[training]'
 	@touch $@
 
-.venv/.dev: .venv/bin/python pyproject.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[openvino,training,dev]' || { echo "Without OpenVINO:"; \
-		$(BIN)/pip install --quiet --disable-pip-version-check -e '.[training,dev]'; }
+.venv/.dev: .venv/.made pyproject.toml
+	$(INSTALL) -e '.[openvino,training,dev]' || { echo "Without OpenVINO:"; $(INSTALL) -e '.[training,dev]'; }
 	@touch $@ .venv/.service .venv/.training
 
 # Four runs; each goes on where it stopped, and a finished one is not run again. CIFAR-10 is fetched if no data set is

@@ -6,12 +6,15 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from app import logs
 from app.errors import SettingsError, StartError
 from app.processes import COULD_NOT_START, Supervisor
 from app.settings import Settings, parse_settings
 
+MOST_FILES = 16_384
+"""Open at a time, if the system allows it. Connections that idle take some 10 KB each."""
 INTERRUPTED = 128 + signal.SIGINT
 """The exit code after Ctrl-C before anything was served."""
 
@@ -53,6 +56,19 @@ def open_standard_streams() -> None:
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 - for as long as the process lives
 
 
+def allow_connections() -> None:
+    """Raise the limit on open files, of which each connection is one: it is usually 1,024, though more is allowed."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit not in (resource.RLIM_INFINITY, most) and limit < MOST_FILES:
+        wanted = MOST_FILES if most == resource.RLIM_INFINITY else min(MOST_FILES, most)
+        with suppress(OSError, ValueError):  # the system has a limit of its own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+
+
 def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     # Until the server installs its own handlers. By default the first process of a container ignores SIGTERM, and
     # Ctrl-C prints a traceback of whatever is being imported.
@@ -61,6 +77,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # would end the process; nothing to reload yet
     open_standard_streams()
+    allow_connections()
     logs.escape_unprintable(sys.stdout)
     try:
         settings = parse_settings(arguments, environment)

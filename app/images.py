@@ -69,6 +69,9 @@ TURNS = {
 DAMAGED = (OSError, ValueError, SyntaxError, AssertionError, IndexError, struct.error)
 
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # see `decode`
+# Pillow would import its formats with the first picture, or the first one that is none: that takes 0.1 s, and fails
+# while the process has as many files and connections open as it may.
+Image.init()
 # All texts of a PNG may inflate to 1 MB. Pillow allows 64 MB, which keep a core busy for 0.1 s.
 PngImagePlugin.MAX_TEXT_MEMORY = PngImagePlugin.MAX_TEXT_CHUNK
 

@@ -452,3 +452,26 @@ def test_colour_profiles_are_not_inflated(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("PIL.PngImagePlugin._safe_zlib_decompress", refuse)
     profile = with_chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(1000)))
     assert decode(profile) == decode(encode(drawing()))
+
+
+WITHOUT_FILES = """
+import resource, sys
+from app.errors import BadRequest
+from app.images import decode
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (0, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+for given in sys.argv[1:]:
+    try:
+        print(len(decode(bytes.fromhex(given))))
+    except BadRequest:
+        print("no picture")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="this system has no such limit")
+def test_the_first_picture_is_read_even_if_no_file_can_be_opened() -> None:
+    """When many connect at once, right after the start, connections take all that may be open."""
+    given = [encode(drawing(), kind).hex() for kind in FORMATS] + [b"none".hex()]
+    command = [sys.executable, "-c", WITHOUT_FILES, *given]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.stdout.split("\n") == ["3072"] * 5 + ["no picture", ""], ran.stderr

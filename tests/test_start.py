@@ -79,6 +79,25 @@ def test_a_signal_while_torch_is_imported_ends_it_without_a_word(
     assert (out, err) == ("", "")
 
 
+FEW_FILES = """
+import resource
+from app.__main__ import allow_connections
+
+_, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, most))
+allow_connections()
+limit, still = resource.getrlimit(resource.RLIMIT_NOFILE)
+assert 64 < limit <= 16_384 or limit == most, limit
+assert still == most
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="this system has no such limit")
+def test_there_may_be_more_connections_than_the_usual_limit_on_open_files() -> None:
+    ran = subprocess.run([sys.executable, "-c", FEW_FILES], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_a_name_that_stdout_cannot_express_is_escaped(weights: Path, tmp_path: Path, processes: str) -> None:
     named = shutil.copy(weights, tmp_path / "été.pth")
