@@ -119,9 +119,9 @@ def save(checkpoint: Checkpoint, path: Path) -> str:
         "architecture": {"name": checkpoint.architecture, "arguments": checkpoint.arguments},
         "state_dict": {name: tensor.detach().cpu().clone() for name, tensor in checkpoint.state_dict.items()},
         "classes": list(checkpoint.classes),
-        "calibration": vars(checkpoint.calibration).copy(),
+        "calibration": vars(checkpoint.calibration),
         "self_test": checkpoint.self_test_NK,
-        "evaluation": None if checkpoint.evaluation is None else vars(checkpoint.evaluation).copy(),
+        "evaluation": None if checkpoint.evaluation is None else vars(checkpoint.evaluation),
         "trained": checkpoint.trained,
     }
     return save_tensors(path, content)

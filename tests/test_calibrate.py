@@ -65,6 +65,12 @@ def test_images_that_tell_nothing_have_a_finite_temperature() -> None:
     assert found.probabilities(logits_NK).isfinite().all()
 
 
+def test_logits_that_are_all_the_same_can_be_calibrated() -> None:
+    found = fit_probabilities(torch.zeros(10, 10), torch.arange(10))
+    assert 0 < found.temperature < math.inf
+    assert 0 <= found.curvature < math.inf
+
+
 def test_the_threshold_is_the_finite_sample_quantile() -> None:
     probabilities_N = torch.arange(1, 100) / 100  # of the true class, for 99 images
     probabilities_NK = torch.stack([probabilities_N, 1 - probabilities_N], dim=1).double()

@@ -211,6 +211,12 @@ def test_a_bar_in_a_name_does_not_break_a_table(folder: Path) -> None:
     assert r"|  | cat\|dog | bird |" in text
 
 
+def test_a_picture_is_found_whatever_the_name_of_the_weights(folder: Path) -> None:
+    (folder / "a.pth").rename(folder / "my (new) net.pth")
+    write_card(folder)
+    assert "](my%20%28new%29%20net.confusion.png)" in (folder / "README.md").read_text(encoding="utf-8")
+
+
 def test_a_folder_without_weights_is_refused_and_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"There are no weights \(\*\.pth\) in"):
         write_card(tmp_path / "typo")

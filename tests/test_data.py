@@ -5,6 +5,7 @@ import errno
 import hashlib
 import os
 import pickle
+import shutil
 import struct
 from pathlib import Path
 
@@ -123,6 +124,11 @@ def test_the_digest_is_sha256_of_pixels_then_labels() -> None:
 def test_a_part_of_cifar10_does_not_pass_for_the_whole(tmp_path: Path) -> None:
     train, test = data.read(write_binary(tmp_path))
     assert (train.name, test.name) == ("CIFAR-10 training, 35 images", "CIFAR-10 test, 7 images")
+
+
+def test_the_whole_of_cifar10_is_called_by_its_name_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "BATCH_IMAGES", 7)
+    assert [part.name for part in data.read(write_binary(tmp_path))] == ["CIFAR-10 training", "CIFAR-10 test"]
 
 
 def test_a_known_copy_is_called_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,11 +256,12 @@ def test_reads_class_folders_and_divides_each_class(tmp_path: Path) -> None:
     assert len(seen) == 37  # each picture is in one part, once
 
 
-def test_class_folders_may_hold_gifs_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", [".gif", ".JPG", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp"])
+def test_class_folders_may_hold_one_kind_of_picture_alone(tmp_path: Path, suffix: str) -> None:
     for label in ("ant", "bee"):
         (tmp_path / label).mkdir()
         for number in range(5):
-            Image.new("RGB", (32, 32)).save(tmp_path / label / f"{number}.gif")
+            Image.new("RGB", (32, 32)).save(tmp_path / label / f"{number}{suffix}")
     assert [len(part) for part in data.read(tmp_path)] == [8, 2]
 
 
@@ -274,6 +281,12 @@ def test_class_folders_are_divided_alike_each_time_and_when_a_picture_is_added(t
     trained_now, tested_now = parts()
     assert trained | tested < trained_now | tested_now
     assert len(tested_now & trained) <= 1
+
+
+def test_class_folders_are_divided_alike_wherever_they_lie(tmp_path: Path) -> None:
+    here = write_class_folders(tmp_path / "here", {"ant": 30, "bee": 30})
+    there = Path(shutil.copytree(here, tmp_path / "there"))
+    assert [split.digest for split in data.read(here)] == [split.digest for split in data.read(there)]
 
 
 def test_pictures_of_other_sizes_are_cut_to_their_centre(tmp_path: Path) -> None:
@@ -319,7 +332,7 @@ def test_no_picture_is_left_out_without_a_word(tmp_path: Path) -> None:
         data.read(folder)
     link.unlink()
     (folder / "ant" / "more").mkdir()
-    assert len(data.read_test(folder)) == 2
+    assert [len(part) for part in data.read(folder)] == [4, 2]
     Image.new("RGB", (32, 32)).save(folder / "ant" / "more" / "1.png")
     with pytest.raises(DataError, match=r"ant has pictures in its folder more, where they are not read. Move them up"):
         data.read(folder)

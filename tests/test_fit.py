@@ -249,6 +249,23 @@ def test_running_loss_is_printed_as_the_tutorial_prints_it(capsys: pytest.Captur
     assert all(0.3 < float(line.split(" loss: ")[1]) < 1.1 for line in lines)
 
 
+def test_the_log_has_the_rate_and_the_speed_of_each_epoch() -> None:
+    _, rows = train(DEBUG, stripes(40))
+    rates = [DEBUG.learning_rate * factor for factor in (0.75, 0.25)]  # of the last of two steps
+    assert [row["learning_rate"] for row in rows] == pytest.approx(rates)
+    assert [row["images_per_second"] * row["train_seconds"] for row in rows] == pytest.approx([40, 40])
+
+
+def test_measuring_after_an_epoch_does_not_change_the_training() -> None:
+    recipe, split = dataclasses.replace(DEBUG, network="cifar_net"), stripes(32)
+
+    def validate(network: nn.Module) -> Row:
+        network.eval()
+        return {}
+
+    assert same(train(recipe, split)[0], train(recipe, split, validate=validate)[0])
+
+
 def test_every_image_is_used_once_an_epoch_whatever_the_batch() -> None:
     split = stripes(47)
     _, rows = train(dataclasses.replace(DEBUG, learning_rate=0.0, batch_size=10, jpeg=0.0, cutout=0), split)

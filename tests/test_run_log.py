@@ -49,6 +49,13 @@ def test_without_it_a_run_has_its_log_and_its_curves(tmp_path: Path, monkeypatch
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "curves.png", "log.jsonl"]
 
 
+def test_an_epoch_of_a_run_with_validation_says_what_it_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    RunLog(tmp_path, resume=False).epoch([ROWS[0] | {"validation_accuracy": 0.75, "validation_loss": 0.5}])
+    assert "epoch   1  loss 2.0000  validation 75.00%, loss 0.5000  10 images/s, 1 s" in capsys.readouterr().out
+
+
 def test_two_processes_do_not_write_one_run(tmp_path: Path) -> None:
     """As of `make train` in two terminals. What ended before its first epoch did has left nothing to resume."""
     going_on = RunLog(tmp_path, resume=False)

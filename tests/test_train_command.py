@@ -19,6 +19,7 @@ from app import self_test
 from app.checkpoint import load
 from app.data import RECORD_BYTES, Split, read
 from training import commands as cli
+from training import plots
 from training.config import RECIPES
 from training.flags import parser
 from training.log import RunLog
@@ -238,7 +239,9 @@ def test_a_calibration_is_taken_over_from_who_found_it(
 ) -> None:
     monkeypatch.chdir(finished_folder)
     final = ["train", "--recipe", "debug", "--data", ".", "--calibration"]
-    assert cli.main([*final, "runs/held/cifar_net.pth", "--name", "final", "--out", "new/net.pth"]) == 0
+    other = ["--seed", "1", "--precision", "float32", "--report-every", "3"]  # which do not matter to it
+    assert cli.main([*final, "runs/held/cifar_net.pth", "--name", "final", "--out", "new/net.pth", *other]) == 0
+    assert "[1,     3] loss: " in capsys.readouterr().out
     assert cli.main([*final, "runs/final/cifar_net.pth"]) == 2
     assert "has the calibration of another run; name one that a run with --validation" in capsys.readouterr().err
     beside = [Path("new/net").with_suffix(kind) for kind in (".log.jsonl", ".validation.log.jsonl", ".robustness.json")]
@@ -475,6 +478,7 @@ def test_evaluate_agrees_with_the_file_and_prints_only_json(
     evaluation = load(Path(weights)).evaluation
     assert evaluation is not None
     assert figures["confusion"] == evaluation.confusion_KK.tolist()
+    assert figures["weights"] == {"file": "cifar_net.pth", "sha256": load(Path(weights)).sha256}
     assert figures["calibration"]["nll"] == pytest.approx(evaluation.nll, rel=1e-4)
 
 
@@ -499,6 +503,17 @@ def test_counts_are_at_least_one(flags: list[str], capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         cli.main(["train", *flags])
     assert "is not a whole number from 1 to 1,000,000" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["train"], ["ablate", "--epochs", "1", "--seeds", "0"]], ids=lambda each: each[0])
+def test_a_run_computes_in_as_many_threads_as_it_is_told(
+    data_folder: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.chdir(data_folder)
+    told: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    assert cli.main([*command, "--recipe", "debug", "--data", ".", "--threads", "3"]) == 0
+    assert told == [3]
 
 
 @pytest.mark.parametrize("seed", ["99999999999999999999", "1000000001", "-1", "x"])
@@ -609,6 +624,10 @@ def test_pictures_are_written(
     monkeypatch.chdir(finished_folder)
     weights = "runs/plain/cifar_net.pth"
     assert cli.main(["show", "--data", ".", "--weights", weights, "--count", "8", "--out", "grid.png"]) == 0
+    first = Path("grid.png").read_bytes()
+    monkeypatch.setattr(plots, "has_display", lambda: False)
+    assert cli.main(["show", "--data", ".", "--weights", weights, "--count", "8", "--seed", "1"]) == 0
+    assert Path("runs/grid.png").read_bytes() != first
     assert cli.main(["plot", "--data", ".", "--weights", weights, "--out", "plots"]) == 0
     assert cli.main(["summary", "--network", "net"]) == 0
     assert "62,006" in capsys.readouterr().out
