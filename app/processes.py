@@ -345,7 +345,6 @@ class Supervisor:
         worker.process.join()
         worker.end.close()
         self._gone.merge(replace(worker.counts, pids=(), waiting=0, ready=True))
-        self._rounds.pop(worker, None)
         self._count_off(worker)
         if self._stopping:
             return

@@ -289,6 +289,8 @@ def test_what_would_be_refused_whatever_it_holds_is_refused_by_its_head(
     counted = client.get("/metrics").text
     assert 'cifar_refusals_total{reason="overloaded"} 1.0' in counted
     assert 'cifar_requests_total{method="POST",route="/predict",status="429"} 1.0' in counted
+    (seconds,) = re.findall(r'^cifar_request_seconds_sum{.*route="/predict"} (\S+)$', counted, re.MULTILINE)
+    assert float(seconds) < 60
 
 
 def test_a_body_that_does_not_come_is_given_up_and_one_beside_too_many_others_refused() -> None:

@@ -80,6 +80,8 @@ def test_an_application_that_was_never_started_says_so(settings: Settings, png: 
     response = client.request(method, path, files=[("file", png)] if method == "POST" else None)
     assert response.status_code == 503
     assert "has to run its lifespan" in response.json()["error"]
+    if path == "/readyz":
+        assert response.headers["retry-after"] == "1"
     assert client.post("/v2/repository/index").json()[0]["reason"] == "not running"
 
 
@@ -106,6 +108,7 @@ def test_pages_and_all_they_name_are_there(client: TestClient, path: str) -> Non
     assert page.status_code == 200
     assert page.headers["content-type"].startswith("text/html")
     assert page.headers["content-security-policy"].startswith("default-src 'self';")
+    assert page.headers["x-content-type-options"] == "nosniff"
     assert not re.search(r"<script>|<style>| on\w+=| style=", page.text)  # which that forbids
     links = re.findall(r'(?:href|src)="([^":]*)"', page.text)
     assert "static/style.css" in links

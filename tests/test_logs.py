@@ -215,6 +215,23 @@ def test_a_line_cut_short_does_not_spoil_the_next() -> None:
         assert patient.dropped == 1
 
 
+def test_what_is_no_text_is_written_escaped() -> None:
+    reading, writing = os.pipe()
+    with open(reading) as reader, open(writing, "w") as stream:
+        NonBlockingStream(stream).write("caf\udce9\n")
+        assert reader.readline() == "caf\\udce9\n"
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="a second end of a pipe is had by /proc only")
+def test_a_stream_that_is_no_longer_used_keeps_no_pipe_open() -> None:
+    reading, writing = os.pipe()
+    with open(reading, "rb", buffering=0) as reader:
+        with open(writing, "w") as stream:
+            NonBlockingStream(stream).write("last\n")
+        os.set_blocking(reading, False)
+        assert [reader.read(99), reader.read(99)] == [b"last\n", b""]  # the end; None if somebody could still write
+
+
 def test_a_service_whose_log_nobody_reads_goes_on(weights: Path) -> None:
     with serving("--drain-seconds", "0", "--weights", str(weights), CIFAR_ACCESS_LOG="on") as (_, url, _):
         address = urlsplit(url)

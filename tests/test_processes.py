@@ -1,6 +1,7 @@
 """Several processes behind one address, as clients and operators meet them: real ones, killed, stopped and reloaded."""
 
 import asyncio
+import json
 import multiprocessing
 import os
 import pickle
@@ -20,10 +21,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import pytest
@@ -34,7 +36,7 @@ from app import checkpoint, processes
 from app.__main__ import bind
 from app.errors import SettingsError
 from app.model import IMAGE_BYTES
-from app.processes import Ask, Link, Ready, Supervisor, Total, Worker
+from app.processes import PATIENCE, RETRY_SECONDS, Ask, Link, Ready, Supervisor, Tell, Told, Total, Worker
 from app.settings import Settings
 from app.statistics import Counts, Timing
 
@@ -156,6 +158,110 @@ def test_what_cannot_start_is_tried_less_and_less_often(settings: Settings) -> N
     supervisor._reserved.close()
 
 
+@pytest.fixture
+def supervisor() -> Iterator[Supervisor]:
+    """One that has started nothing; the test says what processes it has."""
+    settings = Settings(port=0, processes=2, threads=2)
+    made = Supervisor(settings, bind(settings))
+    yield made
+    made._reserved.close()
+
+
+class Pretended(Worker):
+    """A process that is none; its end of the pipe is the test's."""
+
+    def __init__(self, supervisor: Supervisor, **given: Any) -> None:
+        end, self.its = multiprocessing.Pipe()
+        process = SimpleNamespace(pid=1, exitcode=1, join=lambda: None)
+        super().__init__(process, end, **given)  # type: ignore[arg-type]
+        self.signals: list[int] = []
+        supervisor._workers.append(self)
+
+    def signal(self, sent: int) -> None:
+        self.signals.append(sent)
+
+
+def test_a_hang_up_while_a_process_starts_reaches_it_when_it_serves(supervisor: Supervisor) -> None:
+    """It may have read the file already, and nobody else may serve, whose report would tell of other weights."""
+    worker = Pretended(supervisor)
+    supervisor._pass_on(signal.SIGHUP)
+    assert worker.signals == []  # it ignores them
+    worker.its.send(Ready("torch", "0123", ("a", "b")))
+    supervisor._receive(worker)
+    assert worker.signals == [signal.SIGHUP]
+
+
+def test_a_process_that_answers_late_now_and_then_is_not_stuck(supervisor: Supervisor) -> None:
+    worker = Pretended(supervisor, ready=True)
+    for _ in range(PATIENCE):
+        supervisor._check()
+        supervisor._check()
+        assert worker.its.recv() == Tell()
+        worker.its.send(Told(Counts()))
+        supervisor._receive(worker)
+    assert worker.signals == []
+
+
+def test_of_a_process_that_has_ended_only_what_it_has_done_counts(supervisor: Supervisor) -> None:
+    asker = Pretended(supervisor, ready=True)
+    gone = Pretended(supervisor, ready=True, counts=Counts(lines_dropped=3, pids=(1,), waiting=5, ready=False))
+    supervisor._bury(gone)
+    supervisor._rounds[asker] = set(), 0.0
+    supervisor._answer(asker)
+    total = asker.its.recv().counts
+    assert (total.lines_dropped, total.pids, total.waiting, total.ready) == (3, (), 0, True)
+
+
+def test_when_no_process_can_be_started_the_supervisor_still_hears_signals(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[None] = []
+
+    def start() -> None:
+        tries.append(None)
+        raise OSError("no room") if len(tries) < 9 else AssertionError("It tries for ever.")
+
+    monkeypatch.setattr(supervisor, "_start", start)
+    supervisor._announced = True
+    supervisor._fill()
+    supervisor._fill()
+    assert len(tries) == 1
+
+
+def test_a_defect_of_the_supervisor_ends_the_processes(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it they would go on, and the supervisor wait for them."""
+
+    def look_after(_signals: Connection) -> None:
+        raise RuntimeError("a defect")
+
+    worker = Pretended(supervisor)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(supervisor, "_start", lambda: None)
+    monkeypatch.setattr(supervisor, "_look_after", look_after)
+    with pytest.raises(RuntimeError, match="a defect"):
+        supervisor.run()
+    assert worker.its.poll()
+    with pytest.raises(EOFError):
+        worker.its.recv()
+
+
+def test_the_address_is_free_as_soon_as_the_processes_that_stop_have_closed_it(supervisor: Supervisor) -> None:
+    supervisor._pass_on(signal.SIGTERM)
+    bind(Settings(port=supervisor._address[1])).close()
+
+
+def test_processes_take_the_engine_of_the_first_and_wait_briefly_after_one_that_served(
+    supervisor: Supervisor,
+) -> None:
+    supervisor._failures = 5
+    worker = Pretended(supervisor)
+    worker.its.send(Ready("openvino", "0123", ("a", "b")))
+    supervisor._receive(worker)
+    assert supervisor._settings.engine == "openvino"
+    supervisor._bury(Pretended(supervisor))
+    assert supervisor._start_at - time.monotonic() <= RETRY_SECONDS
+
+
 def test_any_process_tells_what_all_have_done(service: Running, png: bytes) -> None:
     service.wait_for_both()
     before = done(service)
@@ -214,6 +320,7 @@ def test_a_stuck_process_is_killed_and_replaced(weights: Path, png: bytes) -> No
         _, err = service.supervisor.communicate(timeout=SECONDS)
         assert f"Process {stuck} is stuck and is killed." in err
         assert err.count("Another one takes its place.") == 1
+        assert "for want of memory" not in err
 
 
 def test_a_process_is_not_replaced_by_one_that_answers_with_other_classes(tmp_path: Path, png: bytes) -> None:
@@ -307,6 +414,11 @@ def test_new_weights_are_served_by_all_processes_and_bad_ones_by_none(service: R
     service.weights.write_bytes(b"not a network")
     assert reload(service) == 409
     assert service.sha256s(png) == {old}
+    service.supervisor.send_signal(signal.SIGHUP)
+    assert service.supervisor.stderr is not None
+    while "were not exchanged" not in (line := service.supervisor.stderr.readline()):
+        assert line
+    assert json.loads(line)["level"] == "error"
     given = random_checkpoint(evaluation=random_evaluation())
     given.state_dict["fc3.bias"].fill_(1.0)
     new = checkpoint.save(given, service.weights)[:12]
@@ -393,6 +505,27 @@ def test_a_signal_while_the_first_process_starts_ends_it_cleanly(weights: Path, 
     supervisor.send_signal(sent)
     out, err = supervisor.communicate(timeout=SECONDS)
     assert (supervisor.returncode, out, err) == (0, "", "")
+
+
+def test_ctrl_c_at_a_terminal_reaches_the_supervisor_alone(weights: Path) -> None:
+    """A process that starts would print a traceback. It leaves the group before it imports what takes long."""
+    supervisor = subprocess.Popen(
+        command("--processes", "2", "--weights", str(weights)),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    )
+    try:
+        eventually(lambda: [pid for pid in pids_of(supervisor) if os.getpgid(pid) == pid] != [])
+        os.killpg(supervisor.pid, signal.SIGINT)
+        out, err = supervisor.communicate(timeout=SECONDS)
+        assert (supervisor.returncode, out, err) == (0, "", "")
+    finally:
+        supervisor.kill()
+        supervisor.communicate()
 
 
 def test_a_first_process_that_is_killed_is_the_end(weights: Path) -> None:

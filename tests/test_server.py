@@ -78,6 +78,15 @@ async def test_a_signal_during_the_start_ends_what_has_begun(settings: Settings)
     assert not app.service.running
 
 
+async def test_clients_are_told_to_take_another_connection_for_as_long_as_it_drains(settings: Settings) -> None:
+    running = server_of(create_app(settings))
+    running.started = True
+    running.handle_exit(signal.SIGTERM, None)
+    for tick in (1, 10):  # every tenth makes the headers anew
+        assert not await running.on_tick(tick)
+        assert (b"connection", b"close") in running.server_state.default_headers
+
+
 def test_what_cannot_be_said_is_no_reason_not_to_serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     class Full:
         def write(self, _text: str) -> int:
