@@ -41,6 +41,8 @@ class Recipe:
     """Peak learning rate of what sgd trains."""
     muon_learning_rate: Annotated[float, Bounds(0, 100)] = 0.0
     """Peak learning rate of the hidden layers when the optimizer is muon."""
+    muon_momentum: Annotated[float, Bounds(0, 0.9999)] = 0.6
+    """Momentum of muon."""
     bias_learning_rate: Annotated[float, Bounds(0, 1000)] = 0.0
     """Peak learning rate of biases and batch norms; 0: learning_rate, and they do not decay."""
     momentum: Annotated[float, Bounds(0, 0.9999)] = 0.9
@@ -111,14 +113,15 @@ RECIPES = {
         precision="float32",
         report_every=2000,
     ),
-    # How far the tutorial's network goes with its architecture unchanged: 78.94 % on validation.
+    # How far the tutorial's network goes with its architecture unchanged: 80.26 % on validation.
     "net": Recipe(
         network="net",
         epochs=200,
         batch_size=128,
         optimizer="muon",
         learning_rate=0.05,
-        muon_learning_rate=0.03,
+        muon_learning_rate=0.02,
+        muon_momentum=0.9,
         weight_decay=5e-4,
         warmup=0.2,
         flip=True,

@@ -99,7 +99,9 @@ def optimizers_for(network: nn.Module, recipe: Recipe) -> list[Optimizer]:
         peak | {"params": [p for p in rest if p.ndim <= 1], **biases},
     ]
     sgd = SGD(groups, lr=0.0, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=True)
-    return [sgd, Muon([{"params": hidden, "peak": recipe.muon_learning_rate}])] if hidden else [sgd]
+    if not hidden:
+        return [sgd]
+    return [sgd, Muon([{"params": hidden, "peak": recipe.muon_learning_rate}], momentum=recipe.muon_momentum)]
 
 
 def set_learning_rates(optimizers: list[Optimizer], factor: float, device: torch.device) -> None:
