@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # What a failed rule leaves does not count as done; and rules in parallel would install into one .venv at once.
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help serve test bench train clean
+.PHONY: help serve test bench train clean gone
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,17 +25,20 @@ test: .venv/.dev ## lint, format, types, tests
 train: runs/default/cifar_net.pth ## train the default network on CIFAR_DATA or ./data, from where it stopped
 
 bench: .venv/.dev ## measure training, requests per second, start-up and memory on this machine
-	$(BIN)/python tests/bench.py
+	PYTHONPATH=. $(BIN)/python tests/bench.py
 
 clean: ## remove .venv and caches
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache
 
 # A stamp per set of packages: each is installed once, and again when pyproject.toml changes.
-.venv/.made:
+.venv/.made: $(if $(realpath $(BIN)/python),,gone)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv --clear .venv
 	@touch $@
+
+# What .venv depends on when the Python that it links to does not exist (any more).
+gone:
 
 # OpenVINO is up to twice as fast on a CPU; where it has no wheel the service runs on torch alone.
 .venv/.service: .venv/.made pyproject.toml

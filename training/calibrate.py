@@ -80,7 +80,7 @@ def fit_probabilities(logits_NK: Tensor, labels_N: Tensor, views: int = 1) -> Ca
     """
     # With logits of another size, the search would begin far from its aim, and might end elsewhere.
     distance = (logits_NK.amax(dim=1, keepdim=True) - logits_NK).double().mean().item()
-    unit = max(distance, 1e-6) / USUAL_DISTANCE
+    unit = distance / USUAL_DISTANCE or 1.0
     logits_NK = logits_NK.double() / unit
     count, num_classes = logits_NK.shape
     smoothing = num_classes / (num_classes - 1) / (count // views + 2)

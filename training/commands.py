@@ -279,8 +279,6 @@ def show_command(options: argparse.Namespace) -> None:
 
 
 def plot_command(options: argparse.Namespace) -> None:
-    if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"{options.out} is a file; --out takes the folder for the pictures.")
     checkpoint = load(options.weights)
     evaluation = evaluate(checkpoint, _split(options, checkpoint), choose_device(options.device))
     figures = {
@@ -320,7 +318,7 @@ def _check_writable(file: Path) -> None:
         raise ValueError(f"{file} is a device or a pipe, which would be replaced; --out takes a regular file.")
     there = next(parent for parent in file.absolute().parents if parent.exists())
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        raise ValueError(f"Nothing can be written into {there}; name a file in another folder with --out.")
+        raise ValueError(f"Nothing can be written into {there}; name another place with --out.")
 
 
 COMMANDS = {
@@ -341,8 +339,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; a user's mistake ends in one sentence, not in a traceback."""
     options = parser(__doc__).parse_args(arguments)
     try:
-        if getattr(options, "out", None) and options.command != "plot":
-            _check_writable(options.out)
+        if out := getattr(options, "out", None):
+            _check_writable(out / "confusion.png" if options.command == "plot" else out)
         COMMANDS[options.command](options)
         sys.stdout.flush()
     except BrokenPipeError:  # as from `| head`; flushing the rest at exit would end in a traceback

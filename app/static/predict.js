@@ -37,7 +37,7 @@ function showAnswer(answer, picture) {
   $("bars").replaceChildren(...Object.entries(answer.probabilities).map(([label, p]) => bar(label, p)));
   $("answer").hidden = false;
   $("verdict").scrollIntoView({ block: "nearest" });  // it is below the fold of a phone
-  // Read out in short: with all the bars it would take minutes.
+  // Read out in short, without the bars, of which there is one for each class.
   $("status").textContent = [$("verdict"), $("set"), $("familiarity")].map((part) => part.textContent).join(" ");
 }
 
