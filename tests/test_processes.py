@@ -485,8 +485,8 @@ def test_processes_end_when_their_supervisor_was_killed(weights: Path) -> None:
         eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
 
 
-def starting(weights: Path) -> "subprocess.Popen[str]":
-    """A supervisor whose first process does not serve yet."""
+def starting(weights: Path, group: int | None = None) -> "subprocess.Popen[str]":
+    """A supervisor whose first process does not serve yet; with 0, in a process group of its own."""
     supervisor = subprocess.Popen(
         command("--processes", "2", "--weights", str(weights)),
         cwd=ROOT,
@@ -494,6 +494,7 @@ def starting(weights: Path) -> "subprocess.Popen[str]":
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        process_group=group,
     )
     eventually(lambda: len(pids_of(supervisor)) == 1)
     return supervisor
@@ -509,15 +510,7 @@ def test_a_signal_while_the_first_process_starts_ends_it_cleanly(weights: Path, 
 
 def test_ctrl_c_at_a_terminal_reaches_the_supervisor_alone(weights: Path) -> None:
     """A process that starts would print a traceback. It leaves the group before it imports what takes long."""
-    supervisor = subprocess.Popen(
-        command("--processes", "2", "--weights", str(weights)),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        process_group=0,
-    )
+    supervisor = starting(weights, group=0)
     try:
         eventually(lambda: [pid for pid in pids_of(supervisor) if os.getpgid(pid) == pid] != [])
         os.killpg(supervisor.pid, signal.SIGINT)
