@@ -2,14 +2,17 @@
 
 import io
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -39,6 +42,33 @@ def points(line: Line2D) -> list[list[float]]:
 
 def values(image: AxesImage) -> Tensor:
     return torch.tensor(np.asarray(image.get_array()))
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda sent: sent.name)
+def test_an_interrupt_waits_for_the_end_of_a_drawing(sent: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of one, Matplotlib may take it for another error."""
+    drawn: list[bool] = []
+
+    def print_figure(*_arguments: object, **_options: object) -> None:
+        signal.raise_signal(sent)
+        drawn.append(True)
+
+    monkeypatch.setattr(FigureCanvasAgg, "print_figure", print_figure)
+    before = signal.signal(sent, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            plots.save(Figure(), Path("never-written.png"))
+        assert drawn
+        assert signal.getsignal(sent) is signal.default_int_handler
+    finally:
+        signal.signal(sent, before)
+
+
+def test_a_thread_of_its_own_may_draw(tmp_path: Path) -> None:
+    drawing = threading.Thread(target=plots.save, args=(Figure(), tmp_path / "empty.png"))
+    drawing.start()
+    drawing.join()
+    assert (tmp_path / "empty.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_grid_labels_each_image() -> None:

@@ -1,6 +1,7 @@
 """The command line of `python -m training`: commands and flags. What they do is in `commands`."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from app import model
@@ -8,19 +9,21 @@ from training.config import LARGEST_SEED, RECIPES, add_flags
 
 DEFAULT_WEIGHTS = Path(__file__).parent.parent / "weights" / "cifar_net.pth"
 RUNS = Path("runs")
-LARGEST_NUMBER = 1_000_000
+MOST_THREADS = 1024
+"""As for the service; a million would not fit into any memory."""
 
 
-def _positive(text: str) -> int:
-    if not (text.isdecimal() and 1 <= int(text) <= LARGEST_NUMBER):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {LARGEST_NUMBER:,}")
-    return int(text)
+def _whole(least: int, most: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not (text.isdecimal() and least <= int(text) <= most):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least:,} to {most:,}")
+        return int(text)
+
+    return parse
 
 
-def _seed(text: str) -> int:
-    if not (text.isdecimal() and int(text) <= LARGEST_SEED):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {LARGEST_SEED:,}")
-    return int(text)
+_positive = _whole(1, 1_000_000)
+_seed = _whole(0, LARGEST_SEED)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -50,7 +53,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         default="default",
         help="the choices to begin with, from training/config.py (default: %(default)s)",
     )
-    taught.add_argument("--threads", type=_positive, help="CPU threads; torch's choice by default")
+    taught.add_argument("--threads", type=_whole(1, MOST_THREADS), help="CPU threads; torch's choice by default")
     taught.add_argument(
         "--teacher",
         type=Path,

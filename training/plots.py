@@ -7,9 +7,12 @@ Shape letters: N images, C = 3, H = W = 32, K classes.
 import io
 import math
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +74,28 @@ def has_display(environ: Mapping[str, str] = os.environ) -> bool:
 
 def _drawn(figure: Figure, kind: str) -> bytes:
     file = io.BytesIO()
-    FigureCanvasAgg(figure).print_figure(file, format=kind, dpi=DOTS_PER_INCH)
+    with _interrupts_held_back():
+        FigureCanvasAgg(figure).print_figure(file, format=kind, dpi=DOTS_PER_INCH)
     return file.getvalue()
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Matplotlib may take a Ctrl-C for an error of its own ("Invalid bounding box"), and raise that instead."""
+    held: list[int] = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    handlers = {sent: handler for sent in signals if callable(handler := signal.getsignal(sent))}
+    if threading.current_thread() is not threading.main_thread():  # others get no signals, and may set no handlers
+        handlers.clear()
+    try:
+        for sent in handlers:
+            signal.signal(sent, lambda sent, _frame: held.append(sent))
+        yield
+    finally:
+        for sent, handler in handlers.items():
+            signal.signal(sent, handler)
+        for number in held:
+            signal.raise_signal(number)
 
 
 def image_grid(
