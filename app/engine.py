@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from app.bfloat16 import round_weights
-from app.device import choose_dtype
+from app.device import choose_dtype, choose_memory_format
 from app.errors import SettingsError
 from app.model import IMAGE_SIZE, Normalized
 from app.recorded import Recorded, Step
@@ -51,7 +51,8 @@ class TorchEngine:
         torch.set_num_threads(threads)
         self.dtype = dtype
         self._device = device
-        network.to(device).to(memory_format=torch.channels_last)
+        self._memory_format = choose_memory_format(device)
+        network.to(device).to(memory_format=self._memory_format)
         layers = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
         for layer in layers:
             layer.to(dtype)
@@ -66,7 +67,7 @@ class TorchEngine:
         count = len(pixels_NCHW)
         if self._device.type == "cuda":
             pixels_NCHW = filled_up(pixels_NCHW)
-        features_ND = self._network(pixels_NCHW.to(self._device, memory_format=torch.channels_last))
+        features_ND = self._network(pixels_NCHW.to(self._device, memory_format=self._memory_format))
         return features_ND[:count].float().cpu()
 
 

@@ -69,6 +69,8 @@ class Recorded:
     def _record(self, inputs: tuple[Tensor, ...]) -> Recording:
         """Capture the kernels; nothing is computed yet."""
         graph, memory = torch.cuda.CUDAGraph(), tuple(map(torch.clone, inputs))
-        with torch.cuda.graph(graph, pool=self._shared_memory):
+        # In that stream, too: cuBLAS has working memory for each stream. By default torch records all networks in one,
+        # and that memory would lie in the pool of the first of them, which may be gone by then.
+        with torch.cuda.graph(graph, pool=self._shared_memory, stream=self._stream):
             output = self._step(*memory)
         return Recording(graph, memory, output)

@@ -23,6 +23,7 @@ PREFIX = "CIFAR_"
 PROJECT = Path(__file__).resolve().parent.parent
 MIB = 1024 * 1024
 DEVICES = ("cuda", "mps", "cpu")
+DEVICE = re.compile(r"cuda(:(0|[1-9][0-9]*))?|mps|cpu")
 ENGINES = ("auto", "torch", "openvino")
 KUBERNETES = re.compile(r"CIFAR_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_[A-Z]+(_(PROTO|PORT|ADDR))?)")
 """What Kubernetes sets in every container of a namespace with a Service named cifar or cifar-*; also CIFAR_PORT as an
@@ -93,8 +94,7 @@ def location(value: str) -> Path:
 
 
 def device_name(value: str) -> str:
-    kind, colon, index = value.partition(":")
-    if kind not in DEVICES or (colon and not (kind == "cuda" and index.isascii() and index.isdigit())):
+    if not DEVICE.fullmatch(value):
         raise ValueError("cuda, cuda:0, cuda:1, ..., mps or cpu")
     return value
 

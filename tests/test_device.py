@@ -10,8 +10,16 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """One with so many NVIDIA GPUs, and perhaps Apple's."""
-    gpus, apples = request.param
+    """One with so many NVIDIA GPUs, and perhaps Apple's; on the kinds named after that, torch cannot compute."""
+    gpus, apples, *broken = request.param
+    zeros = torch.zeros
+
+    def zeros_unless_broken(size: int, device: torch.device) -> torch.Tensor:
+        if device.type in broken:
+            raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nDebug it.")
+        return zeros(size)
+
+    monkeypatch.setattr(torch, "zeros", zeros_unless_broken)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: apples)
@@ -37,7 +45,7 @@ def test_the_device_of_that_name_or_the_first_there_is(name: str | None, device:
 
 @pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("machine", [(2, True)], indirect=True)
-@pytest.mark.parametrize("name", ["tpu", "", "cuda:", "cuda:x", "cuda:²", "cuda:-1", "cpu:0", "mps:0"])
+@pytest.mark.parametrize("name", ["tpu", "", "cuda:", "cuda:x", "cuda:²", "cuda:-1", "cuda:01", "cpu:0", "mps:0"])
 def test_a_name_that_no_device_has(name: str) -> None:
     with pytest.raises(ValueError, match="is unknown") as refusal:
         choose_device(name)
@@ -61,6 +69,21 @@ def test_a_device_that_is_not_on_this_machine(name: str, usable: str) -> None:
     assert str(refusal.value) == f"The device {name!r} is not available on this machine; it has: {usable}."
 
 
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize("machine", [(1, False, "cuda")], indirect=True)
+def test_a_device_that_does_not_work_is_passed_over_unless_it_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    """The usual build of torch sees old GPUs, but has no kernels for them."""
+    sentence = (
+        "The device 'cuda' does not work (CUDA error: no kernel image is available for execution on the device); "
+        "cpu does."
+    )
+    assert choose_device() == CPU
+    assert caplog.messages == [sentence]
+    with pytest.raises(ValueError, match="does not work") as refusal:
+        choose_device("cuda")
+    assert str(refusal.value) == sentence
+
+
 @pytest.mark.parametrize(
     ("capabilities", "dtype"),
     [
@@ -79,11 +102,10 @@ def test_a_cpu_has_bfloat16_only_where_it_multiplies_it_natively(
     assert choose_dtype(CPU) is dtype
 
 
-@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_a_gpu_has_bfloat16_only_where_it_is_not_emulated(
-    native: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Torch itself says yes to emulation, too, unless it is asked not to."""
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
-    assert choose_dtype(torch.device("cuda")) is dtype
+def test_a_gpu_has_bfloat16_only_where_it_is_not_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several GPUs, the one that is asked about counts, not the current one."""
+    capabilities = {"cuda:0": (7, 5), "cuda:1": (8, 0), "cuda:2": (12, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[str(device)])
+    dtypes = [choose_dtype(torch.device(name)) for name in capabilities]
+    assert dtypes == [torch.float32, torch.bfloat16, torch.bfloat16]
     assert choose_dtype(torch.device("mps")) is torch.float32

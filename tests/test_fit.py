@@ -156,6 +156,25 @@ def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path: Path, recipe: 
     assert logged == [[1, 2], [1, 2, 3]]  # the row that the interrupt kept out of the log as well
 
 
+def test_a_run_goes_on_where_pictures_lie_in_memory_in_another_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from Apple's GPU to a CPU. The momentum has to follow: fused sgd does not look at how it lies."""
+    recipe, split = dataclasses.replace(DEBUG, epochs=2), stripes(40)
+    whole, _ = train(recipe, split)
+
+    def interrupt(_rows: list[dict[str, float]]) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("training.fit.choose_memory_format", lambda _device: torch.contiguous_format)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, split, state_file=tmp_path / "state.pt", on_epoch=interrupt)
+    resumed, _ = train(recipe, split, state_file=tmp_path / "state.pt", resume=True)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(resumed[name], tensor, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("other", "sentence"),
     [

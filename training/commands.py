@@ -342,6 +342,8 @@ def main(arguments: list[str] | None = None) -> int:
         if out := getattr(options, "out", None):
             _check_writable(out / "confusion.png" if options.command == "plot" else out)
         COMMANDS[options.command](options)
+        if torch.distributed.is_initialized():  # after a failure it would wait for the others, which wait for this one
+            torch.distributed.destroy_process_group()
         sys.stdout.flush()
     except BrokenPipeError:  # as from `| head`; flushing the rest at exit would end in a traceback
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -358,7 +360,4 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
     return 0

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from app.calibration import UNCALIBRATED, Calibration
 from app.checkpoint import Checkpoint
 from app.data import Split
+from app.device import choose_memory_format
 from app.report import Evaluation, negative_log_likelihood
 
 BATCH_SIZE = 250
@@ -33,10 +34,11 @@ def forward(
     """
     assert not network.training, "dropout and batch norm would make an image's answer depend on its batch"
     network.to(device)
+    memory_format = choose_memory_format(torch.device(device))
     # By default NVIDIA's convolutions round float32 to 10 bits (TF32), and may differ from run to run.
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         parts = [
-            network(part_NCHW.to(device, memory_format=torch.channels_last))  # the fastest format for convolutions
+            network(part_NCHW.to(device, memory_format=memory_format))
             for part_NCHW in torch.split(pixels_NCHW, batch_size)
         ]
     return torch.cat(parts).cpu()

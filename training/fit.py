@@ -19,7 +19,7 @@ from torch.optim import SGD, Optimizer
 
 from app import memory
 from app.data import Split
-from app.device import choose_dtype
+from app.device import choose_dtype, choose_memory_format
 from app.files import read_regular, save_tensors
 from app.model import IMAGE_SIZE, CifarNet, Normalized
 from app.recorded import Recorded, Step
@@ -241,8 +241,7 @@ def _place(modules: Iterable[nn.Module], recipe: Recipe, device: torch.device) -
         torch.cuda.set_device(device)  # recorded steps and exchanged gradients use the current one
     torch.backends.cudnn.benchmark = True  # steps are alike, so trying out NVIDIA's algorithms once pays
     torch.backends.cudnn.allow_tf32 = recipe.precision == "auto"
-    channels_last = recipe.precision == "auto" and device.type != "mps"  # a fifth faster on two cores, even in float32
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    memory_format = choose_memory_format(device) if recipe.precision == "auto" else torch.contiguous_format
     for module in modules:
         module.to(device)
         module.to(memory_format=memory_format)
@@ -307,5 +306,8 @@ def _load_state(file: Path, origin: dict[str, Any], network: nn.Module, optimize
         optimizer.load_state_dict(saved)
         for group in optimizer.param_groups:
             group["lr"] = 0.0  # the one read is on the CPU, and each step sets it anyway
+        for parameter, momentum in optimizer.state.items():
+            for name, value in momentum.items():  # fused sgd takes it for granted that both lie alike in memory
+                momentum[name] = torch.empty_like(parameter).copy_(value)
     rows: list[Row] = state["rows"]
     return rows
