@@ -187,19 +187,17 @@ class Service:
 
     def predict_pictures(
         self, pictures: Sequence[bytes], resize: Resize | None, deadline_seconds: float | None = None
-    ) -> "asyncio.Future[list[Verdict | BaseException]]":
-        """For each picture one row, or what is wrong with it; all from the same weights.
+    ) -> list[Answer[Verdict]]:
+        """For each picture a verdict of one row, or what is wrong with it; all from the same weights.
 
         Raises:
             Overloaded, NotReady: at once, if not all of them can be admitted.
         """
         items: list[tuple[Item, int, int]] = [((picture, resize), len(picture), 1) for picture in pictures]
         light = len(pictures) == 1 and _is_light(pictures[0], resize)
-        return asyncio.gather(*self._batcher.submit_all(items, deadline_seconds, light=light), return_exceptions=True)
+        return self._batcher.submit_all(items, deadline_seconds, light=light)
 
-    def predict_pixels(
-        self, pixels: memoryview, deadline_seconds: float | None = None
-    ) -> "asyncio.Future[list[Verdict | BaseException]]":
+    def predict_pixels(self, pixels: memoryview, deadline_seconds: float | None = None) -> list[Answer[Verdict]]:
         """The rows of many pictures of raw pixels, in groups for the caller to join; all from the same weights.
 
         Each group is a usual batch: a whole request would hold up everything else for as long as it takes.
@@ -210,7 +208,7 @@ class Service:
         step = usual_batch(self.settings.max_batch) * IMAGE_BYTES
         groups = [pixels[start : start + step] for start in range(0, len(pixels), step)]
         items: list[tuple[Item, int, int]] = [(group, len(group), len(group) // IMAGE_BYTES) for group in groups]
-        return asyncio.gather(*self._batcher.submit_all(items, deadline_seconds, light=True), return_exceptions=True)
+        return self._batcher.submit_all(items, deadline_seconds, light=True)
 
     def report(self) -> dict[str, Any]:
         """The figures per class of the loaded weights, as plain types.

@@ -333,7 +333,7 @@ def test_much_json_is_not_read_by_the_event_loop(
     client: TestClient, monkeypatch: pytest.MonkeyPatch, count: int, aside: bool, measured: bool
 ) -> None:
     threads: dict[str, int] = {}
-    observe = open_inference._probabilities
+    run = open_inference._run
 
     def spy_decode(*given: Any, **options: Any) -> Any:
         threads["decode"] = threading.get_ident()
@@ -341,10 +341,10 @@ def test_much_json_is_not_read_by_the_event_loop(
 
     async def spy_event_loop(*given: Any) -> Any:
         threads["event loop"] = threading.get_ident()
-        return await observe(*given)
+        return await run(*given)
 
     monkeypatch.setattr(open_inference, "decode", spy_decode)
-    monkeypatch.setattr(open_inference, "_probabilities", spy_event_loop)
+    monkeypatch.setattr(open_inference, "_run", spy_event_loop)
     tensor = {"name": "pixels", "shape": [count, 32, 32, 3], "datatype": "UINT8", "data": [*PIXELS * count]}
     body = json.dumps({"inputs": [tensor]}).encode()
     headers = {LENGTH: str(len(body)), "accept": "application/json"} if measured else {}

@@ -12,17 +12,21 @@ from PIL import Image
 from prometheus_client import generate_latest
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.types import Message
 
 from app.admission import Limits
 from app.batching import Batcher, Building
+from app.entries import Answer
+from app.errors import BadRequest
 from app.exposition import CountsCollector
 from app.logs import QUIET
 from app.main import create_app
 from app.model import IMAGE_BYTES
 from app.predictor import Predictor
+from app.routes.waiting import all_unless_left
 from app.service import Service
 from app.settings import Settings
-from app.statistics import Histogram, Predictions
+from app.statistics import Histogram, Predictions, Timing
 
 PNG = {"content-type": "image/png"}
 
@@ -248,6 +252,34 @@ def test_server_timing_explains_the_answer(client: TestClient, png: bytes, path:
     for part, milliseconds in parts.items():
         assert milliseconds == pytest.approx(1e3 * metrics.one(f"cifar_{part}_seconds_sum"), abs=0.006)
     assert min(parts["decode"], parts["inference"]) > 0
+
+
+@pytest.mark.anyio
+async def test_the_timing_of_several_pictures_is_that_of_the_slowest() -> None:
+    loop = asyncio.get_running_loop()
+    answers: list[Answer[str]] = [Answer(loop=loop) for _ in range(3)]
+    answers[0].timing, answers[1].timing = Timing(5.0, 1.0, 2.0), Timing(0.0, 8.0, 1.0)
+    answers[0].set_result("first")
+    answers[1].set_result("second")
+    answers[2].set_exception(unreadable := BadRequest("It was never run."))
+    outcomes, timing = await all_unless_left(unused, answers, deadline_seconds=5)
+    assert outcomes == ["first", "second", unreadable]
+    assert timing == Timing(0.0, 8.0, 1.0)
+    assert await all_unless_left(unused, answers[2:], deadline_seconds=5) == ([unreadable], None)
+
+
+async def unused() -> Message:
+    raise AssertionError("The client is watched only while there is something to wait for.")
+
+
+def test_answers_for_several_pictures_have_a_timing(client: TestClient, png: bytes) -> None:
+    batch = client.post("/predict/batch", files=[("files", png), ("files", b"no picture")])
+    infer = client.post("/v2/models/cifar/infer", content=png, headers={"inference-header-content-length": "0"})
+    for response in (batch, infer):
+        parts = parse(response.headers["server-timing"])
+        assert list(parts) == ["queue", "decode", "inference", "total"]
+        assert 0 < parts["inference"] < parts["total"]
+    assert "server-timing" not in client.post("/predict/batch", files={"files": b"no picture"}).headers
 
 
 def test_no_answer_no_timing(client: TestClient) -> None:

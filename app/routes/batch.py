@@ -7,14 +7,15 @@ from fastapi import APIRouter, Request
 from pydantic_core import to_json
 from starlette.responses import Response
 
+from app.entries import Answer
 from app.errors import BadRequest, BodyTooLarge, UnsupportedMedia
-from app.exchange import LIGHT_BYTES, content_kind, headers_of
+from app.exchange import LIGHT_BYTES, Reply, content_kind, headers_of
 from app.images import OWN_FAULTS, Resize, check_raw
 from app.model import IMAGE_BYTES
 from app.multipart import read_fields
 from app.routes import ResizeQuery, ServiceDep, TopKQuery
 from app.routes.answers import model_info, scores
-from app.routes.waiting import unless_left
+from app.routes.waiting import all_unless_left
 from app.schemas import BINARY, BatchPrediction, refusals
 from app.service import Service, Verdict
 
@@ -53,7 +54,9 @@ async def predict_batch(
     suffer. Raw pixels cost the least: nothing has to be decoded."""
     predictions: list[dict[str, Any]] = []
     checkpoint = service.checkpoint  # for the case that no picture can be read
-    for answer in await _answers(request, service, resize):
+    answers = await _submit(request, service, resize)
+    outcomes, timing = await all_unless_left(request.receive, answers, service.settings.deadline_seconds)
+    for answer in outcomes:
         if isinstance(answer, OWN_FAULTS):
             predictions.append({"error": str(answer), "detail": answer.detail})
         elif isinstance(answer, BaseException):
@@ -62,14 +65,14 @@ async def predict_batch(
             rows, checkpoint = answer
             predictions += [scores(row, checkpoint, top_k) for row in rows]
     body = {"predictions": predictions, "model": model_info(checkpoint)}
-    return Response(to_json(body), media_type="application/json")
+    return Reply(to_json(body), timing=timing).response(request)
 
 
-async def _answers(request: Request, service: Service, resize: Resize | None) -> list[Verdict | BaseException]:
-    """A verdict on each picture or group of pictures, or an error in the place of one picture."""
+async def _submit(request: Request, service: Service, resize: Resize | None) -> list[Answer[Verdict]]:
+    """For each picture, or group of raw ones, the verdict to come."""
     headers = headers_of(request)
     kind, content_type = content_kind(headers)
-    most, deadline_seconds = service.settings.max_pictures, service.settings.deadline_seconds
+    most = service.settings.max_pictures
     refusal = BodyTooLarge(
         f"The request has more than {most:,} pictures, which is what is accepted at a time. Send several requests.",
         detail={"max_pictures": most},
@@ -87,13 +90,12 @@ async def _answers(request: Request, service: Service, resize: Resize | None) ->
             )
         if not fields:
             raise BadRequest("The form has no field; expected is a field `files` for each picture.")
-        pictures = service.predict_pictures([content for _, content in fields], resize)
-        return await unless_left(request.receive, pictures, deadline_seconds)
+        return service.predict_pictures([content for _, content in fields], resize)
     if kind == "application/octet-stream":
         body = await service.intake.read(headers, request.receive)
         if len(body) > most * IMAGE_BYTES:
             raise refusal
-        return await unless_left(request.receive, service.predict_pixels(check_raw(body)), deadline_seconds)
+        return service.predict_pixels(check_raw(body))
     raise UnsupportedMedia(
         f"The body has the content type {kind!r}. Accepted are multipart/form-data with a field `files` for each "
         "picture (curl -F files=@1.png -F files=@2.png), or raw pixels as application/octet-stream."

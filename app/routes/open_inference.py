@@ -20,9 +20,10 @@ from app.open_inference import schemas, spec
 from app.open_inference.request import Inference, decode, json_length
 from app.open_inference.response import encode
 from app.routes import ResizeQuery, ServiceDep, TotalDep, check_ready
-from app.routes.waiting import unless_left
+from app.routes.waiting import all_unless_left
 from app.schemas import BINARY, refusals
 from app.service import Rows, Service, Verdict
+from app.statistics import Timing
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 
@@ -236,7 +237,7 @@ async def respond(headers: Headers, receive: Receive, service: Service, resize: 
     else:
         with service.intake.holding(len(body)):
             inference = await asyncio.to_thread(read)
-    rows, checkpoint = await _probabilities(receive, service, inference, resize)
+    (rows, checkpoint), timing = await _run(receive, service, inference, resize)
     probabilities_NK, familiarity_N = zip(*rows, strict=True)
     answer, json_bytes = encode(inference, probabilities_NK, familiarity_N, checkpoint.classes, checkpoint.sha256[:12])
     extra = [] if json_bytes is None else [(JSON_LENGTH, b"%d" % json_bytes)]
@@ -244,7 +245,7 @@ async def respond(headers: Headers, receive: Receive, service: Service, resize: 
     if accepted is not None and len(answer) > WORTH_COMPRESSING_BYTES:
         extra.append((b"content-encoding", accepted.encode()))
         answer = await asyncio.to_thread(compression.deflate, answer, accepted)
-    return Reply(answer, JSON if json_bytes is None else OCTETS, tuple(extra))
+    return Reply(answer, JSON if json_bytes is None else OCTETS, tuple(extra), timing)
 
 
 def _encoding(headers: Headers) -> str | None:
@@ -258,16 +259,18 @@ def _encoding(headers: Headers) -> str | None:
     return encoding
 
 
-async def _probabilities(receive: Receive, service: Service, inference: Inference, resize: Resize | None) -> Verdict:
+async def _run(
+    receive: Receive, service: Service, inference: Inference, resize: Resize | None
+) -> tuple[Verdict, Timing | None]:
     """The rows of all pictures of the request; if one of them cannot be read, the request fails and says which."""
     if inference.pixels is not None:
-        future = service.predict_pixels(check_raw(inference.pixels), inference.timeout_seconds)
+        answers = service.predict_pixels(check_raw(inference.pixels), inference.timeout_seconds)
     else:
-        future = service.predict_pictures(inference.pictures, resize, inference.timeout_seconds)
-    answers = await unless_left(receive, future, service.settings.deadline_seconds)
+        answers = service.predict_pictures(inference.pictures, resize, inference.timeout_seconds)
+    outcomes, timing = await all_unless_left(receive, answers, service.settings.deadline_seconds)
     rows: Rows = []
     checkpoint = service.checkpoint
-    for index, answer in enumerate(answers):
+    for index, answer in enumerate(outcomes):
         if isinstance(answer, OWN_FAULTS):
             name = spec.IMAGE.name
             raise BadRequest(f"Input {name!r}, element {index}: {answer}", detail={"input": name, "index": index})
@@ -275,4 +278,4 @@ async def _probabilities(receive: Receive, service: Service, inference: Inferenc
             raise answer
         rows += answer.rows
         checkpoint = answer.checkpoint
-    return Verdict(rows, checkpoint)
+    return Verdict(rows, checkpoint), timing

@@ -1,12 +1,15 @@
 """Waiting for an answer as long as somebody wants it."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import TypeVar
 
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
+from app.entries import Answer
 from app.errors import DeadlineExceeded
+from app.statistics import Timing
 
 T = TypeVar("T")
 
@@ -42,6 +45,15 @@ async def unless_left(receive: Receive, future: asyncio.Future[T], deadline_seco
         timer.cancel()
         while watching:
             watching.pop().cancel()
+
+
+async def all_unless_left(
+    receive: Receive, answers: Sequence[Answer[T]], deadline_seconds: float
+) -> tuple[list[T | BaseException], Timing | None]:
+    """What became of each, and where the time of the slowest went; None if nothing ran. As `unless_left`."""
+    outcomes = await unless_left(receive, asyncio.gather(*answers, return_exceptions=True), deadline_seconds)
+    timings = [answer.timing for answer in answers if hasattr(answer, "timing")]  # one that failed before has none
+    return outcomes, max(timings, key=sum, default=None)
 
 
 async def _give_up(receive: Receive, future: asyncio.Future[T], deadline_seconds: float) -> Exception:
