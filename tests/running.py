@@ -77,7 +77,7 @@ def refusal(*arguments: str, **variables: str) -> str:
 class Outcome(NamedTuple):
     begun_at: float
     status: int
-    """0 if the connection was refused or closed without an answer."""
+    """0 if nobody listened; a connection that is closed without an answer is an error."""
     headers: dict[str, str]
     body: bytes
 
@@ -90,7 +90,7 @@ def post(url: str, path: str, body: bytes) -> Outcome:
         response = connection.getresponse()
         headers = {name.lower(): value for name, value in response.getheaders()}
         return Outcome(begun_at, response.status, headers, response.read())
-    except (ConnectionError, http.client.RemoteDisconnected):
+    except ConnectionRefusedError:
         return Outcome(begun_at, 0, {}, b"")
     finally:
         connection.close()

@@ -218,13 +218,7 @@ def test_after_sigterm_all_that_comes_within_the_grace_is_answered(
         stop = threading.Event()
         stack.callback(stop.set)
 
-        def ask() -> list[Outcome]:
-            outcomes = []
-            while not stop.is_set():
-                outcomes.append(post(url, "/predict", png))
-            return outcomes
-
-        asking = [pool.submit(ask) for _ in range(4)]
+        asking = [pool.submit(ask_until, stop, url, png) for _ in range(4)]
         assert get(f"{url}/readyz")[0] == 200
         time.sleep(0.3)
         signalled_at = time.monotonic()
@@ -263,6 +257,13 @@ def pictures_admitted(url: str) -> float:
     return sum(map(float, found))
 
 
+def ask_until(stop: threading.Event, url: str, png: bytes) -> list[Outcome]:
+    outcomes = []
+    while not stop.is_set():
+        outcomes.append(post(url, "/predict", png))
+    return outcomes
+
+
 def probe_ready(url: str) -> Outcome:
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=SECONDS)
     connection.request("GET", "/readyz")
@@ -290,8 +291,13 @@ def test_sighup_has_the_weights_read_anew_and_a_bad_file_is_a_line_in_the_log(
         given = random_checkpoint(evaluation=random_evaluation())
         given.state_dict["fc3.bias"].fill_(1.0)
         new = checkpoint.save(given, path)[:12]
-        process.send_signal(signal.SIGHUP)
-        eventually(lambda: served(url, png) == new)
+        stop = threading.Event()
+        with ThreadPoolExecutor(4) as pool:
+            asking = [pool.submit(ask_until, stop, url, png) for _ in range(4)]
+            process.send_signal(signal.SIGHUP)
+            eventually(lambda: served(url, png) == new)
+            stop.set()
+        assert {outcome.status for asked in asking for outcome in asked.result()} == {200}
         process.send_signal(signal.SIGTERM)
         assert process.wait(SECONDS) == 0
 
