@@ -169,7 +169,7 @@ class NotOffered(RequestError):
 
 
 class NotReady(RequestError):
-    """The service is starting or stopping."""
+    """The service is stopping, or is not running."""
 
     status = 503
     reason = "not_ready"

@@ -32,21 +32,24 @@ class Predictor:
     """Pixels in, probabilities out."""
 
     def __init__(
-        self, engine: Engine, head: nn.Linear, calibration: Calibration, max_batch: int, records: bool
+        self, engine: Engine, head: nn.Linear, calibration: Calibration, max_batch: int, device: torch.device
     ) -> None:
         self.engine = engine
         self._head, self._calibration = head, calibration
-        self._max_batch, self._records = max_batch, records
+        self._max_batch, self._device = max_batch, device
 
     def warm_up(self) -> Iterator[None]:
-        """Run batches of 1, 2, 4, 8, ... pictures, one a step: the first run of a size also chooses its kernels.
+        """Run batches of some sizes, one a step: the first run of a size also chooses its kernels.
 
-        On an NVIDIA GPU all others are filled up to these, which run twice, because the second run records them. On a
-        CPU the first batch of any other size takes some 5 ms longer; to run one of each would add a fifth to the start.
+        On a GPU these are 1, 2, 4, 8, ... pictures. On an NVIDIA GPU all others are filled up to these, which run
+        twice, because the second run records them. On a CPU they are one picture and the usual batch: the first batch
+        of any other size takes some 5 ms longer, and to run more of them would add up to a fifth to the start.
         """
-        doubled = (2**power for power in range(self._max_batch.bit_length()))
-        for size in sorted({*doubled, self._max_batch}):
-            for _ in range(2 if self._records else 1):
+        sizes = {2**power for power in range(self._max_batch.bit_length())} | {self._max_batch}
+        if self._device.type == "cpu":
+            sizes = {1, usual_batch(self._max_batch)}
+        for size in sorted(sizes):
+            for _ in range(2 if self._device.type == "cuda" else 1):
                 self.predict(torch.zeros(size, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8))
                 yield
 
@@ -91,4 +94,4 @@ def build(
     # The last layer is small; in bfloat16 its logits would be so coarse that two classes often shared the highest.
     body, head = model.split(folded)
     chosen = yield from engine.choose(body, device, name=engine_name, threads=threads, batch=usual_batch(max_batch))
-    return Predictor(chosen, head, checkpoint.calibration, max_batch, records=device.type == "cuda")
+    return Predictor(chosen, head, checkpoint.calibration, max_batch, device)

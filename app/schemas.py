@@ -199,7 +199,7 @@ MEANINGS = {
     429: "The service is overloaded. The header Retry-After says when to try again.",
     500: "A bug in the service; its log has the details under the request_id.",
     501: "A part of the protocol that this service does not support.",
-    503: "The service is starting or stopping. The header Retry-After says when to try again.",
+    503: "The service is stopping, or is not running. The header Retry-After says when to try again.",
     504: "The request waited too long for its turn.",
 }
 

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -128,16 +129,30 @@ class Running(NamedTuple):
     """`python -m app` on a free port."""
 
     port: int
-    pid: int
+    process: subprocess.Popen[bytes]
     ready_seconds: float
     """From the command until the first process served."""
     full_seconds: float
     """Until all processes did."""
 
+    @property
+    def workers(self) -> list[str]:
+        """The ids of the processes that it has started."""
+        return Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+
     def megabytes(self) -> float:
         """Memory of all processes; what they share is counted once for each."""
-        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-        return sum(resident_megabytes(pid) for pid in [str(self.pid), *children])
+        return sum(resident_megabytes(pid) for pid in [str(self.process.pid), *self.workers])
+
+    def replacement_seconds(self) -> float:
+        """Until another process has taken the place of one that was killed."""
+        killed = self.workers[-1]
+        start = time.perf_counter()
+        os.kill(int(killed), signal.SIGKILL)
+        while killed in self.workers:  # until its death is noticed, it still counts
+            time.sleep(0.001)
+        await_answer(self.process, self.port, "/metrics", f"\ncifar_processes {processes()}.0\n")
+        return time.perf_counter() - start
 
 
 def resident_megabytes(pid: str) -> float:
@@ -146,34 +161,42 @@ def resident_megabytes(pid: str) -> float:
     return int(match[1]) / 1024
 
 
+def processes() -> int:
+    """How many serve."""
+    return parse_settings([], os.environ).processes
+
+
+def await_answer(process: subprocess.Popen[bytes], port: int, path: str, expected: str) -> None:
+    """Ask until the answer holds `expected`."""
+    while True:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=1) as response:
+                if expected in response.read().decode():
+                    return
+        except OSError:
+            if process.poll() is not None:
+                sys.exit("The service did not start; `make serve` says why.")
+        time.sleep(0.02)
+
+
 @contextmanager
-def service() -> Iterator[Running]:
+def service(*flags: str) -> Iterator[Running]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     start = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, "-m", "app", "--port", str(port)],
+        [sys.executable, "-m", "app", "--port", str(port), *flags],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
 
-    def seconds_until(path: str, expected: str) -> float:
-        while True:
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=1) as response:
-                    if expected in response.read().decode():
-                        return time.perf_counter() - start
-            except OSError:
-                if process.poll() is not None:
-                    sys.exit("The service did not start; `make serve` says why.")
-            time.sleep(0.02)
-
     try:
-        ready_seconds = seconds_until("/readyz", "ready")
-        processes = parse_settings([], os.environ).processes
-        yield Running(port, process.pid, ready_seconds, seconds_until("/metrics", f"\ncifar_processes {processes}.0\n"))
+        await_answer(process, port, "/readyz", "ready")
+        ready_seconds = time.perf_counter() - start
+        await_answer(process, port, "/metrics", f"\ncifar_processes {processes()}.0\n")
+        yield Running(port, process, ready_seconds, time.perf_counter() - start)
     finally:
         process.terminate()
         process.wait(timeout=30)
@@ -270,6 +293,8 @@ def main() -> None:
         milliseconds, rate = engine_speeds(architecture)
         print(f"| the engine alone, {architecture}, one picture | {milliseconds:.2f} ms |")
         print(f"| the engine alone, {architecture}, batches of 32 | {rate:,.0f} pictures/s |", flush=True)
+    with service("--engine", "torch") as running:
+        print(f"| start-up with the engine torch, command to ready | {running.ready_seconds:.1f} s |")
     with service() as running, tempfile.TemporaryDirectory() as name:
         script = Path(name) / "post.lua"
         script.write_text(LUA)
@@ -292,6 +317,8 @@ def main() -> None:
         rate = load(running.port, BATCH_CONNECTIONS, script, listing, octets, SECONDS, "/predict/batch")["rate"]
         print(f"| `/predict/batch`, raw pixels, {BATCH} a request | {BATCH * rate:,.0f} pictures/s |")
         print(f"| memory after the load | {running.megabytes():,.0f} MB |")
+        if processes() > 1:
+            print(f"| a killed process is replaced after | {running.replacement_seconds():.1f} s |")
 
 
 if __name__ == "__main__":

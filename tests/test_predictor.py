@@ -98,19 +98,24 @@ def test_the_number_of_threads_is_kept() -> None:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("max_batch", "sizes"), [(1, [1]), (5, [1, 2, 4, 5]), (64, [1, 2, 4, 8, 16, 32, 64])])
-def test_warming_up_doubles_the_size(max_batch: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("device", "max_batch", "sizes"),
+    [
+        ("cpu", 1, [1]),
+        ("cpu", 20, [1, 20]),
+        ("cpu", 128, [1, 32]),
+        ("mps", 20, [1, 2, 4, 8, 16, 20]),
+        ("cuda", 4, [1, 1, 2, 2, 4, 4]),
+        ("cuda", 20, [1, 1, 2, 2, 4, 4, 8, 8, 16, 16, 20, 20]),
+    ],
+)
+def test_warming_up_runs_what_the_device_needs(
+    device: str, max_batch: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An NVIDIA GPU records the second run of each size."""
     predictor, seen = finish(build(random_checkpoint(), CPU, threads=1, max_batch=max_batch)), []
+    monkeypatch.setattr(predictor, "_device", torch.device(device))
     monkeypatch.setattr(predictor, "predict", lambda pixels_NCHW: seen.append(len(pixels_NCHW)))
     for _ in predictor.warm_up():
         pass
     assert seen == sizes
-
-
-def test_on_a_gpu_the_sizes_that_are_recorded_are_run_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    predictor, seen = finish(build(random_checkpoint(), CPU, threads=1, max_batch=20)), []
-    monkeypatch.setattr(predictor, "_records", True)
-    monkeypatch.setattr(predictor, "predict", lambda pixels_NCHW: seen.append(len(pixels_NCHW)))
-    for _ in predictor.warm_up():
-        pass
-    assert seen == [1, 1, 2, 2, 4, 4, 8, 8, 16, 16, 20, 20]
