@@ -27,7 +27,7 @@ from app.statistics import Timing, Traffic
 
 logger = logging.getLogger(__name__)
 
-REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=|~@-]{1,128}")
 """What is accepted as X-Request-ID. Anything else could forge log lines."""
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 UNMATCHED = "unmatched"
@@ -76,7 +76,7 @@ class Boundary:
             await self.app(scope, receive, send)
             return
         started_at = monotonic()
-        status, method = LEFT, scope["method"]
+        status, method, root = LEFT, scope["method"], scope.get("root_path", "")
         if method == "HEAD":  # answered wherever GET is (RFC 9110, section 9.3.2); the server drops the body
             scope = {**scope, "method": "GET"}
         state = scope.setdefault("state", {})
@@ -100,7 +100,7 @@ class Boundary:
             state["refusal"] = error.reason
             await refusal(error, state["request_id"]).send(send_with_id)
         except Exception:  # a defect of ours: the client gets a sentence, the log the traceback
-            where = (state["request_id"], method, self._route(scope))
+            where = (state["request_id"], method, self._route(scope, root))
             logger.exception("Request %s, %s %s:", *where, extra={"request_id": where[0]})
             if status != LEFT:
                 raise
@@ -109,14 +109,16 @@ class Boundary:
         finally:
             seconds = monotonic() - started_at
             counted = method if method in METHODS else "OTHER"
-            self.ledger.record(self._route(scope), counted, status, seconds, state["request_id"], state.get("refusal"))
+            route, refused = self._route(scope, root), state.get("refusal")
+            self.ledger.record(route, counted, status, seconds, state["request_id"], refused)
 
-    def _route(self, scope: Scope) -> str:
-        """The template of the path: the path itself, that of the matched route, or a mounted application's root."""
-        path: str = scope["path"]
+    def _route(self, scope: Scope, root: str) -> str:
+        """The template of the path: the path itself, that of the matched route, or a mounted application's root; all
+        below the `root` that this application is mounted at."""
+        path: str = scope["path"].removeprefix(root)
         if path in self.paths:
             return path
-        return getattr(scope.get("route"), "path", "") or scope.get("root_path", "") or UNMATCHED
+        return getattr(scope.get("route"), "path", "") or scope.get("root_path", "").removeprefix(root) or UNMATCHED
 
 
 def request_id_of(headers: Headers) -> str:

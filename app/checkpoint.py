@@ -127,12 +127,13 @@ def save(checkpoint: Checkpoint, path: Path) -> str:
     return save_tensors(path, content)
 
 
-def load(path: Path) -> Checkpoint:
+def load(path: Path | str) -> Checkpoint:
     """Read a weights file.
 
     Raises:
         CheckpointError: with a sentence that says what is wrong with the file and what is expected.
     """
+    path = Path(path)
     try:
         raw = read_regular(path)
     except FileNotFoundError:

@@ -5,10 +5,12 @@ Three layouts are recognised, in this order:
     CIFAR-10, binary    data_batch_1.bin ... data_batch_5.bin and test_batch.bin
     CIFAR-10, python    data_batch_1 ... data_batch_5 and test_batch, as torchvision downloads them
     class folders       one folder per class with its pictures directly in it: cats/1.png, dogs/a.jpg, ...
+                        or both parts in folders of their own: train/cats/1.png, test/cats/2.png, ...
 
 The first two may lie in the folder itself or in the subfolder their archive unpacks to. Pictures of class folders are
-cut to the centre square and resized to 32x32 (`app.images`, "crop"); a fifth of each class is the test part, chosen by
-the hash of the file names, so that a picture used for training hardly ever becomes a test picture.
+cut to the centre square and resized to 32x32 (`app.images`, "crop"). Unless they have parts of their own, a fifth of
+each class is the test part, chosen by the hash of the file names, so that a picture used for training hardly ever
+becomes a test picture.
 
 Shape letters: N images, C = 3 channels, H = W = 32.
 """
@@ -44,6 +46,10 @@ PICTURE_SUFFIXES = {
 MAX_PICTURE_BYTES = 512 * 1024 * 1024
 """More than `images.MAX_PIXELS` take in any format: a film, most likely."""
 TEST_SHARE = 1 / 5
+OWN_PARTS = {"training": "train", "test": "test"}
+"""The folders of class folders that are divided already, by part."""
+SYSTEM_FILES = {"Thumbs.db", "desktop.ini", "__MACOSX"}
+"""What Windows and macOS leave in folders and archives, besides hidden files."""
 NAMED_FILES = 5
 UNREADABLE = (
     *(pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError, AttributeError, RuntimeError),
@@ -126,11 +132,15 @@ def _read(folder: Path, parts: Sequence[str]) -> list[Split]:
         for layout, suffix, parse in (("bin", ".bin", _parse_records), ("py", "", _parse_pickle)):
             if (found := _find_batches(folder, layout, suffix)) is not None:
                 return [_cifar10(part, found, suffix, parse) for part in parts]
-        names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        names = _folders(folder)
         if any(_has_pictures(folder / name) for name in names):
-            return _read_class_folders(folder, names, parts)
-        for deeper in (path for name in names for path in sorted((folder / name).iterdir()) if path.is_dir()):
-            if _has_pictures(deeper) and not deeper.name.startswith("."):
+            divided = [_divide(_list(folder / name, 2, "one to train on and one to test with")) for name in names]
+            return _read_class_folders(folder, names, divided, parts)
+        deep = [folder / name / deeper for name in names for deeper in _folders(folder / name)]
+        if names == sorted(OWN_PARTS.values()) and any(map(_has_pictures, deep)):
+            return _read_own_parts(folder, parts)
+        for deeper in sorted(deep, key=lambda path: path.parent.name != OWN_PARTS["training"]):
+            if _has_pictures(deeper):
                 raise DataError(
                     f"The pictures in {folder} lie a folder too deep, as in {deeper.relative_to(folder)}; expected is "
                     f"DIR/CLASS/PICTURE. Name {deeper.parent} if its folders are the classes, or move the pictures up."
@@ -219,15 +229,31 @@ def _parse_pickle(path: Path, raw: bytearray) -> tuple[Tensor, Tensor]:
 # Class folders
 
 
-def _read_class_folders(folder: Path, names: list[str], parts: Sequence[str]) -> list[Split]:
+Divided = tuple[list[Path], list[Path]]
+"""The training and the test pictures of a class."""
+
+
+def _read_own_parts(folder: Path, parts: Sequence[str]) -> list[Split]:
+    train, test = (folder / name for name in OWN_PARTS.values())
+    names = _folders(train)
+    if different := sorted({*names} ^ {*_folders(test)}):
+        raise DataError(
+            f"In {folder}, train and test do not have the same class folders; only one of them has "
+            f"{', '.join(different[:NAMED_FILES])}{', ...' if len(different) > NAMED_FILES else ''}."
+        )
+    divided = [(_list(train / name, 1, "to train on"), _list(test / name, 1, "to test with")) for name in names]
+    return _read_class_folders(folder, names, divided, parts)
+
+
+def _read_class_folders(folder: Path, names: list[str], divided: list[Divided], parts: Sequence[str]) -> list[Split]:
     if len(names) < 2:
         raise DataError(f"The folder {folder} has the one class folder {names[0]}; a classifier needs at least two.")
     for name in names:
         if not is_text(name):
             raise DataError(f"The name of the class folder {name!r} is not UTF-8. Rename it.")
     chosen: dict[str, list[tuple[Path, int]]] = {"training": [], "test": []}
-    for label, name in enumerate(names):
-        for part, paths in zip(chosen, _divide(folder / name), strict=True):
+    for label, of_class in enumerate(divided):
+        for part, paths in zip(chosen, of_class, strict=True):
             chosen[part] += [(path, label) for path in paths]
     # Mix the classes, because training holds out the last images.
     chosen = {part: sorted(pictures, key=lambda picture: _rank(picture[0])) for part, pictures in chosen.items()}
@@ -244,13 +270,21 @@ def _read_class_folders(folder: Path, names: list[str], parts: Sequence[str]) ->
     ]
 
 
+def _visible(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if not path.name.startswith(".") and path.name not in SYSTEM_FILES]
+
+
+def _folders(folder: Path) -> list[str]:
+    return sorted(path.name for path in _visible(folder) if path.is_dir())
+
+
 def _has_pictures(folder: Path) -> bool:
     return any(path.suffix.lower() in PICTURE_SUFFIXES for path in folder.iterdir())
 
 
-def _divide(class_folder: Path) -> tuple[list[Path], list[Path]]:
-    """The training and the test files of a class. Those that are not pictures are reported later, unless hidden."""
-    found = [path for path in class_folder.iterdir() if not path.name.startswith(".")]
+def _list(class_folder: Path, least: int, purpose: str) -> list[Path]:
+    """The files of a class. Those that are not pictures are reported later."""
+    found = _visible(class_folder)
     for deeper in (path for path in found if path.is_dir()):
         if _has_pictures(deeper):
             raise DataError(
@@ -258,14 +292,18 @@ def _divide(class_folder: Path) -> tuple[list[Path], list[Path]]:
                 "Move them up, or that folder away."
             )
     paths = [path for path in found if not path.is_dir()]  # broken links stay in, to be reported, too
-    if len(paths) < 2:
+    if len(paths) < least:
         raise DataError(
             f"The class folder {class_folder} has {len(paths) or 'no'} picture{'s' * (not paths)}; a class needs at "
-            "least two, one to train on and one to test with, directly in its folder. Add some or remove the folder."
+            f"least {least}, {purpose}, directly in its folder. Add some or remove the folder."
         )
-    paths.sort(key=_rank)
+    return paths
+
+
+def _divide(paths: list[Path]) -> Divided:
+    ranked = sorted(paths, key=_rank)
     count = max(1, round(len(paths) * TEST_SHARE))
-    return paths[count:], paths[:count]
+    return ranked[count:], ranked[:count]
 
 
 def _rank(path: Path) -> bytes:

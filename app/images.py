@@ -50,6 +50,18 @@ BMP_FIELDS = struct.Struct("<14x I 10x H 16x I")
 """Bytes of the header, bits per pixel, number of colours."""
 GREY_SCALES = {"L;2": 85, "L;4": 17}
 """Factors from two and four bits to eight, by Pillow's names for what a PNG holds."""
+OTHERS = {
+    b"\x89PNG\x1a": "a PNG without its line ends, as `curl -d` sends it; use --data-binary",
+    b"data:": "they begin like a data URL; send the bytes that its base64 stands for",
+    b"iVBORw0KGgo": "they begin like a PNG in base64; send the bytes that it stands for",
+    b"/9j/": "they begin like a JPEG in base64; send the bytes that it stands for",
+    b"%PDF": "they begin like a PDF",
+    b"<svg": "they begin like SVG",
+    b"<?xml": "they begin like SVG or other XML",
+    b"II*\0": "they begin like TIFF",
+    b"MM\0*": "they begin like TIFF",
+}
+"""What is often sent instead of a picture that can be read, by how it begins."""
 METADATA = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
 """Pillow's keys for what may hold an orientation. Most small pictures have none; looking closer takes 13 us each."""
 TURNS = {
@@ -151,9 +163,17 @@ def decode(data: bytes, resize: Resize | None = None, max_pixels: int = MAX_PIXE
             raise BodyTooLarge(
                 "The PNG has more than 1 MB of text beside its pixels; save it without metadata."
             ) from None
-        raise BadRequest(
-            f"The {len(data):,} bytes are not a readable picture: another format, cut short or damaged. {ACCEPTED}"
-        ) from None
+        raise BadRequest(f"The {len(data):,} bytes are not a readable picture: {_likely(data)}. {ACCEPTED}") from None
+
+
+def _likely(data: bytes) -> str:
+    """What bytes that are no picture most likely are."""
+    for start, kind in OTHERS.items():
+        if data.startswith(start):
+            return kind
+    if data[4:8] == b"ftyp":
+        return f"they begin like {'AVIF' if data[8:11] == b'avi' else 'HEIC or a film'}"
+    return "another format, cut short or damaged"
 
 
 def check_raw(pixels: bytes | bytearray) -> memoryview:

@@ -49,6 +49,7 @@ class Server(uvicorn.Server):
         self._service = service
         self._on_started = on_started
         self._close_at = math.inf
+        self._draining_logged = False
         self._reloads: set[asyncio.Task[None]] = set()
         """Kept here, or they might be garbage-collected before their end."""
 
@@ -135,6 +136,9 @@ class Server(uvicorn.Server):
         if self._service.broken and not self.should_exit:
             logger.critical("No batch can be run any more. This process ends, so that another one can take its place.")
             self.should_exit = self._service.draining = True
+        if self._service.draining and not self._draining_logged:  # not by the signal's handler: it interrupts anything
+            self._draining_logged = True
+            logger.info("Stopping: /readyz says 503; what arrives before the socket closes is answered.")
         self.should_exit |= time.monotonic() >= self._close_at
         return await super().on_tick(counter)
 

@@ -204,7 +204,7 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
         if not variable.startswith(PREFIX) or _is_of_kubernetes(variable, value):
             continue
         if variable not in variables:
-            raise SettingsError(f"There is no setting {variable}. {_nearest(variable, [*variables])}")
+            raise SettingsError(f"There is no setting {variable}. {_nearest(variable, [*variables], PREFIX)}")
         if value:
             parsed[variables[variable]] = _parse(KNOWN[variables[variable]], variable, value)
     parsed |= {name: _parse(KNOWN[name], _flag(name), value) for name, value in flags.items() if value is not None}
@@ -230,9 +230,11 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _nearest(given: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(given, known, n=1)
-    return f"Did you mean {close[0]}?" if close else f"There are {', '.join(known)}."
+def _nearest(given: str, known: list[str], prefix: str) -> str:
+    """What was meant, if it is clear without the prefix that all have."""
+    names = {name.removeprefix(prefix).lower(): name for name in known}
+    close = difflib.get_close_matches(given.removeprefix(prefix).lower(), names, n=1)
+    return f"Did you mean {names[close[0]]}?" if close else f"There are {', '.join(known)}."
 
 
 class _Parser(argparse.ArgumentParser):
@@ -258,5 +260,5 @@ def _read_flags(arguments: Sequence[str]) -> dict[str, str | None]:
         given = unknown[0].partition("=")[0]
         if not given.startswith("-"):
             raise SettingsError(f"Nothing was expected where {given!r} stands. See `python -m app --help`.")
-        raise SettingsError(f"There is no flag {given}. {_nearest(given, [_flag(name) for name in KNOWN])}")
+        raise SettingsError(f"There is no flag {given}. {_nearest(given, [_flag(name) for name in KNOWN], '--')}")
     return vars(flags)

@@ -346,9 +346,42 @@ def test_a_film_among_the_pictures_is_not_read_into_memory(tmp_path: Path) -> No
         data.read(folder)
 
 
+def test_what_systems_leave_in_folders_is_no_picture(tmp_path: Path) -> None:
+    folder = write_class_folders(tmp_path, {"ant": 3, "bee": 3})
+    for left in ("ant/Thumbs.db", "bee/.DS_Store", "bee/desktop.ini"):
+        (folder / left).write_bytes(b"no picture")
+    (folder / "__MACOSX").mkdir()
+    assert data.read(folder)[0].classes == ("ant", "bee")
+
+
+def test_class_folders_may_be_divided_already(tmp_path: Path) -> None:
+    write_class_folders(tmp_path / "train", {"ant": 4, "bee": 1})
+    write_class_folders(tmp_path / "test", {"ant": 1, "bee": 2})
+    train, test = data.read(tmp_path)
+    assert (train.name, test.name) == (f"{tmp_path.name} training", f"{tmp_path.name} test")
+    assert train.classes == test.classes == ("ant", "bee")
+    assert train.labels_N.bincount().tolist() == [4, 1]
+    assert test.labels_N.bincount().tolist() == [1, 2]
+    assert data.read_test(tmp_path).digest == test.digest
+
+
+@pytest.mark.parametrize(
+    ("test", "sentence"),
+    [
+        ({"ant": 1}, r"train and test do not have the same class folders; only one of them has bee\."),
+        ({"ant": 1, "bee": 0}, r"test/bee has no pictures; a class needs at least 1, to test with, directly"),
+    ],
+    ids=["another class", "no picture"],
+)
+def test_both_parts_have_pictures_of_each_class(tmp_path: Path, test: dict[str, int], sentence: str) -> None:
+    write_class_folders(tmp_path / "train", {"ant": 2, "bee": 2})
+    write_class_folders(tmp_path / "test", test)
+    with pytest.raises(DataError, match=sentence):
+        data.read(tmp_path)
+
+
 def test_class_folders_one_level_too_deep_are_pointed_to(tmp_path: Path) -> None:
-    """As data sets with a folder for training and one for the test have them."""
-    (tmp_path / "train").mkdir()
+    write_class_folders(tmp_path / "new", {"ant": 2, "bee": 2})
     folder = write_class_folders(tmp_path / "train", {"ant": 2, "bee": 2})
     with pytest.raises(
         DataError, match=r"a folder too deep, as in train/ant; .* Name \S+/train if its folders are"
@@ -387,8 +420,8 @@ def test_a_folder_whose_name_is_no_text_has_another_name_in_reports(tmp_path: Pa
 @pytest.mark.parametrize(
     ("counts", "sentence"),
     [
-        ({"ant": 3, "bee": 0}, r"bee has no pictures; a class needs at least two"),
-        ({"ant": 3, "bee": 1}, r"bee has 1 picture; a class needs at least two"),
+        ({"ant": 3, "bee": 0}, r"bee has no pictures; a class needs at least 2, one to"),
+        ({"ant": 3, "bee": 1}, r"bee has 1 picture; a class needs at least 2, one to"),
         ({"ant": 3}, r"has the one class folder ant; a classifier needs at least two"),
     ],
 )

@@ -222,7 +222,7 @@ def test_too_late_is_504(client: TestClient, png: bytes, monkeypatch: pytest.Mon
     refused(client.post("/predict", content=png, headers=OCTETS), 504, "waited longer than 5 seconds for its turn")
 
 
-@pytest.mark.parametrize("given", ["abc", "7d1f-00:9_x.Y", "a" * 128])
+@pytest.mark.parametrize("given", ["abc", "7d1f-00:9_x.Y", "Root=1-a+b/c==", "svc|42~@", "a" * 128])
 def test_a_wellformed_request_id_is_kept(client: TestClient, given: str) -> None:
     assert client.get("/healthz", headers={"x-request-id": given}).headers["x-request-id"] == given
 

@@ -1,5 +1,6 @@
 """Every format and mode of Pillow, every way of resizing, and whatever a stranger may send."""
 
+import base64
 import random
 import struct
 import subprocess
@@ -368,14 +369,12 @@ def test_odd_metadata_are_nothing_to_warn_of() -> None:
     [
         b"",
         b"no picture",
-        b"<svg/>",
-        encode(drawing(), "TIFF"),
         encode(drawing())[:-200],
         encode(drawing(), "JPEG")[:300],
         without_palette(encode(drawing().quantize(16))),
         encode(drawing())[:-12] + chunk(b"zTXt", b"a\0\1") + encode(drawing())[-12:],
     ],
-    ids=["empty", "text", "svg", "tiff", "cut png", "cut jpeg", "no palette", "unknown compression after the pixels"],
+    ids=["empty", "text", "cut png", "cut jpeg", "no palette", "unknown compression after the pixels"],
 )
 def test_what_is_no_picture_gets_a_sentence(data: bytes) -> None:
     with pytest.raises(BadRequest) as refusal:
@@ -384,6 +383,31 @@ def test_what_is_no_picture_gets_a_sentence(data: bytes) -> None:
         f"The {len(data):,} bytes are not a readable picture: another format, cut short or damaged. "
         "Accepted are PNG, JPEG, WebP, BMP and GIF."
     )
+
+
+@pytest.mark.parametrize(
+    ("data", "likely"),
+    [
+        (
+            encode(drawing()).replace(b"\r", b"").replace(b"\n", b""),
+            "a PNG without its line ends, as `curl -d`",
+        ),
+        (b"data:image/png;base64," + base64.b64encode(encode(drawing())), "they begin like a data URL; send the bytes"),
+        (base64.b64encode(encode(drawing())), "they begin like a PNG in base64; send the bytes"),
+        (base64.b64encode(encode(drawing(), "JPEG")), "they begin like a JPEG in base64; send the bytes"),
+        (encode(drawing(), "PDF"), "they begin like a PDF. Accepted are"),
+        (b"<svg/>", "they begin like SVG. Accepted are"),
+        (b'<?xml version="1.0"?><svg/>', "they begin like SVG or other XML. Accepted are"),
+        (encode(drawing(), "TIFF"), "they begin like TIFF. Accepted are"),
+        (b"\0\0\0\x18ftypheic", "they begin like HEIC or a film. Accepted are"),
+        (b"\0\0\0\x20ftypavif", "they begin like AVIF. Accepted are"),
+    ],
+    ids=["curl -d", "data url", "png64", "jpeg64", "pdf", "svg", "xml", "tiff", "heic", "avif"],
+)
+def test_what_is_often_sent_instead_is_called_by_its_name(data: bytes, likely: str) -> None:
+    with pytest.raises(BadRequest) as refusal:
+        pixels(data)
+    assert str(refusal.value).startswith(f"The {len(data):,} bytes are not a readable picture: {likely}")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # of broken metadata, which does not stop Pillow

@@ -2,6 +2,8 @@
 
 import asyncio
 import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -229,6 +231,28 @@ def test_the_routes_that_are_not_logged_exist(client: TestClient) -> None:
     assert {(method, route) for method, route, _ in labels_of_requests(scrape(client))} == {
         ("GET", path) for path in QUIET
     }
+
+
+def test_below_a_mount_routes_are_called_what_they_are_without_one(settings: Settings, png: bytes) -> None:
+    app = create_app(settings)
+
+    @asynccontextmanager
+    async def lifespan(_outer: FastAPI) -> AsyncIterator[None]:
+        async with app.router.lifespan_context(app):
+            yield
+
+    outer = FastAPI(lifespan=lifespan)
+    outer.mount("/ml", app)
+    with TestClient(outer) as client:
+        assert client.post("/ml/predict", content=png, headers=PNG).status_code == 200
+        for path in ("/ml/nothing", "/ml/openapi.json", "/ml/static/docs.js"):
+            client.get(path)
+        assert set(labels_of_requests(Metrics(client.get("/ml/metrics").text))) == {
+            ("POST", "/predict", "200"),
+            ("GET", "unmatched", "404"),
+            ("GET", "/openapi.json", "200"),
+            ("GET", "/static", "200"),
+        }
 
 
 def parse(header: str) -> dict[str, float]:

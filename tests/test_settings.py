@@ -101,6 +101,7 @@ def test_an_empty_variable_counts_as_none() -> None:
         ([], {"CIFAR_HOST": " "}, "CIFAR_HOST is ' '; accepted is a host name or an address."),
         (["--port", "1"], {"CIFAR_PORT": "x"}, "CIFAR_PORT is 'x'; accepted is a whole number"),
         ([], {"CIFAR_PROT": "1"}, "There is no setting CIFAR_PROT. Did you mean CIFAR_PORT?"),
+        ([], {"CIFAR_TIMEOUT": "1"}, "There is no setting CIFAR_TIMEOUT. There are CIFAR_WEIGHTS, CIFAR_DATA, "),
         ([], {"CIFAR_QQQQQQQQ": "1"}, "There is no setting CIFAR_QQQQQQQQ. There are CIFAR_WEIGHTS, CIFAR_DATA"),
         (["--prot=1"], {}, "There is no flag --prot. Did you mean --port?"),
         (["--por", "1"], {}, "There is no flag --por. Did you mean --port?"),
