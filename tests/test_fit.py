@@ -178,7 +178,10 @@ def test_a_run_goes_on_where_pictures_lie_in_memory_in_another_way(
 @pytest.mark.parametrize(
     ("other", "sentence"),
     [
-        ({"recipe": dataclasses.replace(DEBUG, batch_size=8, epochs=3)}, "another value of: epochs, batch_size"),
+        (
+            {"recipe": dataclasses.replace(DEBUG, batch_size=8, epochs=3)},
+            r"another value of: epochs 2 \(now 3\), batch_size 16 \(now 8\)\.",
+        ),
         ({"split": stripes(44)}, "another value of: images"),
         ({"teachers": Teachers([random_checkpoint()], CIFAR10_CLASSES)}, "another value of: teachers"),
     ],

@@ -371,7 +371,7 @@ def test_interrupting_leaves_no_half_written_file(data_folder: Path, sent: signa
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors.decode()
     assert b"Traceback" not in errors
-    assert b"goes on from there with --resume and its --name" in errors
+    assert b"goes on from there with the same command and --resume --name NAME" in errors
     left = {path.name for path in state_file.parent.iterdir() if "tfevents" not in path.name}
     assert left <= {".lock", "state.pt", "log.jsonl", "curves.png"}
     assert len(torch.load(state_file, weights_only=True)["rows"]) >= 1
@@ -478,7 +478,11 @@ def test_evaluate_agrees_with_the_file_and_prints_only_json(
     evaluation = load(Path(weights)).evaluation
     assert evaluation is not None
     assert figures["confusion"] == evaluation.confusion_KK.tolist()
-    assert figures["weights"] == {"file": "cifar_net.pth", "sha256": load(Path(weights)).sha256}
+    assert figures["weights"] == {
+        "file": "cifar_net.pth",
+        "sha256": load(Path(weights)).sha256,
+        "trained_on": "120 of CIFAR-10 training, 120 images",
+    }
     assert figures["calibration"]["nll"] == pytest.approx(evaluation.nll, rel=1e-4)
 
 
@@ -496,6 +500,24 @@ def test_what_cannot_be_written_is_a_sentence_after_the_figures(
         said = capsys.readouterr()
         assert figures in said.out
         assert re.fullmatch(r"\S+ cannot be read or written: .+\.\n", said.err)
+
+
+def test_resuming_by_another_recipe_says_so_before_it_misses_teachers(
+    finished_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(finished_folder)
+    assert cli.main(["train", "--resume", "--name", "plain", "--data", "."]) == 2
+    said = capsys.readouterr().err
+    assert "was started with another value of: network net (now cifar_net), epochs " in said
+    assert "Resume it with the same flags" in said
+
+
+@pytest.mark.parametrize(("command", "unknown"), [("train", "--lr"), ("evaluate", "weights.pth")])
+def test_a_flag_that_a_command_does_not_have(command: str, unknown: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, unknown, "0.1"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"{command} has no {unknown}. See python -m training {command} --help.\n"
 
 
 @pytest.mark.parametrize("threads", ["-1", "0", "x", "1025"])

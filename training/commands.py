@@ -40,7 +40,7 @@ from training.config import RECIPES, Recipe, override
 from training.data import download, hold_out, locate
 from training.distill import Teachers
 from training.evaluate import evaluate, format_report, predict, validate
-from training.fit import Row, compute_dtype, fit, initialize, join_workers
+from training.fit import Row, check_same_recipe, compute_dtype, fit, initialize, join_workers
 from training.flags import RUNS, parser
 from training.log import RunLog, read_rows, write_rows
 from training.provenance import hold_out_for, load_teachers, provenance, take_over_calibration
@@ -66,6 +66,8 @@ def train_command(options: argparse.Namespace) -> None:
         raise ValueError("Which run is to be resumed? Give the --name of its folder under runs/.")
     # With the process id: a script may start several in one second.
     run = RUNS / (options.name or f"{options.recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    if options.resume and (run / "state.pt").exists():
+        check_same_recipe(run / "state.pt", recipe)
     images, test = data.read(locate(options.data, os.environ))
     if options.calibration and recipe.validation:
         raise ValueError("A run with --validation makes its own calibration; leave out --calibration, or --validation.")
@@ -196,7 +198,7 @@ def evaluate_command(options: argparse.Namespace) -> None:
     split = _split(options, checkpoint)
     evaluation = evaluate(checkpoint, split, choose_device(options.device), batch_size=options.batch_size)
     figures = report(evaluation, checkpoint.classes)
-    figures["weights"] = {"file": options.weights.name, "sha256": checkpoint.sha256}
+    figures["weights"] = _identify(options.weights, checkpoint)
     print(json.dumps(figures, indent=2) if options.json else format_report(figures))
     if checkpoint.calibration.digest == split.digest and not options.json:
         print(FLATTERED)
@@ -288,7 +290,7 @@ def plot_command(options: argparse.Namespace) -> None:
     }
     for name, figure in figures.items():
         plots.save(figure, options.out / name)
-        print(f"Wrote {options.out / name}.")
+        print(f"Wrote {options.out / name}: {options.weights.name} {checkpoint.sha256[:12]} on {evaluation.dataset}.")
 
 
 def summary_command(options: argparse.Namespace) -> None:
@@ -337,7 +339,10 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; a user's mistake ends in one sentence, not in a traceback."""
-    options = parser(__doc__).parse_args(arguments)
+    root = parser(__doc__)
+    options, unknown = root.parse_known_args(arguments)
+    if unknown:  # the parser's own message would show how the commands are called, and not this one
+        root.exit(2, f"{options.command} has no {unknown[0]}. See python -m training {options.command} --help.\n")
     try:
         if out := getattr(options, "out", None):
             _check_writable(out / "confusion.png" if options.command == "plot" else out)
@@ -356,7 +361,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(
-            "Interrupted; what was finished is kept. A training goes on from there with --resume and its --name.",
+            "Interrupted; the epochs that were finished are kept. A training goes on from there with the same command "
+            "and --resume --name NAME, its folder under runs/.",
             file=sys.stderr,
         )
         return 130

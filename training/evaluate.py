@@ -85,6 +85,7 @@ def format_report(report: dict[str, Any]) -> str:
     width = max(len("class"), *(len(row["label"]) for row in rows))
     lines = [
         f"{dataset['name']}: {dataset['images']:,} images, sha256 {dataset['sha256'][:12]}",
+        *_weights(report.get("weights")),
         f"accuracy {_percent(report['accuracy'])}  ({report['correct']:,} of {dataset['images']:,}; "
         f"95 % Wilson interval {_interval(report['interval'])})",
         "",
@@ -114,6 +115,12 @@ def format_report(report: dict[str, Any]) -> str:
             f"{sets['target']:.0%}), {sets['mean_size']:.3f} classes on average"
         )
     return "\n".join(lines)
+
+
+def _weights(weights: dict[str, str] | None) -> list[str]:
+    if weights is None:  # those just trained
+        return []
+    return [f"{weights['file']}: sha256 {weights['sha256'][:12]}, trained on {weights['trained_on']}"]
 
 
 def _percent(share: float) -> str:

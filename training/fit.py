@@ -163,10 +163,11 @@ def fit(
     optimizers = optimizers_for(network, recipe)
     introduction = teachers.introduction if teachers else "none"
     rows: list[Row] = []
-    origin = {**vars(recipe), "images": train.digest, "teachers": introduction}
-    del origin["report_every"]  # which changes only what is printed
+    origin = {**_fields(recipe), "images": train.digest, "teachers": introduction}
     if resume and state_file is not None and state_file.exists():
-        rows = _load_state(state_file, origin, network, optimizers)
+        state = _read_state(state_file)
+        _check_origin(state["origin"], origin)
+        rows = _restore(state, network, optimizers)
     _check_same(len(rows), workers)
     if rows and workers.is_first and on_epoch is not None:  # in case it stopped between state and log
         on_epoch(rows)
@@ -288,7 +289,21 @@ def _save_state(
     save_tensors(file, content)
 
 
-def _load_state(file: Path, origin: dict[str, Any], network: nn.Module, optimizers: list[Optimizer]) -> list[Row]:
+def check_same_recipe(state_file: Path, recipe: Recipe) -> None:
+    """Check that a run to resume, of which `fit` left this state, has that recipe.
+
+    Raises:
+        TrainingError: it has another one, or the file is damaged.
+    """
+    _check_origin(_read_state(state_file)["origin"], _fields(recipe))
+
+
+def _fields(recipe: Recipe) -> dict[str, Any]:
+    """Those that make a difference."""
+    return {name: value for name, value in vars(recipe).items() if name != "report_every"}
+
+
+def _read_state(file: Path) -> dict[str, Any]:
     raw = io.BytesIO(read_regular(file))
     try:
         state: dict[str, Any] = torch.load(raw, map_location="cpu", weights_only=True)
@@ -296,11 +311,23 @@ def _load_state(file: Path, origin: dict[str, Any], network: nn.Module, optimize
             raise EOFError
     except Exception:  # torch raises nearly anything for damaged bytes
         raise TrainingError(f"{file} is damaged or cut short; start a new run under another --name.") from None
-    if changed := [name for name, value in origin.items() if state["origin"].get(name) != value]:
+    return state
+
+
+def _check_origin(begun: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = [
+        name if name in ("images", "teachers") else f"{name} {begun.get(name)} (now {value})"
+        for name, value in now.items()
+        if begun.get(name) != value
+    ]
+    if changed:
         raise TrainingError(
             f"The run to resume was started with another value of: {', '.join(changed)}. "
             "Resume it with the same flags, images and teachers, or start a new run under another --name."
         )
+
+
+def _restore(state: dict[str, Any], network: nn.Module, optimizers: list[Optimizer]) -> list[Row]:
     network.load_state_dict(state["network"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
