@@ -10,7 +10,8 @@ from contextlib import suppress
 
 from app import logs
 from app.errors import SettingsError, StartError
-from app.processes import COULD_NOT_START, Supervisor
+from app.link import COULD_NOT_START
+from app.processes import Supervisor
 from app.settings import Settings, parse_settings
 
 MOST_FILES = 16_384

@@ -44,7 +44,7 @@ PICTURE_SUFFIXES = {
     *(".tif", ".tiff", ".heic", ".heif", ".avif"),  # known only to be reported, because they are not read
 }
 MAX_PICTURE_BYTES = 512 * 1024 * 1024
-"""More than `images.MAX_PIXELS` take in any format: a film, most likely."""
+"""More than `MAX_PIXELS` take in any format: a film, most likely."""
 TEST_SHARE = 1 / 5
 OWN_PARTS = {"training": "train", "test": "test"}
 """The folders of class folders that are divided already, by part."""

@@ -1,10 +1,9 @@
 """Everything a user of the service can get wrong, and what the service may have to refuse.
 
-    bytes --decode--> pixels --admit--> queue --predict--> probabilities
-          BadRequest         Overloaded       DeadlineExceeded
-          BodyTooLarge       NotReady
-          UnsupportedMedia
-          WrongSize
+    body --read--> bytes --admit--> queue --decode--> pixels --predict--> probabilities
+         UnsupportedMedia  Overloaded       BadRequest       DeadlineExceeded
+         BodyTooLarge      NotReady         BodyTooLarge
+         TooSlow                            WrongSize
 
     AppError
     |-- StartError             the process exits non-zero with the sentence

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from app.errors import BadRequest, BodyTooLarge, WrongSize
 from app.model import IMAGE_BYTES, IMAGE_SIZE
+from app.settings import MAX_PIXELS
 
 Resize = Literal["crop", "stretch", "pad"]
 """crop: the centre square, scaled: keeps proportions, loses the edges. stretch: both sides scaled to 32: keeps
@@ -35,8 +36,6 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 ACCEPTED = "Accepted are PNG, JPEG, WebP, BMP and GIF."
 SIZE = (IMAGE_SIZE, IMAGE_SIZE)
 WHITE = (255, 255, 255)
-MAX_PIXELS = 50_000_000
-"""Enough for the cameras of today's phones."""
 MAX_SIDE = 65_535
 """No JPEG, WebP or GIF can have a longer one. Scaling a row of fifty million pixels takes 50 bytes for each."""
 MAX_SCANS = 32

@@ -140,11 +140,11 @@ def _prediction_sets(
     return coverage, sets_NK.sum(dim=1).double().mean().item()
 
 
-def wilson_interval(successes: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(successes: int, total: int) -> tuple[float, float]:
     """The 95 % score interval of a proportion (Wilson, 1927): right near 0 and 1, where the usual formula is not."""
     if total == 0:
         return 0.0, 1.0
-    share = successes / total
+    share, z = successes / total, 1.959964
     scale = 1 / (1 + z * z / total)
     centre = scale * (share + z * z / (2 * total))
     half = scale * z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))

@@ -18,8 +18,8 @@ from typing import Any, cast
 import uvicorn
 
 from app.errors import RequestError, StartError
+from app.link import COULD_NOT_START, Link, Ready
 from app.main import create_app
-from app.processes import COULD_NOT_START, Link, Ready
 from app.protocol import Protocol, Turnstile
 from app.service import Service
 from app.settings import Settings

@@ -28,6 +28,8 @@ ENGINES = ("auto", "torch", "openvino")
 KUBERNETES = re.compile(r"CIFAR_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_[A-Z]+(_(PROTO|PORT|ADDR))?)")
 """What Kubernetes sets in every container of a namespace with a Service named cifar or cifar-*; also CIFAR_PORT as an
 address: https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables."""
+MAX_PIXELS = 50_000_000
+"""Of a picture: enough for the cameras of today's phones."""
 BYTES_OF_A_PROCESS = 1024 * MIB
 """Memory reckoned for each when their number is chosen: 0.75 GB, and what a large picture takes."""
 SHARES_ADDRESS = sys.platform == "linux"
@@ -152,7 +154,7 @@ class Settings:
     max_pixels: Annotated[
         int,
         Setting(whole(1024, 1_000_000_000), "a picture with more is refused; decoding takes up to 21 bytes for each"),
-    ] = 50_000_000
+    ] = MAX_PIXELS
     max_pictures: Annotated[
         int, Setting(whole(1, 1_000_000), "pictures in one request; a request with more is refused")
     ] = 1024

@@ -4,6 +4,7 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 from app import checkpoint, model
 from app.admission import Load
 from app.checkpoint import CIFAR10_CLASSES, Checkpoint
+from app.data import Split
 from app.main import create_app
 from app.report import Evaluation, evaluate_probabilities
 from app.service import Service
@@ -35,6 +37,17 @@ def random_checkpoint(architecture: str = "net", evaluation: Evaluation | None =
         classes=CIFAR10_CLASSES,
         evaluation=evaluation,
         trained={"recipe": "random", "seed": 7},
+    )
+
+
+def noise(count: int, classes: tuple[str, ...] = CIFAR10_CLASSES) -> Split:
+    """Images that show nothing, of random classes."""
+    generator = torch.Generator().manual_seed(5)
+    return Split(
+        name="noise test",
+        classes=classes,
+        pixels_NCHW=torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator),
+        labels_N=torch.randint(0, len(classes), (count,), generator=generator),
     )
 
 
@@ -69,6 +82,16 @@ def encode(picture: Image.Image, format: str = "PNG", **options: object) -> byte
     return buffer.getvalue()
 
 
+class Hostile:
+    """Pickled as a call of os.mkdir."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
 @contextmanager
 def occupied(service: Service, pictures: int = 1) -> Iterator[None]:
     """Make the service believe that it is answering this many pictures."""
@@ -78,6 +101,9 @@ def occupied(service: Service, pictures: int = 1) -> Iterator[None]:
         yield
     finally:
         admission.leave(load)
+
+
+needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="OpenVINO is not installed")
 
 
 @pytest.fixture

@@ -31,8 +31,8 @@ def test_its_network_has_the_published_size() -> None:
 
 def test_it_learns() -> None:
     torch.manual_seed(0)
-    split = kinds(120)
-    trainer = AirbenchTrainer(split, 40, CPU, epochs=4)
+    split = kinds(40)
+    trainer = AirbenchTrainer(split, 20, CPU, epochs=4)
     for _ in range(4):
         assert trainer.epoch() > 0
     trainer.network.eval()

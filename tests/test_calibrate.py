@@ -4,11 +4,9 @@ import math
 
 import pytest
 import torch
-from conftest import random_checkpoint
+from conftest import noise, random_checkpoint
 
 from app.calibration import Calibration, energy
-from app.checkpoint import CIFAR10_CLASSES
-from app.data import Split
 from app.report import calibration_error
 from training.calibrate import calibrate, fit_probabilities, set_threshold
 from training.robustness import jpeg
@@ -121,16 +119,9 @@ def test_energy_by_hand() -> None:
 
 
 def test_half_of_the_held_out_images_are_more_familiar_than_the_median() -> None:
-    generator = torch.Generator().manual_seed(0)
-    held_out = Split(
-        name="held out",
-        classes=CIFAR10_CLASSES,
-        pixels_NCHW=torch.randint(0, 256, (60, 3, 32, 32), dtype=torch.uint8, generator=generator),
-        labels_N=torch.arange(60) % 10,
-    )
-    given = random_checkpoint()
+    held_out, given = noise(60), random_checkpoint()
     found = calibrate(given, held_out)
-    assert found.images == "held out, as they are and as JPEG of quality 75"
+    assert found.images == "noise test, as they are and as JPEG of quality 75"
     assert (found.count, found.digest) == (60, held_out.digest)
     logits_NK = given.network()(torch.cat([held_out.pixels_NCHW, jpeg(75, held_out.pixels_NCHW)]))
     expected = fit_probabilities(logits_NK, held_out.labels_N.repeat(2), views=2)

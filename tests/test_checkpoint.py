@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Hostile
 from torch import Tensor, nn
 
 from app import checkpoint, model
@@ -156,14 +156,6 @@ def test_the_tutorials_state_dict_is_read(tmp_path: Path, wrap: Callable[[nn.Mod
     pixels_NCHW = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     normalized = (pixels_NCHW / 255 - 0.5) / 0.5  # ToTensor and Normalize of the tutorial
     torch.testing.assert_close(loaded.network()(pixels_NCHW), net(normalized).detach(), atol=1e-5, rtol=1e-4)
-
-
-class Hostile:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.mkdir, (str(self.path),)
 
 
 def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path) -> None:

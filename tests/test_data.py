@@ -7,11 +7,14 @@ import os
 import pickle
 import shutil
 import struct
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import Hostile
 from PIL import Image
 from torch import Tensor
 
@@ -135,16 +138,6 @@ def test_a_known_copy_is_called_by_its_name(tmp_path: Path, monkeypatch: pytest.
     write_binary(tmp_path)
     monkeypatch.setitem(data.KNOWN_COPIES, data.read_test(tmp_path).digest, "CIFAR-10 test, somehow changed")
     assert data.read_test(tmp_path).name == "CIFAR-10 test, somehow changed"
-
-
-class Hostile:
-    """Pickled as a call of os.mkdir."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.mkdir, (str(self.path),)
 
 
 def test_a_hostile_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
@@ -458,7 +451,8 @@ def test_a_failed_download_is_a_sentence(tmp_path: Path, monkeypatch: pytest.Mon
     def unreachable(*_arguments: object, **_options: object) -> None:
         raise ConnectionResetError("[Errno 104] reset by peer")
 
-    monkeypatch.setattr("torchvision.datasets.CIFAR10", unreachable)
+    for name in ("torchvision", "torchvision.datasets"):  # to import it takes seconds
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(CIFAR10=unreachable))
     with pytest.raises(DataError, match=r"could not be downloaded into .* \(ConnectionResetError\)") as caught:
         download(tmp_path)
     assert "Errno" not in str(caught.value)

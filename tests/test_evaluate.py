@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import noise, random_checkpoint
 from torch import Tensor, nn
 
 from app import model
 from app.calibration import Calibration
 from app.checkpoint import CIFAR10_CLASSES, Checkpoint
-from app.data import Split
 from app.errors import DataError
 from app.report import report
 from training.evaluate import evaluate, format_report, predict
@@ -17,25 +17,8 @@ from training.evaluate import evaluate, format_report, predict
 IMAGES = 23
 
 
-def split() -> Split:
-    generator = torch.Generator().manual_seed(0)
-    return Split(
-        name="noise test",
-        classes=CIFAR10_CLASSES,
-        pixels_NCHW=torch.randint(0, 256, (IMAGES, 3, 32, 32), dtype=torch.uint8, generator=generator),
-        labels_N=torch.randint(0, 10, (IMAGES,), generator=generator),
-    )
-
-
 def checkpoint(temperature: float = 1.0, name: str = "cifar_net") -> Checkpoint:
-    torch.manual_seed(0)
-    return Checkpoint(
-        architecture=name,
-        arguments={"num_classes": 10},
-        state_dict=model.build(name).state_dict(),
-        classes=CIFAR10_CLASSES,
-        calibration=Calibration(temperature=temperature),
-    )
+    return dataclasses.replace(random_checkpoint(name), calibration=Calibration(temperature=temperature))
 
 
 class BatchSizes(nn.Module):
@@ -56,7 +39,7 @@ class BatchSizes(nn.Module):
 )
 def test_every_image_is_predicted_once_in_order_whatever_the_batch_size(batch_size: int, seen: list[int]) -> None:
     network = BatchSizes().eval()
-    pixels_NCHW = split().pixels_NCHW
+    pixels_NCHW = noise(IMAGES).pixels_NCHW
     probabilities_NK = predict(network, pixels_NCHW, batch_size)
     assert network.seen == seen
     first_N = pixels_NCHW[:, 0, 0, 0].float() / 255
@@ -65,7 +48,7 @@ def test_every_image_is_predicted_once_in_order_whatever_the_batch_size(batch_si
 
 @pytest.mark.parametrize("name", model.NETWORKS)
 def test_the_batch_size_changes_no_figure(name: str) -> None:
-    figures = [evaluate(checkpoint(name=name), split(), batch_size=batch_size) for batch_size in (1, 7, 23, 1000)]
+    figures = [evaluate(checkpoint(name=name), noise(IMAGES), batch_size=batch_size) for batch_size in (1, 7, 23, 1000)]
     for other in figures[1:]:
         assert torch.equal(other.confusion_KK, figures[0].confusion_KK)
         assert other.nll == pytest.approx(figures[0].nll, abs=1e-5)
@@ -73,34 +56,34 @@ def test_the_batch_size_changes_no_figure(name: str) -> None:
 
 
 def test_the_same_twice_is_the_same_to_the_last_digit() -> None:
-    first, second = evaluate(checkpoint(), split()), evaluate(checkpoint(), split())
+    first, second = evaluate(checkpoint(), noise(IMAGES)), evaluate(checkpoint(), noise(IMAGES))
     assert (first.nll, first.brier, first.ece) == (second.nll, second.brier, second.ece)
 
 
 def test_the_calibration_of_the_checkpoint_is_applied() -> None:
-    logits_NK = checkpoint().network()(split().pixels_NCHW)
-    figures = evaluate(checkpoint(temperature=0.25), split())
+    logits_NK = checkpoint().network()(noise(IMAGES).pixels_NCHW)
+    figures = evaluate(checkpoint(temperature=0.25), noise(IMAGES))
     for nll, said_NK in ((figures.nll, logits_NK / 0.25), (figures.uncalibrated_nll, logits_NK)):
-        true_N = said_NK.softmax(dim=1)[torch.arange(IMAGES), split().labels_N]
+        true_N = said_NK.softmax(dim=1)[torch.arange(IMAGES), noise(IMAGES).labels_N]
         assert nll == pytest.approx(-true_N.log().mean().item(), rel=1e-5)
 
 
 def test_the_evaluation_says_on_what_it_was_made() -> None:
-    figures = evaluate(checkpoint(), split())
-    assert (figures.dataset, figures.digest) == ("noise test", split().digest)
-    assert figures.confusion_KK.sum(dim=1).tolist() == split().labels_N.bincount(minlength=10).tolist()
+    figures = evaluate(checkpoint(), noise(IMAGES))
+    assert (figures.dataset, figures.digest) == ("noise test", noise(IMAGES).digest)
+    assert figures.confusion_KK.sum(dim=1).tolist() == noise(IMAGES).labels_N.bincount(minlength=10).tolist()
     assert figures.evaluated_at.endswith("+00:00")
 
 
 def test_other_classes_are_refused() -> None:
     official = ("airplane", "automobile", *CIFAR10_CLASSES[2:])
     with pytest.raises(DataError, match=r"know the classes plane, car, .* have the classes airplane, automobile, "):
-        evaluate(checkpoint(), dataclasses.replace(split(), classes=official))
+        evaluate(checkpoint(), dataclasses.replace(noise(IMAGES), classes=official))
 
 
 def test_the_same_classes_in_another_order_are_the_same() -> None:
     """Folders are in alphabetical order, CIFAR-10's classes are not."""
-    known, order_K = split(), torch.tensor([CIFAR10_CLASSES.index(name) for name in sorted(CIFAR10_CLASSES)])
+    known, order_K = noise(IMAGES), torch.tensor([CIFAR10_CLASSES.index(name) for name in sorted(CIFAR10_CLASSES)])
     sorted_labels_N = order_K.argsort()[known.labels_N]
     reordered = dataclasses.replace(known, classes=tuple(sorted(CIFAR10_CLASSES)), labels_N=sorted_labels_N)
     assert [reordered.classes[label] for label in sorted_labels_N] == [CIFAR10_CLASSES[n] for n in known.labels_N]
@@ -109,7 +92,7 @@ def test_the_same_classes_in_another_order_are_the_same() -> None:
 
 
 def test_the_table_shows_the_figures_of_the_report() -> None:
-    figures = dataclasses.replace(evaluate(checkpoint(), split()), nll=1.23456, brier=0.51239, ece=0.08714)
+    figures = dataclasses.replace(evaluate(checkpoint(), noise(IMAGES)), nll=1.23456, brier=0.51239, ece=0.08714)
     confusion_KK = torch.diag(torch.arange(1000, 1010))
     confusion_KK[3, 5] = 1003  # every second cat is called a dog
     figures = dataclasses.replace(
@@ -117,7 +100,7 @@ def test_the_table_shows_the_figures_of_the_report() -> None:
     )
     text = format_report(report(figures, CIFAR10_CLASSES))
     lines = {line.split()[0]: line.split() for line in text.splitlines() if line}
-    assert "noise test: 11,048 images, sha256 " + split().digest[:12] in text
+    assert "noise test: 11,048 images, sha256 " + noise(IMAGES).digest[:12] in text
     assert "accuracy 90.92 %  (10,045 of 11,048; 95 % Wilson interval 90.37 to 91.44 %)" in text
     per_class = [line.split() for line in text.splitlines() if line.startswith(("cat", "dog"))]
     assert per_class[0] == ["cat", "1,003", "2,006", "50.00", "%", "100.00", "%", "0.6667", "47.81", "to", "52.19", "%"]
@@ -144,7 +127,7 @@ def test_the_table_shows_the_figures_of_the_report() -> None:
 
 
 def test_the_table_leaves_out_a_matrix_of_many_classes() -> None:
-    figures = evaluate(checkpoint(), split())
+    figures = evaluate(checkpoint(), noise(IMAGES))
     texts = [
         format_report(report(dataclasses.replace(figures, confusion_KK=torch.eye(count).long()), tuple(names[:count])))
         for names in [[f"number {index}" for index in range(31)]]
@@ -156,7 +139,7 @@ def test_the_table_leaves_out_a_matrix_of_many_classes() -> None:
 
 def test_the_table_keeps_its_columns_with_long_names() -> None:
     names = ("a", "a class with a very long name")
-    two = dataclasses.replace(split(), classes=names, labels_N=split().labels_N % 2)
+    two = dataclasses.replace(noise(IMAGES), classes=names, labels_N=noise(IMAGES).labels_N % 2)
     given = Checkpoint(
         architecture="net",
         arguments={"num_classes": 2},

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from running import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 APP = sorted((ROOT / "app").rglob("*.py"))
 
 
@@ -59,7 +59,12 @@ def test_the_batcher_and_the_codec_know_no_torch_and_the_leaves_import_nothing_o
 
 
 @pytest.mark.parametrize(
-    ("module", "names"), [("app.main", {"training", "torchvision", "matplotlib"}), ("app.__main__", {"torch"})]
+    ("module", "names"),
+    [
+        ("app.main", {"training", "torchvision", "matplotlib"}),
+        ("app.__main__", {"torch"}),
+        ("training.commands", {"torchvision"}),
+    ],
 )
 def test_nothing_loads_what_it_can_do_without(module: str, names: set[str]) -> None:
     """Neither directly nor through another library. (Torch itself takes numpy and tqdm where it finds them.)"""

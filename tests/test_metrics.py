@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import drawing, encode, random_checkpoint, random_evaluation
+from conftest import drawing, encode, noise, random_checkpoint, random_evaluation
 from fastapi.testclient import TestClient
 from running import eventually
 
@@ -19,16 +19,6 @@ from app.main import create_app
 from app.report import evaluate_probabilities, report
 from app.schemas import Report
 from app.settings import Settings
-
-
-def split(count: int = 50, classes: tuple[str, ...] = CIFAR10_CLASSES) -> Split:
-    generator = torch.Generator().manual_seed(5)
-    return Split(
-        name="made test",
-        classes=classes,
-        pixels_NCHW=torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator),
-        labels_N=torch.randint(0, len(classes), (count,), generator=generator),
-    )
 
 
 def settings_with_data(settings: Settings) -> Settings:
@@ -75,29 +65,31 @@ def test_every_figure_of_the_report_is_in_the_schema() -> None:
 def test_with_data_the_loaded_weights_are_measured(
     settings: Settings, weights: Path, monkeypatch: pytest.MonkeyPatch, png: bytes
 ) -> None:
-    monkeypatch.setattr(data, "read_test", lambda _folder: split())
+    monkeypatch.setattr(data, "read_test", lambda _folder: noise(50))
     with TestClient(create_app(settings_with_data(settings))) as client:
         assert client.post("/predict", content=png).status_code == 200
         body = report_from(client, "measured")
-    assert body["dataset"] == {"name": "made test", "sha256": split().digest, "images": 50}
-    predicted_N = checkpoint.load(weights).network()(split().pixels_NCHW).argmax(dim=1)
-    assert body["correct"] == pytest.approx(int((predicted_N == split().labels_N).sum()), abs=2)  # bfloat16 may tip one
-    assert [sum(row) for row in body["confusion"]] == torch.bincount(split().labels_N, minlength=10).tolist()
+    assert body["dataset"] == {"name": "noise test", "sha256": noise(50).digest, "images": 50}
+    predicted_N = checkpoint.load(weights).network()(noise(50).pixels_NCHW).argmax(dim=1)
+    assert body["correct"] == pytest.approx(
+        int((predicted_N == noise(50).labels_N).sum()), abs=2
+    )  # bfloat16 may tip one
+    assert [sum(row) for row in body["confusion"]] == torch.bincount(noise(50).labels_N, minlength=10).tolist()
 
 
 def test_what_is_measured_is_calibrated(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = random_checkpoint()
     calibration = Calibration(temperature=0.05, set_threshold=0.15)
     checkpoint.save(dataclasses.replace(given, calibration=calibration), tmp_path / "calibrated.pth")
-    monkeypatch.setattr(data, "read_test", lambda _folder: split())
+    monkeypatch.setattr(data, "read_test", lambda _folder: noise(50))
     with_data = settings_with_data(dataclasses.replace(settings, weights=tmp_path / "calibrated.pth"))
     with TestClient(create_app(with_data)) as client:
         body = report_from(client, "measured")
-    logits_NK = given.network()(split().pixels_NCHW)
+    logits_NK = given.network()(noise(50).pixels_NCHW)
     expected = evaluate_probabilities(
         calibration.probabilities(logits_NK),
-        split().labels_N,
-        dataset="made test",
+        noise(50).labels_N,
+        dataset="noise test",
         digest="",
         evaluated_at="",
         uncalibrated_NK=logits_NK.softmax(dim=1),
@@ -129,8 +121,8 @@ def refuse(_folder: Path) -> Split:
     [
         (refuse, "The weights are not evaluated here. There is no folder anywhere."),
         (
-            lambda _folder: split(classes=("cat", "dog")),
-            "the images (made test) have the classes cat, dog. Use images",
+            lambda _folder: noise(50, ("cat", "dog")),
+            "the images (noise test) have the classes cat, dog. Use images",
         ),
     ],
 )

@@ -13,12 +13,12 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import drawing, encode, occupied
 from fastapi.testclient import TestClient
+from running import ROOT
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
@@ -32,7 +32,6 @@ from app.routes import open_inference, waiting
 from app.routes.waiting import unless_left
 from app.settings import Settings
 
-ROOT = Path(__file__).resolve().parent.parent
 INFER = "/v2/models/cifar/infer"
 LENGTH = "inference-header-content-length"
 PIXELS = drawing().tobytes()

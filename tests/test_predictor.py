@@ -1,12 +1,12 @@
 """The loaded network answers what the plain network says, for any number of pictures."""
 
 import dataclasses
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_checkpoint
+from conftest import needs_openvino, random_checkpoint
+from running import ROOT
 from torch import Tensor
 
 from app import checkpoint
@@ -16,10 +16,8 @@ from app.predictor import build
 from app.steps import finish
 
 CPU = torch.device("cpu")
-WEIGHTS = Path(__file__).parent.parent / "weights"
 NEIGHBOUR_BOUND = 0.001
 """As the README says it. Measured was less than 0.000001; other hardware may choose other kernels by batch size."""
-needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="OpenVINO is not installed")
 
 
 def some_pixels(count: int) -> Tensor:
@@ -49,7 +47,7 @@ def test_the_batch_a_picture_is_in_makes_no_difference(max_batch: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["torch", pytest.param("openvino", marks=needs_openvino)])
-@pytest.mark.parametrize("weights", sorted(WEIGHTS.glob("*.pth")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("weights", sorted((ROOT / "weights").glob("*.pth")), ids=lambda path: path.stem)
 def test_neighbours_do_not_change_an_answer(weights: Path, name: str, photos_NCHW: Tensor) -> None:
     """With the weights that are shipped, whatever lies beside a picture, wherever it stands, however many there are."""
     predictor = finish(build(checkpoint.load(weights), CPU, engine_name=name, threads=1, max_batch=16))
@@ -59,11 +57,10 @@ def test_neighbours_do_not_change_an_answer(weights: Path, name: str, photos_NCH
     for size in (2, 7, 16, 33):
         black, white = (torch.full((size, 3, 32, 32), value, dtype=torch.uint8) for value in (0, 255))
         for beside_NCHW in (black, white, some_pixels(size), photos_NCHW[torch.arange(size) % 8]):
-            for place in (0, size // 2, size - 1):
-                for picture in (0, 5):
-                    batch_NCHW = beside_NCHW.index_copy(0, torch.tensor([place]), photos_NCHW[picture : picture + 1])
-                    apart_K = predictor.predict(batch_NCHW)[place] - alone_NK[picture]
-                    assert apart_K.abs().max() <= NEIGHBOUR_BOUND
+            for place, picture in ((0, 0), (size // 2, 5), (size - 1, 2)):
+                batch_NCHW = beside_NCHW.index_copy(0, torch.tensor([place]), photos_NCHW[picture : picture + 1])
+                apart_K = predictor.predict(batch_NCHW)[place] - alone_NK[picture]
+                assert apart_K.abs().max() <= NEIGHBOUR_BOUND
 
 
 def test_items_of_one_and_of_several_pictures_keep_their_order() -> None:

@@ -32,11 +32,12 @@ import pytest
 from conftest import random_checkpoint, random_evaluation
 from running import ROOT, SECONDS, command, environment, eventually, get, post, refusal, serving
 
-from app import checkpoint, processes
+from app import checkpoint, link, processes
 from app.__main__ import bind
 from app.errors import SettingsError
+from app.link import Ask, Link, Ready, Tell, Told, Total
 from app.model import IMAGE_BYTES
-from app.processes import PATIENCE, RETRY_SECONDS, Ask, Link, Ready, Supervisor, Tell, Told, Total, Worker
+from app.processes import PATIENCE, RETRY_SECONDS, Supervisor, Worker
 from app.settings import Settings
 from app.statistics import Counts, Timing
 
@@ -142,22 +143,6 @@ def test_nobody_else_gets_the_address_before_the_first_process_listens() -> None
     supervisor._reserved.close()
 
 
-def test_what_cannot_start_is_tried_less_and_less_often(settings: Settings) -> None:
-    supervisor = Supervisor(replace(settings, processes=2), bind(replace(settings, port=0)))
-    supervisor._announced = True
-    waits = []
-    for _ in range(7):
-        ours, theirs = multiprocessing.Pipe()
-        theirs.close()
-        ended = SimpleNamespace(pid=1, exitcode=1, join=lambda: None)
-        worker = Worker(ended, ours)  # type: ignore[arg-type]
-        supervisor._workers.append(worker)
-        supervisor._bury(worker)
-        waits.append(supervisor._start_at - time.monotonic())
-    assert waits == pytest.approx([1, 2, 4, 8, 16, 30, 30], abs=0.5)
-    supervisor._reserved.close()
-
-
 @pytest.fixture
 def supervisor() -> Iterator[Supervisor]:
     """One that has started nothing; the test says what processes it has."""
@@ -179,6 +164,18 @@ class Pretended(Worker):
 
     def signal(self, sent: int) -> None:
         self.signals.append(sent)
+
+
+def test_what_cannot_start_is_tried_less_and_less_often(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "time", SimpleNamespace(monotonic=lambda: 100.0))
+    supervisor._announced = True
+    waits = []
+    for _ in range(7):
+        supervisor._bury(Pretended(supervisor))
+        waits.append(supervisor._start_at - 100)
+    assert waits == [1, 2, 4, 8, 16, 30, 30]
 
 
 def test_a_hang_up_while_a_process_starts_reaches_it_when_it_serves(supervisor: Supervisor) -> None:
@@ -591,7 +588,7 @@ def test_a_process_whose_supervisor_is_gone_before_it_serves_stops() -> None:
 
 
 def test_a_process_whose_supervisor_says_nothing_speaks_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "TELL_SECONDS", 0.01)
+    monkeypatch.setattr(link, "TELL_SECONDS", 0.01)
     own, its = multiprocessing.Pipe()
 
     async def ask() -> list[Counts]:

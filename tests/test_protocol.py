@@ -217,9 +217,8 @@ async def test_no_clock_of_a_refused_request_runs_on() -> None:
         assert (await answer(reader))[0] == 429
         application.full = False
         application.gate.clear()
-        await asyncio.sleep(0.2)
         await send_in_pieces(writer)
-        await asyncio.sleep(0.4)
+        await asyncio.sleep(0.6)
         application.gate.set()
         assert (await answer(reader))[2] == b"5"
 

@@ -1,10 +1,10 @@
 """CIFAR-10 itself, where its files lie beside the repository."""
 
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
+from running import ROOT
 from torch import Tensor
 
 from app import checkpoint, data, engine
@@ -17,7 +17,6 @@ from app.steps import finish
 from training.data import hold_out
 from training.evaluate import predict
 
-ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 CPU = torch.device("cpu")
 

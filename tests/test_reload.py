@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_checkpoint, random_evaluation
+from conftest import noise, random_checkpoint, random_evaluation
 from fastapi.testclient import TestClient
 from httpx2 import Response
+from running import ROOT, eventually
 from torch import nn
 
 from app import checkpoint, data, engine, model, self_test
@@ -24,7 +25,7 @@ from app.model import IMAGE_BYTES
 from app.service import EVALUATION_BATCH, Service
 from app.settings import Settings, parse_settings
 
-SHIPPED = Path(__file__).parent.parent / "weights" / "cifar_net.pth"
+SHIPPED = ROOT / "weights" / "cifar_net.pth"
 KEY = "0123456789abcdef"
 HEADERS = {"authorization": f"Bearer {KEY}"}
 
@@ -261,13 +262,7 @@ def test_no_request_fails_and_each_answer_fits_the_weights_it_names(
 def test_an_evaluation_that_is_not_finished_starts_anew_with_the_new_weights(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generator = torch.Generator().manual_seed(5)
-    split = Split(
-        name="made test",
-        classes=CIFAR10_CLASSES,
-        pixels_NCHW=torch.randint(0, 256, (5 * EVALUATION_BATCH, 3, 32, 32), dtype=torch.uint8, generator=generator),
-        labels_N=torch.randint(0, 10, (5 * EVALUATION_BATCH,), generator=generator),
-    )
+    split = noise(5 * EVALUATION_BATCH)
     gate = threading.Event()
 
     def read(_folder: Path) -> Split:
@@ -279,10 +274,8 @@ def test_an_evaluation_that_is_not_finished_starts_anew_with_the_new_weights(
         new = other_weights(settings.weights, evaluation=random_evaluation())
         assert reload(client).status_code == 200
         gate.set()  # both evaluations could be made now
-        deadline = time.monotonic() + 30
-        while (body := client.get("/metrics/per-class").json())["source"] != "measured":
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        eventually(lambda: client.get("/metrics/per-class").json()["source"] == "measured")
+        body = client.get("/metrics/per-class").json()
         assert body["weights"]["sha256"][:12] == new
         predicted_N = checkpoint.load(settings.weights).network()(split.pixels_NCHW).argmax(dim=1)
         assert body["correct"] == pytest.approx(int((predicted_N == split.labels_N).sum()), abs=2)

@@ -5,11 +5,11 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import random_checkpoint
 from PIL import Image
 from torch import Tensor
 
-from app import model
-from app.checkpoint import CIFAR10_CLASSES, Checkpoint
+from app.checkpoint import CIFAR10_CLASSES
 from app.data import Split
 from app.images import decode, to_tensor
 from training import robustness
@@ -114,13 +114,7 @@ def test_enlarging_goes_through_the_services_own_path(photos_NCHW: Tensor, monke
 
 
 def test_the_rows_count_what_is_right(photos_NCHW: Tensor) -> None:
-    torch.manual_seed(0)
-    checkpoint = Checkpoint(
-        architecture="net",
-        arguments={"num_classes": 10},
-        state_dict=model.build("net").state_dict(),
-        classes=CIFAR10_CLASSES,
-    )
+    checkpoint = random_checkpoint()
     network = checkpoint.network()
     labels_N = network(photos_NCHW).argmax(dim=1)  # as they are, every answer is right
     labels_N[0] = (labels_N[0] + 1) % 10  # but one

@@ -5,12 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+from running import ROOT
 
 from app.errors import SettingsError
 from app.settings import KNOWN, Settings, parse_settings
-
-ROOT = Path(__file__).parent.parent
-
 
 GIVEN = {
     "weights": ("/weights/other.pth", Path("/weights/other.pth")),

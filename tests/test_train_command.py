@@ -8,12 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from running import ROOT, eventually
 
 from app import self_test
 from app.checkpoint import load
@@ -24,9 +24,6 @@ from training.config import RECIPES
 from training.flags import parser
 from training.log import RunLog
 from training.provenance import provenance
-
-TRAIN = [sys.executable, "-m", "training", "train"]
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -66,11 +63,16 @@ def write_images(parent: Path) -> Path:
     return parent
 
 
-def run(*arguments: str, folder: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(data_folder)}
-    return subprocess.run(
-        [*TRAIN, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout, check=False
-    )
+def environment(folder: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
+
+
+def run(*arguments: str, folder: Path, program: Sequence[str] = ("-m", "training")) -> str:
+    """What `train` prints; it must succeed."""
+    command = [sys.executable, *program, "train", *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def log_rows(folder: Path, name: str) -> list[dict[str, float]]:
@@ -78,8 +80,7 @@ def log_rows(folder: Path, name: str) -> list[dict[str, float]]:
 
 
 def test_a_run_leaves_weights_log_and_curves(data_folder: Path) -> None:
-    done = run("--recipe", "debug", "--data", ".", "--name", "first", "--out", "out/net.pth", folder=data_folder)
-    assert done.returncode == 0, done.stderr
+    out = run("--recipe", "debug", "--data", ".", "--name", "first", "--out", "out/net.pth", folder=data_folder)
     folder = data_folder / "runs" / "first"
     assert {"cifar_net.pth", "log.jsonl", "curves.png", "state.pt"} <= {path.name for path in folder.iterdir()}
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -95,13 +96,15 @@ def test_a_run_leaves_weights_log_and_curves(data_folder: Path) -> None:
     assert checkpoint.evaluation.digest == test.digest
     assert int(checkpoint.evaluation.confusion_KK.sum()) == 30
     assert (data_folder / "out" / "net.log.jsonl").read_text() == (folder / "log.jsonl").read_text()
-    assert "CIFAR_WEIGHTS=out/net.pth" in done.stdout
-    assert f"epoch   2  loss {log_rows(data_folder, 'first')[1]['loss']:.4f}" in done.stdout
+    assert "CIFAR_WEIGHTS=out/net.pth" in out
+    assert f"epoch   2  loss {log_rows(data_folder, 'first')[1]['loss']:.4f}" in out
 
 
-def test_held_out_images_replace_the_test_images(data_folder: Path) -> None:
-    done = run("--recipe", "debug", "--data", ".", "--name", "held", "--validation", "0.1", folder=data_folder)
-    assert done.returncode == 0, done.stderr
+def test_held_out_images_replace_the_test_images(
+    data_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(data_folder)
+    assert cli.main(["train", "--recipe", "debug", "--data", ".", "--name", "held", "--validation", "0.1"]) == 0
     checkpoint = load(data_folder / "runs" / "held" / "cifar_net.pth")
     assert checkpoint.evaluation is not None
     assert checkpoint.evaluation.dataset == "validation (12 held-out training images)"
@@ -111,7 +114,7 @@ def test_held_out_images_replace_the_test_images(data_folder: Path) -> None:
     fitted = (
         f": temperature {calibration.temperature:.4f}, curvature {calibration.curvature:.4f}; so few images promise"
     )
-    assert fitted in done.stdout
+    assert fitted in capsys.readouterr().out
     assert calibration.temperature != 1.0
     assert calibration.images == f"{checkpoint.evaluation.dataset}, as they are and as JPEG of quality 75"
     assert calibration.count == 12
@@ -270,23 +273,13 @@ def test_weights_of_other_images_may_have_seen_those_that_are_held_out(
     assert "is of a run with another value of: data_sha256. Name one" in capsys.readouterr().err
 
 
-def test_two_processes_reach_the_loss_of_one(data_folder: Path) -> None:
+def test_two_processes_reach_the_loss_of_one(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Same global batch, same pictures: only the order of additions differs (the debug network has no batch norm)."""
     flags = ["--recipe", "debug", "--data", ".", "--epochs", "3", "--precision", "float32", "--device", "cpu"]
-    alone = run(*flags, "--name", "one", folder=data_folder)
-    assert alone.returncode == 0, alone.stderr
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(data_folder)}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    pair = subprocess.run(
-        [*torchrun, *TRAIN[1:], *flags, "--name", "two"],
-        cwd=data_folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert pair.returncode == 0, pair.stderr
+    monkeypatch.chdir(data_folder)
+    assert cli.main(["train", *flags, "--name", "one"]) == 0
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "training")
+    run(*flags, "--name", "two", folder=data_folder, program=torchrun)
     one, two = log_rows(data_folder, "one"), log_rows(data_folder, "two")
     assert len(one) == len(two) == 3
     state = torch.load(data_folder / "runs" / "two" / "state.pt", weights_only=True)
@@ -361,12 +354,10 @@ def test_interrupting_the_import_of_torch_ends_it_without_a_word() -> None:
 @pytest.mark.usefixtures("heeding_interrupts")
 def test_interrupting_leaves_no_half_written_file(data_folder: Path, sent: signal.Signals) -> None:
     flags = ["--recipe", "debug", "--data", ".", "--name", "long", "--epochs", "400"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(data_folder)}
-    with subprocess.Popen([*TRAIN, *flags], cwd=data_folder, env=environment, stderr=subprocess.PIPE) as process:
-        state_file = data_folder / "runs" / "long" / "state.pt"
-        end = time.monotonic() + 60
-        while not state_file.exists() and time.monotonic() < end:
-            time.sleep(0.05)
+    state_file = data_folder / "runs" / "long" / "state.pt"
+    train = [sys.executable, "-m", "training", "train", *flags]
+    with subprocess.Popen(train, cwd=data_folder, env=environment(data_folder), stderr=subprocess.PIPE) as process:
+        eventually(state_file.exists)
         process.send_signal(sent)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors.decode()
@@ -375,10 +366,6 @@ def test_interrupting_leaves_no_half_written_file(data_folder: Path, sent: signa
     left = {path.name for path in state_file.parent.iterdir() if "tfevents" not in path.name}
     assert left <= {".lock", "state.pt", "log.jsonl", "curves.png"}
     assert len(torch.load(state_file, weights_only=True)["rows"]) >= 1
-
-    again = run(*flags, folder=data_folder)
-    assert again.returncode == 2
-    assert "--resume" in again.stderr
 
 
 def test_an_interrupted_run_goes_on_to_the_same_weights(
@@ -546,7 +533,7 @@ def test_seeds_have_the_bounds_of_the_recipes(
     with pytest.raises(SystemExit):
         cli.main([*command, seed])
     assert f"{seed!r} is not a whole number from 0 to 1,000,000,000" in capsys.readouterr().err
-    parser(None).parse_args([*command, "1000000000"])
+    parser().parse_args([*command, "1000000000"])
 
 
 def test_a_command_line_that_is_no_text_is_recorded_with_marks_in_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,8 @@ and for all of them ablation.jsonl, written by `ablate`.
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -65,14 +66,6 @@ PROVENANCE = (
     *("precision", "processes", "seconds", "finished_at", "python"),
 )
 
-# The keys that the files beside the weights must have.
-BESIDE = {
-    "robustness": {"weights", "dataset", "rows"},
-    "unfamiliar": {"weights", "held_out", "pictures_per_source", "used", "sources", "mean_auroc", "mean_flagged"},
-}
-OF_AN_EPOCH = {"epoch", "loss", "learning_rate"}
-OF_A_RUN = {"ingredient", "setting", "seed", "epochs", "device", "teachers", "validation_accuracy", "jpeg_accuracy"}
-
 
 def write_card(folder: Path) -> list[Path]:
     """Write README.md and its PNGs into `folder`, for all weights files there.
@@ -95,8 +88,9 @@ def write_card(folder: Path) -> list[Path]:
     if any(checkpoint.classes == CIFAR10_CLASSES for checkpoint in checkpoints.values()):
         parts.append(CIFAR10)
     parts += [_section(path, checkpoint, pictures) for path, checkpoint in checkpoints.items()]
-    if runs := read_rows(folder / "ablation.jsonl", OF_A_RUN):
-        parts.append("\n".join(_ablation(runs)))
+    with _damage(ablation := folder / "ablation.jsonl"):
+        if runs := read_rows(ablation):
+            parts.append("\n".join(_ablation(runs)))
     for path, figure in pictures.items():
         plots.save(figure, path)
     write_atomically(card, "\n".join([*parts, LIMITS]).encode())
@@ -111,15 +105,14 @@ def _section(path: Path, checkpoint: Checkpoint, pictures: dict[Path, Figure]) -
         pictures[file] = figure
         return [f"![{kind} of {path.name}]({quote(file.name)})", ""]
 
-    def beside(kind: str) -> Any:
+    def beside(kind: str, table: Callable[[dict[str, Any]], list[str]]) -> list[str]:
         file = path.with_suffix(f".{kind}.json")
-        return _read(file, kind) if file.exists() else None
+        with _damage(file):
+            return table(json.loads(file.read_text())) if file.exists() else []
 
-    evaluation, robustness, unfamiliar = checkpoint.evaluation, beside("robustness"), beside("unfamiliar")
     lines = [f"## {path.name}", "", *_provenance(checkpoint), "### Accuracy", ""]
-    if robustness:
-        lines += _clean_accuracy(robustness)
-    if evaluation is not None:
+    lines += beside("robustness", _clean_accuracy)
+    if (evaluation := checkpoint.evaluation) is not None:
         figures = report(evaluation, checkpoint.classes)
         lines += _accuracy(figures)
         drawn = plots.confusion_matrix(evaluation.confusion_KK, checkpoint.classes, evaluation.dataset)
@@ -129,36 +122,36 @@ def _section(path: Path, checkpoint: Checkpoint, pictures: dict[Path, Figure]) -
         lines += _calibration(figures, checkpoint.calibration)
         drawn = plots.reliability_diagram(evaluation.bins_B3, evaluation.ece, evaluation.dataset)
         lines += picture("reliability", drawn)
-    if robustness:
-        lines += _robustness(robustness)
+    if measured := beside("robustness", _robustness):
+        lines += measured
         if checkpoint.classes == CIFAR10_CLASSES:
             lines += COMPARED
-    if unfamiliar:
-        lines += _unfamiliar(unfamiliar)
-    validated = read_rows(path.with_suffix(".validation.log.jsonl"), OF_AN_EPOCH)
-    if epochs := validated or read_rows(path.with_suffix(".log.jsonl"), OF_AN_EPOCH):
+    lines += beside("unfamiliar", _unfamiliar)
+    log = path.with_suffix(".log.jsonl")
+    if validated := (with_held_out := path.with_suffix(".validation.log.jsonl")).exists():
+        log = with_held_out
+    if epochs := read_rows(log):
         which = "the same recipe with images held out" if validated else "the run that made these weights"
         told = (
             "The training loss is of augmented images; with teachers, it counts what they say nearly four times, and "
             "most of it is the entropy of that."
         )
         lines += ["### Learning curves", "", f"Of {which}, from its log. {told}", ""]
-        lines += picture("curves", plots.learning_curves(epochs))
+        with _damage(log):
+            lines += picture("curves", plots.learning_curves(epochs))
     return "\n".join(lines)
 
 
-def _read(file: Path, command: str) -> dict[str, Any]:
+@contextmanager
+def _damage(file: Path) -> Iterator[None]:
+    """Say of `file` that its content cannot be shown, whatever is wrong with it."""
     try:
-        found = json.loads(file.read_text())
-        if not isinstance(found, dict) or not BESIDE[command] <= found.keys():
-            raise ValueError
-    except ValueError:
-        wanted = ", ".join(sorted(BESIDE[command]))
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError):
         raise ValueError(
-            f"{file} is damaged: expected is a JSON object with {wanted}. Write it anew with `python -m training "
-            f"{command} --out {file}`, or remove it."
+            f"{file} is damaged, or not what its name says. Write it anew (`python -m training --help` lists what "
+            "writes it), or remove it."
         ) from None
-    return found
 
 
 def _provenance(checkpoint: Checkpoint) -> list[str]:

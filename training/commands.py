@@ -1,16 +1,4 @@
-"""Train, look and measure: `python -m training COMMAND --help`.
-
-train      recipe -> runs/NAME/cifar_net.pth, with a log and learning curves beside it
-evaluate   weights and data -> accuracy with intervals, per class, confusion, calibration
-robustness the same weights on pictures that were compressed, moved, darkened or enlarged
-ablate     the recipe with one ingredient taken out at a time -> accuracy on held-out images
-show       a labelled grid of images
-plot       confusion matrix, per-class bars and reliability diagram of some weights
-unfamiliar how well the weights notice pictures that show none of the classes
-summary    a network, layer by layer
-card       the model card of the weights in a folder, from what lies beside them
-download   CIFAR-10 from its home page
-"""
+"""What each command of `python -m training` does. Its flags are in `flags`."""
 
 import argparse
 import dataclasses
@@ -339,7 +327,7 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; a user's mistake ends in one sentence, not in a traceback."""
-    root = parser(__doc__)
+    root = parser()
     options, unknown = root.parse_known_args(arguments)
     if unknown:  # the parser's own message would show how the commands are called, and not this one
         root.exit(2, f"{options.command} has no {unknown[0]}. See python -m training {options.command} --help.\n")

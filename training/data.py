@@ -41,7 +41,7 @@ def download(folder: Path) -> None:
     Raises:
         DataError: The network, the server or the disk failed, or what arrived has another checksum.
     """
-    from torchvision.datasets import CIFAR10  # here, because it takes a second and only this command needs it
+    from torchvision.datasets import CIFAR10  # here, because importing it takes two seconds
 
     try:
         CIFAR10(str(folder), download=True)

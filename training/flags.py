@@ -5,9 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from app import model
+from app.settings import Settings
 from training.config import LARGEST_SEED, RECIPES, add_flags
+from training.evaluate import BATCH_SIZE
 
-DEFAULT_WEIGHTS = Path(__file__).parent.parent / "weights" / "cifar_net.pth"
+DEFAULT_WEIGHTS = Settings.weights
 RUNS = Path("runs")
 MOST_THREADS = 1024
 """As for the service; a million would not fit into any memory."""
@@ -26,10 +28,10 @@ _positive = _whole(1, 1_000_000)
 _seed = _whole(0, LARGEST_SEED)
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     """The parser of all commands and their flags; the attribute `command` will be the command's name."""
     root = argparse.ArgumentParser(
-        prog="python -m training", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m training", description="Train, look and measure: `python -m training COMMAND --help`."
     )
     commands = root.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
@@ -63,7 +65,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         help="weights to learn from, for a recipe with distillation; of several, the mean of what they say",
     )
 
-    train = commands.add_parser("train", parents=[taught], help="train a network", allow_abbrev=False)
+    train = commands.add_parser(
+        "train", parents=[taught], help="a recipe -> weights, their log and learning curves", allow_abbrev=False
+    )
     train.add_argument("--name", help="of the folder under runs/; recipe, time and process number by default")
     train.add_argument("--resume", action="store_true", help="continue the run of this name where it stopped")
     train.add_argument("--out", type=Path, help="write the weights here as well, e.g. weights/cifar_net.pth")
@@ -75,8 +79,12 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     )
     add_flags(train.add_argument_group("fields of the recipe", "each overrides what the recipe has"))
 
-    measure = commands.add_parser("evaluate", parents=[measured, result], help="measure some weights")
-    measure.add_argument("--batch-size", type=_positive, default=500, help="images at a time (default: %(default)s)")
+    measure = commands.add_parser(
+        "evaluate", parents=[measured, result], help="accuracy per class, confusion matrix and calibration of weights"
+    )
+    measure.add_argument(
+        "--batch-size", type=_positive, default=BATCH_SIZE, help="images at a time (default: %(default)s)"
+    )
     measure.add_argument(
         "--out", type=Path, help="write the weights here with these figures, which the service answers per class"
     )

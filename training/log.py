@@ -2,7 +2,7 @@
 
 import errno
 import json
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -14,21 +14,19 @@ from app.files import forget_unfinished, write_atomically
 from training import plots
 
 
-def read_rows(file: Path, keys: Set[str] = frozenset()) -> list[dict[str, Any]]:
-    """The JSON objects in `file`, one a line, each with at least these keys; no rows if there is no file yet.
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The JSON objects in `file`, one a line; no rows if there is no file yet.
 
     Raises:
         ValueError: it holds something else.
     """
     try:
         rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-        if not all(isinstance(row, dict) and keys <= row.keys() for row in rows):
+        if not all(isinstance(row, dict) for row in rows):
             raise ValueError
     except ValueError:
-        wanted = f" with {', '.join(sorted(keys))}" if keys else ""
         raise ValueError(
-            f"{file} is not such a log: expected is a JSON object{wanted} in each line. Name another file, or remove "
-            "this one."
+            f"{file} is not such a log: expected is a JSON object in each line. Name another file, or remove this one."
         ) from None
     return rows
 

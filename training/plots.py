@@ -23,7 +23,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image, ImageShow
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from app.errors import AppError
 from app.files import write_atomically
@@ -108,6 +107,8 @@ def image_grid(
     """
     if not 0 < len(pixels_NCHW) <= MOST_SHOWN:
         raise ValueError(f"A grid shows 1 to {MOST_SHOWN} images, not {len(pixels_NCHW):,}; choose another --count.")
+    from torchvision.utils import make_grid  # here, because importing it takes two seconds
+
     columns = min(COLUMNS, len(pixels_NCHW))
     tiles = F.pad(pixels_NCHW, (0, 0, 0, LABEL_PIXELS), value=255)  # white under each image, for its label
     grid_CHW = make_grid(tiles, nrow=columns, padding=2, pad_value=255)

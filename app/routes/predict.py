@@ -7,7 +7,7 @@ from starlette.types import Receive
 
 from app.errors import BadRequest, UnsupportedMedia
 from app.exchange import Headers, Intake, Reply, content_kind, headers_of
-from app.images import Resize
+from app.images import ACCEPTED, Resize
 from app.multipart import read_field
 from app.routes import ResizeQuery, ServiceDep, TopKQuery
 from app.routes.answers import model_info, scores
@@ -78,5 +78,5 @@ async def _read_picture(headers: Headers, receive: Receive, intake: Intake) -> b
             "application/octet-stream."
         )
     if not picture:
-        raise BadRequest("The picture is empty. Accepted are PNG, JPEG, WebP, BMP and GIF.")
+        raise BadRequest(f"The picture is empty. {ACCEPTED}")
     return picture
