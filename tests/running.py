@@ -74,6 +74,11 @@ def refusal(*arguments: str, **variables: str) -> str:
     return ran.stderr.strip()
 
 
+def says_only_that_it_stops(log: str) -> bool:
+    """Or nothing, if it was told so early that it had not begun."""
+    return all(json.loads(line)["message"].startswith("Stopping: ") for line in log.splitlines())
+
+
 class Outcome(NamedTuple):
     begun_at: float
     status: int
