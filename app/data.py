@@ -48,7 +48,7 @@ MAX_PICTURE_BYTES = 512 * 1024 * 1024
 TEST_SHARE = 1 / 5
 OWN_PARTS = {"training": "train", "test": "test"}
 """The folders of class folders that are divided already, by part."""
-SYSTEM_FILES = {"Thumbs.db", "desktop.ini", "__MACOSX"}
+SYSTEM_FILES = {"thumbs.db", "desktop.ini", "__macosx"}
 """What Windows and macOS leave in folders and archives, besides hidden files."""
 NAMED_FILES = 5
 UNREADABLE = (
@@ -62,7 +62,8 @@ KNOWN_COPIES = {"12f8dfd385fadf8ec94e77c8de765d9b2dff30e56d893543bbef3118534efaa
 
 HOW_TO_GET = (
     "Name a folder with --data DIR or CIFAR_DATA; it holds CIFAR-10 (cifar-10-batches-bin or cifar-10-batches-py) or "
-    "one folder of pictures per class, DIR/CLASS/PICTURE. `python -m training download` fetches CIFAR-10."
+    "one folder of pictures per class: DIR/CLASS/PICTURE, or DIR/train/CLASS/PICTURE and DIR/test/CLASS/PICTURE. "
+    "`python -m training download` fetches CIFAR-10."
 )
 
 
@@ -133,17 +134,18 @@ def _read(folder: Path, parts: Sequence[str]) -> list[Split]:
             if (found := _find_batches(folder, layout, suffix)) is not None:
                 return [_cifar10(part, found, suffix, parse) for part in parts]
         names = _folders(folder)
-        if any(_has_pictures(folder / name) for name in names):
-            divided = [_divide(_list(folder / name, 2, "one to train on and one to test with")) for name in names]
-            return _read_class_folders(folder, names, divided, parts)
         deep = [folder / name / deeper for name in names for deeper in _folders(folder / name)]
         if names == sorted(OWN_PARTS.values()) and any(map(_has_pictures, deep)):
             return _read_own_parts(folder, parts)
+        if any(_has_pictures(folder / name) for name in names):
+            divided = [_divide(_list(folder / name, 2, "one to train on and one to test with")) for name in names]
+            return _read_class_folders(folder, names, divided, parts)
         for deeper in sorted(deep, key=lambda path: path.parent.name != OWN_PARTS["training"]):
             if _has_pictures(deeper):
                 raise DataError(
                     f"The pictures in {folder} lie a folder too deep, as in {deeper.relative_to(folder)}; expected is "
-                    f"DIR/CLASS/PICTURE. Name {deeper.parent} if its folders are the classes, or move the pictures up."
+                    "DIR/CLASS/PICTURE, or DIR/train/CLASS/PICTURE and DIR/test/CLASS/PICTURE with no other folders. "
+                    f"Name {deeper.parent} if its folders are the classes, or move the pictures up."
                 )
     except OSError as error:
         raise DataError(
@@ -239,7 +241,8 @@ def _read_own_parts(folder: Path, parts: Sequence[str]) -> list[Split]:
     if different := sorted({*names} ^ {*_folders(test)}):
         raise DataError(
             f"In {folder}, train and test do not have the same class folders; only one of them has "
-            f"{', '.join(different[:NAMED_FILES])}{', ...' if len(different) > NAMED_FILES else ''}."
+            f"{', '.join(different[:NAMED_FILES])}{', ...' if len(different) > NAMED_FILES else ''}. Add them to the "
+            "other, or remove them."
         )
     divided = [(_list(train / name, 1, "to train on"), _list(test / name, 1, "to test with")) for name in names]
     return _read_class_folders(folder, names, divided, parts)
@@ -271,7 +274,9 @@ def _read_class_folders(folder: Path, names: list[str], divided: list[Divided], 
 
 
 def _visible(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if not path.name.startswith(".") and path.name not in SYSTEM_FILES]
+    """All that lies there, but for hidden files and those of the system."""
+    found = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    return [path for path in found if path.name.lower() not in SYSTEM_FILES]
 
 
 def _folders(folder: Path) -> list[str]:

@@ -40,7 +40,7 @@ def _working(name: str) -> torch.device:
     device = torch.device(name)
     try:
         torch.zeros(1, device=device).add_(1)
-    except RuntimeError as error:
+    except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise ValueError(f"The device {name!r} does not work ({reason}); cpu does.") from None
     return device

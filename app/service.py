@@ -114,7 +114,7 @@ class Service:
             try:
                 served = Served(await asyncio.to_thread(load_aside, self.settings.weights))
                 if served.checkpoint.sha256 == self.checkpoint.sha256:
-                    logger.info("The weights file is the one that is served: nothing was exchanged.")
+                    logger.info("The weights file was read: it is the one that is served.")
                     return False
                 check_replaces(served.checkpoint, self.checkpoint.classes)
                 await self._batcher.exchange(self._build(served, self.engine))

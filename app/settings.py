@@ -134,7 +134,7 @@ class Settings:
     host: Annotated[str, Setting(host_name, "where to listen; 0.0.0.0 is everywhere")] = "127.0.0.1"
     port: Annotated[int, Setting(whole(0, 65_535), "the port; 0 takes a free one and prints it")] = 8000
     device: Annotated[
-        str | None, Setting(device_name, "cuda, cuda:1, mps or cpu (default: the first of them that this machine has)")
+        str | None, Setting(device_name, "cuda, cuda:1, mps or cpu (default: the first of them that works here)")
     ] = None
     engine: Annotated[
         str,

@@ -361,14 +361,16 @@ def test_class_folders_may_be_divided_already(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("test", "sentence"),
     [
-        ({"ant": 1}, r"train and test do not have the same class folders; only one of them has bee\."),
+        ({"ant": 1}, r"train and test do not have the same class folders; only one of them has bee\. Add them to"),
+        ({}, r"only one of them has ant, bee\."),
         ({"ant": 1, "bee": 0}, r"test/bee has no pictures; a class needs at least 1, to test with, directly"),
     ],
-    ids=["another class", "no picture"],
+    ids=["another class", "no classes", "no picture"],
 )
 def test_both_parts_have_pictures_of_each_class(tmp_path: Path, test: dict[str, int], sentence: str) -> None:
     write_class_folders(tmp_path / "train", {"ant": 2, "bee": 2})
-    write_class_folders(tmp_path / "test", test)
+    write_class_folders(tmp_path / "test", test).mkdir(exist_ok=True)
+    Image.new("RGB", (32, 32)).save(tmp_path / "test" / "1.png")  # one that nobody has labelled
     with pytest.raises(DataError, match=sentence):
         data.read(tmp_path)
 

@@ -180,10 +180,10 @@ def test_a_run_goes_on_where_pictures_lie_in_memory_in_another_way(
     [
         (
             {"recipe": dataclasses.replace(DEBUG, batch_size=8, epochs=3)},
-            r"another value of: epochs 2 \(now 3\), batch_size 16 \(now 8\)\.",
+            r"other values: epochs 2 \(now 3\), batch_size 16 \(now 8\)\.",
         ),
-        ({"split": stripes(44)}, "another value of: images"),
-        ({"teachers": Teachers([random_checkpoint()], CIFAR10_CLASSES)}, "another value of: teachers"),
+        ({"split": stripes(44)}, "other values: other images"),
+        ({"teachers": Teachers([random_checkpoint()], CIFAR10_CLASSES)}, "other values: other teachers"),
     ],
 )
 def test_resuming_what_is_not_the_same_run_is_refused(tmp_path: Path, other: dict[str, Any], sentence: str) -> None:

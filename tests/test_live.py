@@ -292,11 +292,11 @@ def test_sighup_has_the_weights_read_anew_and_a_bad_file_is_a_line_in_the_log(
         given.state_dict["fc3.bias"].fill_(1.0)
         new = checkpoint.save(given, path)[:12]
         stop = threading.Event()
-        with ThreadPoolExecutor(4) as pool:
+        with ThreadPoolExecutor(4) as pool, ExitStack() as stack:
+            stack.callback(stop.set)
             asking = [pool.submit(ask_until, stop, url, png) for _ in range(4)]
             process.send_signal(signal.SIGHUP)
             eventually(lambda: served(url, png) == new)
-            stop.set()
         assert {outcome.status for asked in asking for outcome in asked.result()} == {200}
         process.send_signal(signal.SIGTERM)
         assert process.wait(SECONDS) == 0

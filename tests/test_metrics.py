@@ -71,9 +71,8 @@ def test_with_data_the_loaded_weights_are_measured(
         body = report_from(client, "measured")
     assert body["dataset"] == {"name": "noise test", "sha256": noise(50).digest, "images": 50}
     predicted_N = checkpoint.load(weights).network()(noise(50).pixels_NCHW).argmax(dim=1)
-    assert body["correct"] == pytest.approx(
-        int((predicted_N == noise(50).labels_N).sum()), abs=2
-    )  # bfloat16 may tip one
+    right = int((predicted_N == noise(50).labels_N).sum())
+    assert body["correct"] == pytest.approx(right, abs=2)  # bfloat16 may tip one
     assert [sum(row) for row in body["confusion"]] == torch.bincount(noise(50).labels_N, minlength=10).tolist()
 
 

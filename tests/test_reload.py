@@ -103,8 +103,10 @@ def test_the_report_is_that_of_the_new_weights(client: TestClient, settings: Set
     assert client.get("/metrics/per-class").status_code == 404  # those carry no figures
 
 
-def test_the_same_file_again_changes_nothing(client: TestClient, old: str) -> None:
-    assert reload(client).json() == {"model": {"name": "net", "sha256": old}, "changed": False}
+def test_the_same_file_again_changes_nothing(client: TestClient, old: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "app.service"):
+        assert reload(client).json() == {"model": {"name": "net", "sha256": old}, "changed": False}
+    assert caplog.messages == ["The weights file was read: it is the one that is served."]
 
 
 def nonsense(path: Path) -> None:

@@ -495,7 +495,7 @@ def test_resuming_by_another_recipe_says_so_before_it_misses_teachers(
     monkeypatch.chdir(finished_folder)
     assert cli.main(["train", "--resume", "--name", "plain", "--data", "."]) == 2
     said = capsys.readouterr().err
-    assert "was started with another value of: network net (now cifar_net), epochs " in said
+    assert "was started with other values: network net (now cifar_net), epochs " in said
     assert "Resume it with the same flags" in said
 
 
@@ -504,7 +504,7 @@ def test_a_flag_that_a_command_does_not_have(command: str, unknown: str, capsys:
     with pytest.raises(SystemExit) as ended:
         cli.main([command, unknown, "0.1"])
     assert ended.value.code == 2
-    assert capsys.readouterr().err == f"{command} has no {unknown}. See python -m training {command} --help.\n"
+    assert capsys.readouterr().err == f"{command} takes no {unknown}. See python -m training {command} --help.\n"
 
 
 @pytest.mark.parametrize("threads", ["-1", "0", "x", "1025"])

@@ -88,7 +88,7 @@ def write_card(folder: Path) -> list[Path]:
     if any(checkpoint.classes == CIFAR10_CLASSES for checkpoint in checkpoints.values()):
         parts.append(CIFAR10)
     parts += [_section(path, checkpoint, pictures) for path, checkpoint in checkpoints.items()]
-    with _damage(ablation := folder / "ablation.jsonl"):
+    with _damage(ablation := folder / "ablation.jsonl", "ablate"):
         if runs := read_rows(ablation):
             parts.append("\n".join(_ablation(runs)))
     for path, figure in pictures.items():
@@ -107,7 +107,7 @@ def _section(path: Path, checkpoint: Checkpoint, pictures: dict[Path, Figure]) -
 
     def beside(kind: str, table: Callable[[dict[str, Any]], list[str]]) -> list[str]:
         file = path.with_suffix(f".{kind}.json")
-        with _damage(file):
+        with _damage(file, kind):
             return table(json.loads(file.read_text())) if file.exists() else []
 
     lines = [f"## {path.name}", "", *_provenance(checkpoint), "### Accuracy", ""]
@@ -127,9 +127,9 @@ def _section(path: Path, checkpoint: Checkpoint, pictures: dict[Path, Figure]) -
         if checkpoint.classes == CIFAR10_CLASSES:
             lines += COMPARED
     lines += beside("unfamiliar", _unfamiliar)
-    log = path.with_suffix(".log.jsonl")
-    if validated := (with_held_out := path.with_suffix(".validation.log.jsonl")).exists():
-        log = with_held_out
+    log = path.with_suffix(".validation.log.jsonl")
+    if not (validated := log.exists()):
+        log = path.with_suffix(".log.jsonl")
     if epochs := read_rows(log):
         which = "the same recipe with images held out" if validated else "the run that made these weights"
         told = (
@@ -137,20 +137,20 @@ def _section(path: Path, checkpoint: Checkpoint, pictures: dict[Path, Figure]) -
             "most of it is the entropy of that."
         )
         lines += ["### Learning curves", "", f"Of {which}, from its log. {told}", ""]
-        with _damage(log):
+        with _damage(log, "train"):
             lines += picture("curves", plots.learning_curves(epochs))
     return "\n".join(lines)
 
 
 @contextmanager
-def _damage(file: Path) -> Iterator[None]:
-    """Say of `file` that its content cannot be shown, whatever is wrong with it."""
+def _damage(file: Path, command: str) -> Iterator[None]:
+    """Say of `file`, which `command` writes, that its content cannot be shown, whatever is wrong with it."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError):
         raise ValueError(
-            f"{file} is damaged, or not what its name says. Write it anew (`python -m training --help` lists what "
-            "writes it), or remove it."
+            f"{file} is damaged, or not what its name says. `python -m training {command}` writes such files: write it "
+            "anew, or remove it."
         ) from None
 
 

@@ -329,8 +329,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; a user's mistake ends in one sentence, not in a traceback."""
     root = parser()
     options, unknown = root.parse_known_args(arguments)
-    if unknown:  # the parser's own message would show how the commands are called, and not this one
-        root.exit(2, f"{options.command} has no {unknown[0]}. See python -m training {options.command} --help.\n")
+    if unknown:  # the parser's own message would show the usage of all commands, not of this one
+        given = unknown[0].partition("=")[0]
+        root.exit(2, f"{options.command} takes no {given}. See python -m training {options.command} --help.\n")
     try:
         if out := getattr(options, "out", None):
             _check_writable(out / "confusion.png" if options.command == "plot" else out)
@@ -349,8 +350,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(
-            "Interrupted; the epochs that were finished are kept. A training goes on from there with the same command "
-            "and --resume --name NAME, its folder under runs/.",
+            "Interrupted; what was finished is kept. A training goes on from there with the same command and "
+            "--resume --name NAME, its folder under runs/.",
             file=sys.stderr,
         )
         return 130

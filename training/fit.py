@@ -316,13 +316,13 @@ def _read_state(file: Path) -> dict[str, Any]:
 
 def _check_origin(begun: dict[str, Any], now: dict[str, Any]) -> None:
     changed = [
-        name if name in ("images", "teachers") else f"{name} {begun.get(name)} (now {value})"
+        f"other {name}" if name in ("images", "teachers") else f"{name} {begun.get(name)} (now {value})"
         for name, value in now.items()
         if begun.get(name) != value
     ]
     if changed:
         raise TrainingError(
-            f"The run to resume was started with another value of: {', '.join(changed)}. "
+            f"The run to resume was started with other values: {', '.join(changed)}. "
             "Resume it with the same flags, images and teachers, or start a new run under another --name."
         )
 

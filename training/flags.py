@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     where = argparse.ArgumentParser(add_help=False)
     where.add_argument("--data", help="folder of the data set; else CIFAR_DATA, else ./data")
     compute = argparse.ArgumentParser(add_help=False, parents=[where])
-    compute.add_argument("--device", help="cuda, cuda:1, mps or cpu; the first that is there by default")
+    compute.add_argument("--device", help="cuda, cuda:1, mps or cpu; the first that works by default")
     held = argparse.ArgumentParser(add_help=False, parents=[compute])
     held.add_argument("--validation", type=float, default=0.0, help="use this share of the training images instead")
     measured = argparse.ArgumentParser(add_help=False, parents=[held])

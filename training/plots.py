@@ -82,13 +82,12 @@ def _drawn(figure: Figure, kind: str) -> bytes:
 def _interrupts_held_back() -> Iterator[None]:
     """Matplotlib may take a Ctrl-C for an error of its own ("Invalid bounding box"), and raise that instead."""
     held: list[int] = []
-    signals = (signal.SIGINT, signal.SIGTERM)
+    in_main = threading.current_thread() is threading.main_thread()  # others get no signals, and may set no handlers
+    signals = (signal.SIGINT, signal.SIGTERM) if in_main else ()
     handlers = {sent: handler for sent in signals if callable(handler := signal.getsignal(sent))}
-    if threading.current_thread() is not threading.main_thread():  # others get no signals, and may set no handlers
-        handlers.clear()
     try:
         for sent in handlers:
-            signal.signal(sent, lambda sent, _frame: held.append(sent))
+            signal.signal(sent, lambda number, _frame: held.append(number))
         yield
     finally:
         for sent, handler in handlers.items():

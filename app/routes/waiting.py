@@ -50,9 +50,10 @@ async def unless_left(receive: Receive, future: asyncio.Future[T], deadline_seco
 async def all_unless_left(
     receive: Receive, answers: Sequence[Answer[T]], deadline_seconds: float
 ) -> tuple[list[T | BaseException], Timing | None]:
-    """What became of each, and where the time of the slowest went; None if nothing ran. As `unless_left`."""
+    """Wait for all as `unless_left` does: what became of each, and where the time of the slowest went (None if nothing
+    ran)."""
     outcomes = await unless_left(receive, asyncio.gather(*answers, return_exceptions=True), deadline_seconds)
-    timings = [answer.timing for answer in answers if hasattr(answer, "timing")]  # one that failed before has none
+    timings = [answer.timing for answer in answers if hasattr(answer, "timing")]  # not one that failed before it ran
     return outcomes, max(timings, key=sum, default=None)
 
 
