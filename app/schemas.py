@@ -90,8 +90,8 @@ class ClassReport(BaseModel):
     support: int = Field(description="Images of this class.")
     predicted: int = Field(description="Images taken for this class, rightly or wrongly.")
     correct: int = Field(description="Images of this class recognised as such.")
-    accuracy: float = Field(description="correct / support, also called recall.")
-    precision: float = Field(description="correct / predicted.")
+    accuracy: float = Field(description="correct / support, also called recall; 0 for a class without images.")
+    precision: float = Field(description="correct / predicted; 0 for a class that is never predicted.")
     f1: float = Field(description="Harmonic mean of accuracy and precision.")
     interval: tuple[float, float] = Field(description="95 % Wilson interval of the accuracy.")
     confusions: list[Confusion] = Field(
