@@ -237,6 +237,12 @@ Divided = tuple[list[Path], list[Path]]
 
 def _read_own_parts(folder: Path, parts: Sequence[str]) -> list[Split]:
     train, test = (folder / name for name in OWN_PARTS.values())
+    for part in (train, test):
+        if _has_pictures(part):
+            raise DataError(
+                f"The folder {part} has pictures beside its class folders, where they are not read. Move them into a "
+                "class folder, or away."
+            )
     names = _folders(train)
     if different := sorted({*names} ^ {*_folders(test)}):
         raise DataError(
