@@ -144,7 +144,7 @@ def wilson_interval(successes: int, total: int) -> tuple[float, float]:
     """The 95 % score interval of a proportion (Wilson, 1927): right near 0 and 1, where the usual formula is not."""
     if total == 0:
         return 0.0, 1.0
-    share, z = successes / total, 1.959964
+    share, z = successes / total, 1.959964  # 95 % of a normal distribution lie within z standard deviations
     scale = 1 / (1 + z * z / total)
     centre = scale * (share + z * z / (2 * total))
     half = scale * z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))

@@ -109,14 +109,18 @@ def test_what_is_no_card_is_not_overwritten(folder: Path) -> None:
 @pytest.mark.parametrize("content", ["{", "[1]", "{}", '{"weights": {}, "dataset": {}, "rows": []}'])
 def test_a_damaged_file_beside_the_weights_is_named(folder: Path, kind: str, content: str) -> None:
     (folder / f"a.{kind}.json").write_text(content)
-    with pytest.raises(ValueError, match=rf"a\.{kind}\.json is damaged"):
+    with pytest.raises(
+        ValueError, match=rf"a\.{kind}\.json is damaged, .* `python -m training {kind}` writes such files"
+    ):
         write_card(folder)
 
 
-@pytest.mark.parametrize("name", ["ablation.jsonl", "a.log.jsonl", "a.validation.log.jsonl"])
-def test_a_log_of_something_else_is_named(folder: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "command"), [("ablation.jsonl", "ablate"), ("a.log.jsonl", "train"), ("a.validation.log.jsonl", "train")]
+)
+def test_a_log_of_something_else_is_named(folder: Path, name: str, command: str) -> None:
     write_rows(folder / name, [{}])
-    with pytest.raises(ValueError, match=f"{name} is damaged"):
+    with pytest.raises(ValueError, match=f"{name} is damaged, .* `python -m training {command}` writes such files"):
         write_card(folder)
 
 

@@ -456,7 +456,7 @@ def test_a_text_of_any_name_does_not_matter(keyword: bytes, kind: bytes, text: b
     assert decode(with_chunk(kind, keyword + text)) == decode(encode(drawing()))
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # as above
 def test_odd_metadata_do_not_matter() -> None:
     """Every byte of them changed, one at a time: the picture is turned, or not, but there."""
     exif = Image.Exif()

@@ -507,11 +507,16 @@ def test_a_flag_that_a_command_does_not_have(command: str, unknown: str, capsys:
     assert capsys.readouterr().err == f"{command} takes no {unknown}. See python -m training {command} --help.\n"
 
 
-@pytest.mark.parametrize("threads", ["-1", "0", "x", "1025"])
-def test_threads_are_from_one_to_1024(threads: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("count", ["-1", "0", "x", "1000001"])
+@pytest.mark.parametrize(
+    ("command", "most"),
+    [(["train", "--threads"], "1,024"), (["ablate", "--epochs"], "1,000,000")],
+    ids=["1024", "10**6"],
+)
+def test_counts_have_bounds(command: list[str], most: str, count: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        cli.main(["train", "--threads", threads])
-    assert f"{threads!r} is not a whole number from 1 to 1,024" in capsys.readouterr().err
+        cli.main([*command, count])
+    assert f"{count!r} is not a whole number from 1 to {most}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["train"], ["ablate", "--epochs", "1", "--seeds", "0"]], ids=lambda each: each[0])

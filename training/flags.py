@@ -5,27 +5,29 @@ from collections.abc import Callable
 from pathlib import Path
 
 from app import model
-from app.settings import Settings
+from app.settings import KNOWN, Settings, whole
 from training.config import LARGEST_SEED, RECIPES, add_flags
 from training.evaluate import BATCH_SIZE
 
 DEFAULT_WEIGHTS = Settings.weights
 RUNS = Path("runs")
-MOST_THREADS = 1024
-"""As for the service; a million would not fit into any memory."""
 
 
-def _whole(least: int, most: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not (text.isdecimal() and least <= int(text) <= most):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least:,} to {most:,}")
-        return int(text)
+def _told(parse: Callable[[str], int]) -> Callable[[str], int]:
+    """The same for argparse, which otherwise keeps what is accepted to itself."""
 
-    return parse
+    def parse_or_tell(text: str) -> int:
+        try:
+            return parse(text)
+        except ValueError as accepted:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {accepted}") from None
+
+    return parse_or_tell
 
 
-_positive = _whole(1, 1_000_000)
-_seed = _whole(0, LARGEST_SEED)
+_positive = _told(whole(1, 1_000_000))
+_seed = _told(whole(0, LARGEST_SEED))
+_threads = _told(KNOWN["threads"].parse)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
         default="default",
         help="the choices to begin with, from training/config.py (default: %(default)s)",
     )
-    taught.add_argument("--threads", type=_whole(1, MOST_THREADS), help="CPU threads; torch's choice by default")
+    taught.add_argument("--threads", type=_threads, help="CPU threads; torch's choice by default")
     taught.add_argument(
         "--teacher",
         type=Path,
