@@ -1,9 +1,11 @@
 """GET /metrics and Server-Timing: every request is counted once, under a label that exists, wherever it ended."""
 
 import asyncio
+import json
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,6 +64,30 @@ def labels_of_requests(metrics: Metrics) -> dict[tuple[str, str, str], float]:
 def noise(width: int, height: int) -> bytes:
     """A picture that hardly compresses."""
     return encode(Image.effect_noise((width, height), 100).convert("RGB"))
+
+
+def test_the_dashboard_asks_only_for_what_there_is(client: TestClient, png: bytes) -> None:
+    answering = ("/predict", "/predict/batch", "/v2/models/cifar/infer", "/v2/models/cifar/versions/1/infer")
+    for path in answering:
+        client.post(path, content=png, headers=PNG)
+    for path in ("/healthz", "/metrics", "/v2/models/cifar"):
+        client.get(path)
+    metrics = scrape(client)
+    known: dict[str, set[str]] = {}
+    for sample in metrics.samples:
+        known.setdefault(sample.name, {"job", "instance"}).update(sample.labels)  # Prometheus adds those two
+    dashboard = json.loads((Path(__file__).parent.parent / "app" / "grafana.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    assert len(queries) >= len(dashboard["panels"]) > 0
+    for query in queries:
+        names = set(re.findall(r"cifar_\w+", query))
+        assert names, query
+        assert names <= known.keys(), query
+        labels = set(", ".join(re.findall(r"(?:by|on|group_left) \((.*?)\)", query)).split(", "))
+        assert labels - {""} <= set().union(*(known[name] for name in names)), query
+        for asked in re.findall(r'route=~"(.*?)"', query):
+            routes = {route for route, _ in metrics.of("cifar_requests_total", "route", "status")}
+            assert {route for route in routes if re.fullmatch(asked, route)} == set(answering)
 
 
 def test_each_request_is_counted_once_under_its_route(client: TestClient, png: bytes) -> None:
