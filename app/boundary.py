@@ -77,6 +77,7 @@ class Boundary:
             return
         started_at = monotonic()
         status, method, root = LEFT, scope["method"], scope.get("root_path", "")
+        scope.pop("route", None)  # the one by which an outer application came here
         if method == "HEAD":  # answered wherever GET is (RFC 9110, section 9.3.2); the server drops the body
             scope = {**scope, "method": "GET"}
         state = scope.setdefault("state", {})

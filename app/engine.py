@@ -52,7 +52,7 @@ class TorchEngine:
         self.dtype = dtype
         self._device = device
         self._memory_format = choose_memory_format(device)
-        network.to(device).to(memory_format=self._memory_format)
+        network.to(device).to(memory_format=self._memory_format)  # type: ignore[call-overload, unused-ignore]  # torch < 2.14
         layers = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
         for layer in layers:
             layer.to(dtype)

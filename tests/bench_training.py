@@ -73,7 +73,7 @@ class AirbenchTrainer:
         self.epochs, self.epochs_done = epochs, 0
         self.network = AirbenchNet(len(images.classes))
         initialize(self.network, RECIPES["default"], images.pixels_NCHW)
-        self.network.to(device).to(memory_format=torch.channels_last)
+        self.network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]  # torch < 2.14
         self.padded_NCHW = F.pad(images.pixels_NCHW.to(device).float(), (2, 2, 2, 2), mode="reflect").to(self.dtype)
         mirrored_N = torch.rand(len(images), device=device) < 0.5
         self.padded_NCHW[mirrored_N] = self.padded_NCHW[mirrored_N].flip(3)

@@ -158,7 +158,8 @@ def test_no_two_classes_tie(network: model.Normalized, name: str) -> None:
 def test_pixels_and_weights_may_lie_in_memory_in_any_order(network: model.Normalized, name: str) -> None:
     pixels_NCHW = pictures(3)
     expected_NK = logits(network, name, pixels_NCHW)
-    channels_last = copy.deepcopy(network).to(memory_format=torch.channels_last)  # as training leaves them
+    # As training leaves them.
+    channels_last = copy.deepcopy(network).to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]  # torch < 2.14
     for order in (torch.contiguous_format, torch.channels_last):
         pixels_NCHW = pixels_NCHW.contiguous(memory_format=order)
         torch.testing.assert_close(logits(channels_last, name, pixels_NCHW), expected_NK)
@@ -167,7 +168,7 @@ def test_pixels_and_weights_may_lie_in_memory_in_any_order(network: model.Normal
 def test_rounded_kernels_are_bfloat16_and_keep_their_sums() -> None:
     torch.manual_seed(0)
     for memory_format in (torch.contiguous_format, torch.channels_last):
-        layer = nn.Conv2d(16, 32, 3).to(memory_format=memory_format)
+        layer = nn.Conv2d(16, 32, 3).to(memory_format=memory_format)  # type: ignore[call-overload, unused-ignore]  # torch < 2.14
         before = layer.weight.detach().clone()
         bfloat16.round_kernels(layer)
         plain, diffused = before.bfloat16().float(), layer.weight

@@ -245,7 +245,7 @@ def _place(modules: Iterable[nn.Module], recipe: Recipe, device: torch.device) -
     memory_format = choose_memory_format(device) if recipe.precision == "auto" else torch.contiguous_format
     for module in modules:
         module.to(device)
-        module.to(memory_format=memory_format)
+        module.to(memory_format=memory_format)  # type: ignore[call-overload, unused-ignore]  # torch < 2.14
     return memory_format
 
 
