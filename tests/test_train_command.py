@@ -278,15 +278,8 @@ def test_two_processes_reach_the_loss_of_one(data_folder: Path, monkeypatch: pyt
     flags = ["--recipe", "debug", "--data", ".", "--epochs", "3", "--precision", "float32", "--device", "cpu"]
     monkeypatch.chdir(data_folder)
     assert cli.main(["train", *flags, "--name", "one"]) == 0
-    torchrun = (
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--local-addr=127.0.0.1",
-        "--nproc_per_node=2",
-        "-m",
-        "training",
-    )
+    alone = ("--standalone", "--local-addr=127.0.0.1")  # not every machine can look up its own name
+    torchrun = ("-m", "torch.distributed.run", *alone, "--nproc_per_node=2", "-m", "training")
     run(*flags, "--name", "two", folder=data_folder, program=torchrun)
     one, two = log_rows(data_folder, "one"), log_rows(data_folder, "two")
     assert len(one) == len(two) == 3
