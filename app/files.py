@@ -5,8 +5,9 @@ import hashlib
 import io
 import math
 import os
+import secrets
 import stat
-import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +44,20 @@ def forget_unfinished(path: Path) -> None:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace `path` by `content` as a whole or not at all, whenever the process is interrupted."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    # Named before it is made (`tempfile` does both at once), so that no interrupt can leave one that nobody knows.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with os.fdopen(descriptor, "wb") as file:
+            with temporary.open("xb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)  # mkstemp makes it private to this user; a container serves it as another
-            os.replace(temporary, path)
-        except BaseException:  # an interrupt, too, must leave no temporary file
-            Path(temporary).unlink(missing_ok=True)
+            temporary.chmod(0o644)  # whatever the umask: a container serves it as another user
+            temporary.replace(path)
+        except BaseException:
+            with suppress(OSError):  # it was not even made
+                temporary.unlink()
             raise
     except OSError as error:  # it names the temporary file, which the user does not know
         raise OSError(error.errno, error.strerror, str(path)) from None

@@ -1,7 +1,11 @@
 """A file is there as a whole or not at all, and what is no file is not read."""
 
 import os
+import sys
+from itertools import count
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -25,6 +29,38 @@ def test_a_failing_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest
     write_atomically(file, b"new")
     assert file.read_bytes() == b"new"
     assert file.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file")  # of an interrupt between `open` and `with`; closed all the same
+def test_an_interrupt_at_any_moment_leaves_one_whole_file_and_nothing_else(tmp_path: Path) -> None:
+    """Python lets a signal in between any two of its instructions, of the libraries it calls, too."""
+    file = tmp_path / "weights.pth"
+    write_atomically(file, b"old")
+    for moment in count():
+        left = moment
+
+        def interrupt(frame: FrameType, event: str, _: object) -> Any:
+            nonlocal left
+            frame.f_trace_opcodes = True
+            left -= event in ("opcode", "line")
+            if left < 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+            return interrupt
+
+        sys.settrace(interrupt)
+        try:
+            write_atomically(file, b"new")
+        except KeyboardInterrupt:
+            pass
+        else:
+            break
+        finally:
+            sys.settrace(None)
+        assert file.read_bytes() in (b"old", b"new"), moment
+        assert [path.name for path in tmp_path.iterdir()] == ["weights.pth"], moment
+    assert moment > 10
+    assert file.read_bytes() == b"new"
 
 
 def test_the_new_content_is_on_the_disk_before_it_replaces_the_old(
