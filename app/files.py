@@ -55,7 +55,7 @@ def write_atomically(path: Path, content: bytes) -> None:
                 os.fsync(file.fileno())
             temporary.chmod(0o644)  # whatever the umask: a container serves it as another user
             temporary.replace(path)
-        except BaseException:
+        except BaseException:  # an interrupt, too
             with suppress(OSError):  # it was not even made
                 temporary.unlink()
             raise
