@@ -16,11 +16,12 @@ help: ## list the commands
 serve: .venv/.service ## serve weights/cifar_net.pth, or CIFAR_WEIGHTS, on http://127.0.0.1:8000
 	$(BIN)/python -m app
 
+# Two tests at a time, as most of them wait for a process to start; torch's threads must not outnumber the cores.
 test: .venv/.dev ## lint, format, types, tests
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
 
 train: runs/default/cifar_net.pth ## train the default network on CIFAR_DATA or ./data, from where it stopped
 

@@ -263,7 +263,7 @@ def _loggers() -> Iterator[None]:
 def test_every_record_is_one_line_of_json() -> None:
     stream = io.StringIO()
     logs.configure(stream)
-    logging.getLogger("app").info("two\nlines of %s", "\ud800")
+    logging.getLogger("app").info("two\nlines of %s", "text")
     logging.getLogger("uvicorn.error").warning("from the server")
     logging.getLogger("uvicorn.error").info("chatter")
     with warnings.catch_warnings():
@@ -275,8 +275,14 @@ def test_every_record_is_one_line_of_json() -> None:
         ("warning", "uvicorn.error"),
         ("warning", "py.warnings"),
     ]
-    assert lines[0]["message"] == "two\nlines of \ud800"
+    assert lines[0]["message"] == "two\nlines of text"
     assert list(lines[0]) == ["time", "level", "logger", "message"]
+
+
+def test_a_record_that_is_not_utf8_is_written_in_ascii() -> None:
+    line = JsonFormatter().format(logging.makeLogRecord({"msg": "%s", "args": ("caf\udce9",)}))
+    assert line.isascii()
+    assert json.loads(line)["message"] == "caf\udce9"
 
 
 @pytest.mark.usefixtures("_loggers")
