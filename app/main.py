@@ -76,3 +76,14 @@ def create_app(settings: Settings | None = None, classes: tuple[str, ...] | None
     app.mount("/static", pages.FILES, name="static")
     boundary.install(app, paths, ledger)
     return app
+
+
+app: Application
+"""That with the settings of the environment, for `uvicorn app.main:app`; made when first asked for, not at import."""
+
+
+def __getattr__(name: str) -> Application:
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    application = globals()[name] = create_app()
+    return application

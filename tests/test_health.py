@@ -9,7 +9,7 @@ from urllib.parse import urljoin
 import pytest
 from fastapi.testclient import TestClient
 
-from app import checkpoint
+from app import checkpoint, main
 from app.checkpoint import CIFAR10_CLASSES
 from app.main import create_app
 from app.routes.pages import STATIC
@@ -63,15 +63,22 @@ def test_an_application_can_be_started_again(settings: Settings, png: bytes) -> 
             assert client.post("/predict", content=png).status_code == 200
 
 
-def test_without_settings_an_application_takes_those_of_the_environment(
+def test_the_module_has_an_application_with_the_settings_of_the_environment(
     monkeypatch: pytest.MonkeyPatch, weights: Path, png: bytes
 ) -> None:
-    """For `uvicorn --factory app.main:create_app`."""
+    """For `uvicorn app.main:app`."""
     for name, value in {"WEIGHTS": str(weights), "DEVICE": "cpu", "ENGINE": "torch", "THREADS": "1"}.items():
         monkeypatch.setenv(f"CIFAR_{name}", value)
-    with TestClient(create_app()) as client:
+    monkeypatch.setitem(vars(main), "app", None)  # so that it is put back to what it was
+    del main.app
+    assert main.app is main.app
+    with TestClient(main.app) as client:
         answer = client.post("/predict", content=png).json()
     assert answer["model"] == {"name": "net", "sha256": checkpoint.load(weights).sha256[:12]}
+
+
+def test_the_module_has_nothing_else_that_is_made_when_asked_for() -> None:
+    assert not hasattr(main, "application")
 
 
 @pytest.mark.parametrize(("method", "path"), [("GET", "/readyz"), ("POST", "/predict"), ("POST", "/predict/batch")])
