@@ -37,6 +37,9 @@ QUIET_SECONDS = 0.005
 """Idle work begins after this long without a request, so that a client who asks one by one does not feel it."""
 BROKEN_BATCHES = 10
 """After this many entirely failed batches in a row, none will succeed: a GPU that has failed stays so."""
+WATCH_SECONDS, PATIENCE = 5.0, 12
+"""How often to look whether anything is answered, and after how many looks in vain nothing will be: a GPU may hang.
+Counted, not timed: the whole container may have been paused."""
 STOPPING = "The service is stopping. Try again, it may be back shortly."
 NOT_RUNNING = (
     "The service is not running: whoever embeds the application has to run its lifespan, as a server does and "
@@ -62,6 +65,9 @@ class Batcher(Generic[Item, Prepared, Result]):
         self._admission = Admission(limits)
         self._closing = False
         self._failed_batches = 0
+        self._settled = False
+        """Whether anything has been answered since the last look."""
+        self._vain_looks = 0
         self._inference_thread = threading.Thread(target=self._infer, name="inference", daemon=True)
         self._decode_thread = threading.Thread(target=self._decode, name="decode", daemon=True)
 
@@ -81,10 +87,19 @@ class Batcher(Generic[Item, Prepared, Result]):
         except BaseException:  # also if this task is cancelled
             await self.close()
             raise
+        self._watch()
+
+    def _watch(self) -> None:
+        """Now and then, while it runs, look whether those that wait are answered."""
+        if self._closing:
+            return
+        self._vain_looks = self._vain_looks + 1 if self.waiting and not self._settled else 0
+        self._settled = False
+        self._loop.call_later(WATCH_SECONDS, self._watch)
 
     @property
     def running(self) -> bool:
-        return self._inference_thread.is_alive() and not self._closing
+        return self._inference_thread.ident is not None and not self._closing
 
     @property
     def closed(self) -> bool:
@@ -94,7 +109,7 @@ class Batcher(Generic[Item, Prepared, Result]):
     @property
     def broken(self) -> bool:
         """Whether only another process can help."""
-        return self._failed_batches >= BROKEN_BATCHES
+        return self._failed_batches >= BROKEN_BATCHES or self._vain_looks >= PATIENCE
 
     @property
     def waiting(self) -> int:
@@ -205,6 +220,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         ran: Sequence[Entry[Item, Prepared, Result]] = (),
     ) -> None:
         now = monotonic()
+        self._settled = True
         if ran:
             timings, pictures = [entry.future.timing for entry in ran], sum(entry.load.pictures for entry in ran)
             self.statistics.record(timings, pictures, time())

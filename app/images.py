@@ -16,10 +16,11 @@ import io
 import struct
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Literal
 
 import torch
-from PIL import ExifTags, Image, ImageFile, PngImagePlugin
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from app.errors import BadRequest, BodyTooLarge, WrongSize
@@ -63,16 +64,6 @@ OTHERS = {
 """What is often sent instead of a picture that can be read, by how it begins."""
 METADATA = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
 """Pillow's keys for what may hold an orientation. Most small pictures have none; looking closer takes 13 us each."""
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""What sets a picture upright, by its EXIF orientation."""
 
 # What Pillow raises for bad bytes: cut short or damaged (OSError), a field out of range (ValueError), a broken chunk
 # (SyntaxError), a missing palette (AssertionError), a header cut short (the others; seen with earlier versions only).
@@ -149,8 +140,9 @@ def decode(data: bytes, resize: Resize | None = None, max_pixels: int = MAX_PIXE
             picture.load()
             if isinstance(picture.info.get("transparency"), str):  # a PNG's text of this name
                 del picture.info["transparency"]
-            rgb = _to_rgb(_set_upright(picture) if METADATA & picture.info.keys() else picture)
-            return _resize(rgb, resize).tobytes()
+            if METADATA & picture.info.keys():
+                _set_upright(picture)
+            return _resize(_to_rgb(picture), resize).tobytes()
     except Image.DecompressionBombError:
         raise BodyTooLarge(
             f"The picture has more than {2 * max_pixels:,} pixels; accepted are at most {max_pixels:,}. Send a smaller "
@@ -254,13 +246,9 @@ def _scale_transparency(picture: ImageFile.ImageFile) -> None:
         picture.info["transparency"] = tuple(value >> 8 for value in transparent)
 
 
-def _set_upright(picture: Image.Image) -> Image.Image:
-    """`ImageOps.exif_transpose` would also rewrite the metadata, and fail where they are odd."""
-    try:
-        turn = TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # Pillow raises anything for damaged metadata, and the pixels may still be good
-        return picture
-    return picture if turn is None else picture.transpose(turn)
+def _set_upright(picture: Image.Image) -> None:
+    with suppress(Exception):  # Pillow raises anything for damaged metadata, at the latest after turning the pixels
+        ImageOps.exif_transpose(picture, in_place=True)
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

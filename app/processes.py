@@ -53,6 +53,8 @@ class Worker:
     process: SpawnProcess
     end: Connection
     ready: bool = False
+    weights: str = ""
+    """The digest of what it serves."""
     outdated: bool = False
     """The weights may have changed since it read them, while it was not ready and ignored signals."""
     counts: Counts = field(default_factory=Counts)
@@ -97,8 +99,6 @@ class Supervisor:
         self._rounds: dict[Worker, tuple[set[Worker], float]] = {}
         """For each worker that asks: the workers that have not told yet, and until when to wait for them."""
         self._gone = Counts()
-        self._weights: str | None = None
-        """The digest that any process reported last."""
         self._classes: tuple[str, ...] | None = None
         """Those of the first process, which all others must have, too."""
         self._check_at = time.monotonic() + CHECK_SECONDS
@@ -210,9 +210,9 @@ class Supervisor:
                 self._settings = replace(self._settings, engine=engine)
                 if worker.outdated:
                     worker.signal(signal.SIGHUP)
-                self._compare(weights)
+                self._compare(worker, weights)
             case Reloaded(weights):
-                self._compare(weights)
+                self._compare(worker, weights)
             case Ask():
                 asked = {each for each in self._workers if each.ready}
                 self._rounds[worker] = asked, time.monotonic() + TELL_SECONDS
@@ -222,11 +222,12 @@ class Supervisor:
                 worker.counts, worker.asked, worker.unanswered = counts, False, 0
                 self._count_off(worker)
 
-    def _compare(self, weights: str) -> None:
-        """Have all read the file again if one reports other weights. Those that have them already do nothing."""
-        if self._weights not in (None, weights):
-            self._hang_up()
-        self._weights = weights
+    def _compare(self, worker: Worker, weights: str) -> None:
+        """Have those that serve other weights than `worker` read the file again."""
+        worker.weights = weights
+        for each in self._workers:
+            if each.ready and each.weights != weights:
+                each.signal(signal.SIGHUP)
 
     def _count_off(self, worker: Worker) -> None:
         for asker, (awaited, _) in list(self._rounds.items()):

@@ -66,7 +66,7 @@ class Service:
         self.draining = False
         self.predictions = Predictions()
         self.on_exchange: Callable[[str], None] = lambda _sha256: None
-        """Called with the digest of new weights when they serve."""
+        """Called with the digest of what serves, when the weights file has been read again."""
         self.intake = Intake(
             max_bytes=settings.max_body_bytes,
             max_waiting_bytes=settings.max_waiting_bytes,
@@ -115,6 +115,7 @@ class Service:
                 served = Served(await asyncio.to_thread(load_aside, self.settings.weights))
                 if served.checkpoint.sha256 == self.checkpoint.sha256:
                     logger.info("The weights file was read: it is the one that is served.")
+                    self.on_exchange(self.checkpoint.sha256)  # other processes may have failed to read it before
                     return False
                 check_replaces(served.checkpoint, self.checkpoint.classes)
                 await self._batcher.exchange(self._build(served, self.engine))

@@ -10,7 +10,7 @@ import pytest
 
 from app import admission, batching, entries
 from app.admission import Admission, Limits, Load
-from app.batching import BROKEN_BATCHES, Batcher, Building
+from app.batching import BROKEN_BATCHES, PATIENCE, Batcher, Building
 from app.errors import DeadlineExceeded, NotReady, Overloaded
 
 pytestmark = pytest.mark.anyio
@@ -224,6 +224,40 @@ async def test_only_failures_in_a_row_are_a_broken_engine() -> None:
         assert not batcher.broken
     await asyncio.gather(batcher.submit("13", 1, light=True), return_exceptions=True)
     assert batcher.broken
+    await batcher.close()
+
+
+async def test_an_engine_that_answers_nothing_for_long_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "WATCH_SECONDS", 0.01)
+    doubler = Doubler()
+    batcher = await start(doubler)
+    await asyncio.sleep(2 * PATIENCE * batching.WATCH_SECONDS)
+    assert not batcher.broken  # nothing waits
+    held = await hold(doubler, batcher)
+    while not batcher.broken:
+        await asyncio.sleep(0.01)
+    doubler.gate.set()
+    assert await held == 0
+    while batcher.broken:
+        await asyncio.sleep(0.01)
+    await batcher.close()
+
+
+async def test_an_engine_is_slow_and_not_broken_while_anything_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    batcher = await start(doubler := Doubler())
+    monkeypatch.setattr(batcher._loop, "call_later", lambda *_: None)  # looks when it is told to
+    held = await hold(doubler, batcher)
+    for _ in range(PATIENCE - 1):
+        batcher._watch()
+    with pytest.raises(ValueError, match="invalid literal"):
+        await batcher.submit("x", 1, light=True)
+    for _ in range(PATIENCE):
+        batcher._watch()
+        assert not batcher.broken
+    batcher._watch()
+    assert batcher.broken
+    doubler.gate.set()
+    assert await held == 0
     await batcher.close()
 
 
