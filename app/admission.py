@@ -81,7 +81,7 @@ class Admission:
         ):
             retry = max(1, math.ceil(wait_seconds))
             raise Overloaded(
-                f"The service has as much to do as it accepts: {self.waiting:,} pictures wait. "
+                f"The service has as much work as it accepts: {self.waiting:,} pictures wait. "
                 f"Try again in {retry} second{'s' * (retry > 1)}.",
                 retry_after_seconds=retry,
             )

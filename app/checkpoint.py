@@ -153,7 +153,7 @@ def load(path: Path | str) -> Checkpoint:
         ) from None
     except Exception:  # torch raises nearly anything for damaged bytes
         raise CheckpointError(
-            f"The weights file {path} is not a PyTorch file of tensors (TorchScript is not, either), or it is damaged "
+            f"The weights file {path} is not a PyTorch file of tensors (TorchScript is not accepted), or it is damaged "
             f"or cut short ({len(raw):,} bytes). {EXPECTED}"
         ) from None
     try:
@@ -227,7 +227,7 @@ def _check(checkpoint: Checkpoint) -> None:
         raise CheckpointError("In the weights file the class names are not distinct texts.")
     for name, tensor in checkpoint.state_dict.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise CheckpointError(f"The weights file holds something else than a tensor under the name {name!r}.")
+            raise CheckpointError(f"The weights file holds something other than a tensor under the name {name!r}.")
         if tensor.layout != torch.strided or tensor.is_meta:
             raise CheckpointError(f"In the weights file the tensor {name} is not an ordinary, dense one.")
         if not torch.isfinite(tensor).all():
@@ -284,7 +284,7 @@ def _check_evaluation(evaluation: Evaluation, size: int) -> None:
     if evaluation.confusion_KK.shape != (size, size) or evaluation.confusion_KK.dtype != torch.int64:
         raise CheckpointError(f"In the weights file the confusion matrix is not {size} x {size} whole numbers.")
     if (evaluation.confusion_KK < 0).any():
-        raise CheckpointError("In the weights file the confusion matrix counts fewer than no images.")
+        raise CheckpointError("In the weights file the confusion matrix has negative counts.")
     if evaluation.bins_B3.shape[1:] != (3,) or evaluation.bins_B3.dtype != torch.float64:
         raise CheckpointError("In the weights file the calibration bins are not rows of three numbers.")
     floats = [value for value in vars(evaluation).values() if isinstance(value, float)]

@@ -22,7 +22,7 @@ def inflate(body: bytes, encoding: str, max_bytes: int) -> bytes:
         raise BadRequest(f"The body is not in the content encoding {encoding!r} that the request names.") from None
     if len(plain) > max_bytes:
         raise BodyTooLarge(
-            f"The request body is too large without its compression; accepted are at most {max_bytes:,} bytes. Send "
+            f"The request body is too large when decompressed; accepted are at most {max_bytes:,} bytes. Send "
             "smaller or fewer pictures.",
             detail={"max_body_bytes": max_bytes},
         )

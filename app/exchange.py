@@ -179,7 +179,8 @@ class Intake:
     def _check_room(self, own_bytes: int) -> None:
         if self._waiting_bytes > max(self._max_waiting_bytes, own_bytes):  # one alone is always accepted
             raise Overloaded(
-                "The service receives as much as it accepts at a time. Try again in 1 second.", retry_after_seconds=1
+                "The service is receiving as many bytes as it accepts at a time. Try again in 1 second.",
+                retry_after_seconds=1,
             )
 
     def _check(self, size_bytes: int) -> None:

@@ -221,7 +221,7 @@ def _check_scans(data: bytes, picture: Image.Image, max_pixels: int) -> None:
     scans = data.count(b"\xff\xda")  # the marker that each begins with; nothing else but metadata can hold it
     if scans * max(picture.width * picture.height, 1 << 16) > MAX_SCANS * max_pixels:  # even a small one takes time
         raise BodyTooLarge(
-            f"The JPEG goes {scans:,} times over its {picture.width} x {picture.height} pixels; usual are up to 12 "
+            f"The JPEG makes {scans:,} passes over its {picture.width} x {picture.height} pixels; usual are up to 12 "
             "times. Save it anew, as a baseline JPEG.",
             detail={"width": picture.width, "height": picture.height, "scans": scans},
         )

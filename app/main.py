@@ -22,8 +22,8 @@ from app.statistics import Traffic
 DESCRIPTION = """Send a picture, get the probability of each class.
 
 Every error has the same body, `ErrorBody`; every answer has the header `X-Request-ID`, taken from the request if it
-has a well-formed one. Besides what is listed for each path, 404 answers a path that does not exist, 405 a method that a
-path does not take, and 400, 408 or 431 what is not HTTP, comes too slowly or has too long a head."""
+has a well-formed one. Besides what is listed for each path: 404 for a path that does not exist, 405 for a method that a
+path does not take, 400 for what is not HTTP, 408 for a head or body that comes too slowly, 431 for too long a head."""
 
 
 def create_app(settings: Settings | None = None, classes: tuple[str, ...] | None = None) -> Application:

@@ -39,17 +39,17 @@ class Scores(BaseModel):
     prediction_set: list[str] | None = Field(
         description="The classes it may be, the most probable first, at least one. Such a set holds the true class "
         "for 95 % of pictures of the kind that the network was trained on (split conformal prediction, least ambiguous "
-        "sets). Null if these weights know of no such sets.",
+        "sets). Null for weights without calibration.",
         examples=[["cat", "dog"]],
     )
     familiarity: float | None = Field(
         description="How much the picture resembles what the network was trained on: the share of held-out images of "
-        "that kind that resemble it less, 0 to 1. Null if these weights do not know.",
+        "that kind that resemble it less, 0 to 1. Null for weights without calibration.",
         examples=[0.62],
     )
     unfamiliar: bool | None = Field(
         description="Whether `familiarity` is below 0.05: then the picture may well show something else, and the "
-        "probabilities mean little. One in twenty of the held-out images is called so, too, of JPEGs some more."
+        "probabilities mean little. True of one in twenty of the held-out images, too, and of somewhat more JPEGs."
     )
 
 
@@ -147,14 +147,14 @@ class Report(BaseModel):
     )
     weights: WeightsInfo = Field(description="Which weights the figures belong to.")
     trained: dict[str, Any] = Field(description="Where the weights come from: recipe, seed, versions, device, time.")
-    dataset: DatasetInfo = Field(description="What was evaluated on.")
+    dataset: DatasetInfo = Field(description="The data set that was evaluated on.")
     evaluated_at: str = Field(description="Date and time in UTC, ISO 8601.")
     accuracy: float = Field(description="Share of images whose most probable class is the true one.")
     correct: int = Field(description="The number of those images.")
     interval: tuple[float, float] = Field(description="95 % Wilson interval of the accuracy.")
     calibration: Calibration = Field(description="How well the probabilities agree with the share of right answers.")
     prediction_sets: PredictionSets | None = Field(
-        description="How well the sets of classes keep their promise; null if these weights know of none."
+        description="How well the sets of classes keep their promise; null if these weights have none."
     )
     classes: list[ClassReport] = Field(description="In the order of the classes.")
     confusion: list[list[int]] = Field(description="Rows are true classes, columns predicted ones.")

@@ -48,11 +48,11 @@ def check(predict: Callable[[Tensor], Tensor], expected_NK: Tensor | None = None
         raise CheckpointError("With these weights the network gives probabilities that are not finite numbers.")
     if (together_NK - alone_NK).abs().max() > NEIGHBOURS_TOLERANCE:
         raise CheckpointError(
-            "With these weights the network gives a picture alone other probabilities than among others."
+            "With these weights the network gives a picture different probabilities alone and in a batch."
         )
     if expected_NK is not None and (error := (together_NK - expected_NK).abs().max().item()) > TOLERANCE:
         raise CheckpointError(
             f"The network computes wrongly here: it gives a drawing a probability that is {error:.2f} from the one "
-            "that training put into the weights file. Get the file anew; if that does not help, try the engine torch "
+            "that training put into the weights file. Get the file again; if that does not help, try the engine torch "
             "(--engine torch) or another device."
         )

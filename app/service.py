@@ -309,8 +309,8 @@ def check_replaces(checkpoint: Checkpoint, classes: tuple[str, ...]) -> None:
     """
     if checkpoint.classes != classes:
         raise CheckpointError(
-            f"The weights file is for the classes {', '.join(checkpoint.classes)}; those that are served, for "
-            f"{', '.join(classes)}. Start a service of its own for it."
+            f"The weights file is for the classes {', '.join(checkpoint.classes)}; the weights that are served "
+            f"are for {', '.join(classes)}. Start a separate service for it."
         )
 
 

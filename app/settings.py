@@ -138,7 +138,7 @@ class Settings:
     ] = None
     engine: Annotated[
         str,
-        Setting(engine_name, "torch, openvino (if installed; on a CPU only), or auto: what is faster at the start"),
+        Setting(engine_name, "torch, openvino (if installed; on a CPU only), or auto: whichever is faster at start-up"),
     ] = "auto"
     threads: Annotated[
         int, Setting(whole(1, 1024), "threads on a CPU, shared out among the processes (default: the cores it may use)")
@@ -147,20 +147,20 @@ class Settings:
         int,
         Setting(
             process_count,
-            "worker processes of 0.75 GB (default: one for every two threads, as many as there is memory for, up to 4)",
+            "worker processes, each 0.75 GB of memory (default: one for every two threads, as memory allows, up to 4)",
         ),
     ] = dataclasses.field(default_factory=usual_processes)
     max_body_bytes: Annotated[int, Setting(whole(1, 1024 * MIB), "a larger request body is refused")] = 8 * MIB
     max_pixels: Annotated[
         int,
-        Setting(whole(1024, 1_000_000_000), "a picture with more is refused; decoding takes up to 21 bytes for each"),
+        Setting(whole(1024, 1_000_000_000), "a picture with more is refused; decoding takes up to 21 bytes a pixel"),
     ] = MAX_PIXELS
     max_pictures: Annotated[
         int, Setting(whole(1, 1_000_000), "pictures in one request; a request with more is refused")
     ] = 1024
     max_batch: Annotated[
         int,
-        Setting(whole(1, 1024), "pictures per forward pass; those that wait run together, 32 of them unless many do"),
+        Setting(whole(1, 1024), "at most this many pictures per forward pass; usually at most 32, more if many wait"),
     ] = 128
     # Twice as many as a request may have, so that single pictures are still admitted beside the largest request.
     max_waiting: Annotated[
@@ -171,7 +171,7 @@ class Settings:
     ] = 64 * MIB
     deadline_seconds: Annotated[
         float,
-        Setting(seconds(0.001, 3600), "who would wait longer for a turn gets 429, who has waited longer 504"),
+        Setting(seconds(0.001, 3600), "a request that would wait longer gets 429, one that has waited longer 504"),
     ] = 5.0
     drain_seconds: Annotated[
         float, Setting(seconds(0, 3600), "after SIGTERM: how long requests are still accepted while /readyz says 503")
@@ -182,7 +182,7 @@ class Settings:
         str | None,
         Setting(
             secret,
-            "of POST /admin/reload, at least 16 characters; others can read a flag, so set the variable",
+            "for POST /admin/reload, at least 16 characters; other users can see flags, so set CIFAR_ADMIN_KEY",
         ),
     ] = dataclasses.field(default=None, repr=False)
 
@@ -224,7 +224,7 @@ def _parse(setting: Setting, source: str, value: str) -> Any:
     try:
         return setting.parse(value)
     except ValueError as error:
-        given = "has a value that is not repeated here" if setting.parse is secret else f"is {value!r}"
+        given = "has a value that is not shown here" if setting.parse is secret else f"is {value!r}"
         raise SettingsError(f"{source} {given}; accepted is {error}.") from None
 
 
@@ -261,6 +261,6 @@ def _read_flags(arguments: Sequence[str]) -> dict[str, str | None]:
     if unknown:
         given = unknown[0].partition("=")[0]
         if not given.startswith("-"):
-            raise SettingsError(f"Nothing was expected where {given!r} stands. See `python -m app --help`.")
+            raise SettingsError(f"There is no argument {given!r}; only flags are accepted. See `python -m app --help`.")
         raise SettingsError(f"There is no flag {given}. {_nearest(given, [_flag(name) for name in KNOWN], '--')}")
     return vars(flags)

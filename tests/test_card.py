@@ -67,7 +67,7 @@ def test_weights_alone_make_a_card(folder: Path) -> None:
     assert checkpoint.sha256 in text
     assert "| recipe | `random` |" in text
     assert f"| expected calibration error | {evaluation.ece:.4f} | {evaluation.uncalibrated_ece:.4f} |" in text
-    assert "Temperature 1.0000, curvature 0.0000: how far a logit" in text
+    assert "Temperature 1.0000, curvature 0.0000: a logit's distance d" in text
     assert "Prediction sets" not in text
     assert "| **cat** | " + " | ".join(map(str, evaluation.confusion_KK[3].tolist())) + " |" in text
     assert {path.name for path in folder.glob("*.png")} == {"a.confusion.png", "a.reliability.png"}
@@ -81,7 +81,9 @@ def test_the_calibration_says_where_it_is_from(folder: Path) -> None:
     sets = dataclasses.replace(random_evaluation(), coverage=0.9512, set_size=1.25)
     save(dataclasses.replace(random_checkpoint(evaluation=sets), calibration=held_out), folder / "a.pth")
     text = card(folder)
-    assert "Temperature 0.7500, curvature 0.0000, fitted on validation, sha256 `ffffffffffff`: how far" in text
+    assert (
+        "Temperature 0.7500, curvature 0.0000, fitted on validation, sha256 `ffffffffffff`: a logit's distance" in text
+    )
     assert "for 95% of pictures): 95.12% of them hold it; they have 1.250 classes on average." in text
 
 
@@ -160,7 +162,7 @@ def test_the_ablation_has_mean_and_standard_deviation_over_seeds(folder: Path) -
     assert "| flip False | 3 | 79.50 ± 0.50 | -2.50 | 39.75 ± 0.25 | -1.25 |" in text
     assert "With `--epochs 8`, on a CPU:" in text
     assert "| the whole recipe | 1 | 90.00 |  | 40.00 |  |" in text
-    assert text.count("The recipe shortened") == text.count("Taught by a net. Each device") == 1
+    assert text.count("The recipe with fewer epochs") == text.count("Taught by a net. Each device") == 1
 
 
 def test_an_ingredient_is_compared_on_its_own_device(folder: Path) -> None:

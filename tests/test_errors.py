@@ -212,7 +212,7 @@ def test_full_is_429_with_the_time_to_come_back(settings: Settings, png: bytes, 
     with TestClient(app) as client:
         with occupied(app.service):
             response = client.post("/predict", content=png, headers=OCTETS)
-        refused(response, 429, "The service has as much to do as it accepts")
+        refused(response, 429, "The service has as much work as it accepts")
         assert int(response.headers["retry-after"]) >= 1
         assert client.post("/predict", content=png, headers=OCTETS).status_code == 200
 
@@ -315,7 +315,7 @@ def test_a_body_that_does_not_come_is_given_up_and_one_beside_too_many_others_re
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         assert await send(b"c" * 5) == b"c" * 5
-        with pytest.raises(Overloaded, match="receives as much as it accepts"):
+        with pytest.raises(Overloaded, match="receiving as many bytes as it accepts"):
             await send(b"c" * 5, b"d")
         with pytest.raises(TooSlow, match=r"not complete within 0\.2 seconds"):
             await slow

@@ -161,7 +161,7 @@ def test_a_compressed_request(client: TestClient, encoding: str, compress: Any) 
 
 def test_a_bomb_is_refused(client: TestClient) -> None:
     response = infer(client, gzip.compress(bytes(50_000_000)), {"content-encoding": "gzip"})
-    refused(response, 413, "too large without its compression; accepted are at most 200,000 bytes")
+    refused(response, 413, "too large when decompressed; accepted are at most 200,000 bytes")
 
 
 def test_another_encoding_is_refused_with_those_that_are_accepted(client: TestClient) -> None:
@@ -201,7 +201,7 @@ def test_an_unreadable_element_fails_the_request_and_is_named(client: TestClient
 def test_too_much_to_do_is_429(client: TestClient) -> None:
     with occupied(client.app.service, 2048):  # type: ignore[attr-defined]
         response = infer(client, *request())
-    refused(response, 429, "The service has as much to do as it accepts: 2,048 pictures wait.")
+    refused(response, 429, "The service has as much work as it accepts: 2,048 pictures wait.")
     assert int(response.headers["retry-after"]) >= 1
 
 
@@ -382,7 +382,9 @@ def test_bodies_that_wait_to_be_read_are_counted(settings: Settings, monkeypatch
     with TestClient(app) as client, ThreadPoolExecutor(1) as pool:
         first = pool.submit(client.post, INFER, content=body)
         assert reading.wait(60)
-        refused(client.post(INFER, content=body), 429, "The service receives as much as it accepts at a time.")
+        refused(
+            client.post(INFER, content=body), 429, "The service is receiving as many bytes as it accepts at a time."
+        )
         read_on.set()
         refused(first.result(), 400, "expected is exactly one")
         refused(client.post(INFER, content=body), 400, "expected is exactly one")

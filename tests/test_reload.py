@@ -131,7 +131,7 @@ def other_classes(path: Path) -> None:
         (Path.unlink, "There is no weights file"),
         (nonsense, "was refused: it is not a PyTorch file"),
         (overflowing, "the network gives probabilities that are not finite numbers."),
-        (other_classes, "dog, frog, horse, ship, lorry; those that are served, for plane, car"),
+        (other_classes, "dog, frog, horse, ship, lorry; the weights that are served are for plane, car"),
     ],
 )
 def test_a_file_that_cannot_be_used_leaves_the_old_weights_serving(
@@ -372,7 +372,7 @@ def test_the_self_test_wants_answers_that_do_not_depend_on_neighbours() -> None:
         values_NK = pixels_NCHW.float().mean(dim=(2, 3))
         return (values_NK - values_NK.mean(dim=0)).softmax(dim=1)
 
-    with pytest.raises(CheckpointError, match="alone other probabilities than among others"):
+    with pytest.raises(CheckpointError, match="different probabilities alone and in a batch"):
         self_test.check(centred)
 
 

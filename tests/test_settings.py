@@ -94,7 +94,7 @@ def test_an_empty_variable_counts_as_none() -> None:
         (
             [],
             {"CIFAR_ADMIN_KEY": "hunter2"},
-            "has a value that is not repeated here; accepted is at least 16",
+            "has a value that is not shown here; accepted is at least 16",
         ),
         ([], {"CIFAR_HOST": " "}, "CIFAR_HOST is ' '; accepted is a host name or an address."),
         (["--port", "1"], {"CIFAR_PORT": "x"}, "CIFAR_PORT is 'x'; accepted is a whole number"),
@@ -103,7 +103,7 @@ def test_an_empty_variable_counts_as_none() -> None:
         ([], {"CIFAR_QQQQQQQQ": "1"}, "There is no setting CIFAR_QQQQQQQQ. There are CIFAR_WEIGHTS, CIFAR_DATA"),
         (["--prot=1"], {}, "There is no flag --prot. Did you mean --port?"),
         (["--por", "1"], {}, "There is no flag --por. Did you mean --port?"),
-        (["extra"], {}, "Nothing was expected where 'extra' stands."),
+        (["extra"], {}, "There is no argument 'extra'; only flags are accepted."),
         (["--port"], {}, "The command line was not understood: argument --port: expected one argument."),
     ],
 )

@@ -168,10 +168,10 @@ def test_a_run_on_all_images_takes_over_the_calibration_of_one_with_held_out_ima
     ("flags", "sentence"),
     [
         (["--network", "cifar_net"], "is of a network net for the classes plane, car"),
-        (["--epochs", "3", "--cutout", "2"], "is of a run with another value of: cutout, epochs. Name one"),
+        (["--epochs", "3", "--cutout", "2"], "is of a run with different values of: cutout, epochs. Name one"),
         (
             ["--distillation", "0.5", "--teacher", "runs/plain/cifar_net.pth"],
-            "is of a run with another value of: distillation, teachers. Name one",
+            "is of a run with different values of: distillation, teachers. Name one",
         ),
         (["--validation", "0.1"], "A run with --validation makes its own calibration"),
         (["--calibration", "runs/plain/cifar_net.pth"], "has no calibration; name one that a run with --validation"),
@@ -270,7 +270,7 @@ def test_weights_of_other_images_may_have_seen_those_that_are_held_out(
     assert cli.main([*train, "--distillation", "0.5", "--teacher", held, "--validation", "0.1"]) == 2
     assert "may have seen images that this run holds out" in capsys.readouterr().err
     assert cli.main([*train, "--calibration", held]) == 2
-    assert "is of a run with another value of: data_sha256. Name one" in capsys.readouterr().err
+    assert "is of a run with different values of: data_sha256. Name one" in capsys.readouterr().err
 
 
 def test_two_processes_reach_the_loss_of_one(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,7 +100,7 @@ def test_weights_that_do_not_know_what_is_familiar_are_refused(
     monkeypatch.setattr(data, "read_test", lambda _folder: test)
     save(random_checkpoint(), tmp_path / "bare.pth")
     assert cli.main(["unfamiliar", "--weights", str(tmp_path / "bare.pth")]) == 2
-    assert "do not know what is familiar; name those of a run with --validation 0.1" in capsys.readouterr().err
+    assert "have no familiarity; name those of a run with --validation 0.1" in capsys.readouterr().err
     whole, out = tmp_path / "whole.pth", tmp_path / "out.json"
     sha256 = save(complete(random_checkpoint(), test, None), whole)
     assert cli.main(["unfamiliar", "--weights", str(whole), "--count", "2", "--json", "--out", str(out)]) == 0

@@ -44,7 +44,7 @@ class Recipe:
     muon_momentum: Annotated[float, Bounds(0, 0.9999)] = 0.6
     """Momentum of muon."""
     bias_learning_rate: Annotated[float, Bounds(0, 1000)] = 0.0
-    """Peak learning rate of biases and batch norms; 0: learning_rate, and they do not decay."""
+    """Peak learning rate of biases and batch norms; 0: learning_rate, without weight decay."""
     momentum: Annotated[float, Bounds(0, 0.9999)] = 0.9
     """Momentum of sgd."""
     nesterov: bool = True
@@ -69,8 +69,8 @@ class Recipe:
     cutout: Annotated[int, Bounds(0, 32)] = 0
     """Side of a randomly placed square that is set to mid-grey (DeVries & Taylor 2017, arXiv:1708.04552)."""
     cutmix: Share = 0.0
-    """Share of the images in which a square of random size is replaced by another image's, and the target in the same
-    proportion (Yun et al., 2019, arXiv:1905.04899)."""
+    """Share of the images in which a square of random size is replaced by another image's, and the target
+    mixed in the same proportion (Yun et al., 2019, arXiv:1905.04899)."""
     jpeg: Share = 0.0
     """Share of the images that are compressed as JPEGs of random quality: people post JPEGs."""
     low_resolution: Share = 0.0
@@ -91,7 +91,7 @@ class Recipe:
             if get_origin(kind) is Literal and value not in get_args(kind):
                 raise ValueError(f"{name} is {value!r}; accepted are {', '.join(get_args(kind))}.")
         if self.nesterov and not self.momentum:
-            raise ValueError("Nesterov's momentum needs one above 0; give one, or add --no-nesterov.")
+            raise ValueError("Nesterov's momentum needs a momentum above 0; give one, or add --no-nesterov.")
         if self.optimizer == "muon" and not self.muon_learning_rate:
             raise ValueError("The optimizer muon needs a muon_learning_rate above 0.")
         if self.network == "net" and self.low_resolution:

@@ -272,8 +272,8 @@ def _check_same(epochs: int, workers: Workers) -> None:
     dist.all_gather_object(counts, epochs)
     if len(set(counts)) > 1:
         raise TrainingError(
-            f"The processes would go on after {', '.join(map(str, counts))} epochs: not all of them find the state of "
-            "the run. Have their machines share the folder runs/."
+            f"The processes would resume after different epochs ({', '.join(map(str, counts))}): not all of them "
+            "find the state of the run. Have their machines share the folder runs/."
         )
 
 

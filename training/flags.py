@@ -33,7 +33,8 @@ _threads = _told(KNOWN["threads"].parse)
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands and their flags; the attribute `command` will be the command's name."""
     root = argparse.ArgumentParser(
-        prog="python -m training", description="Train, look and measure: `python -m training COMMAND --help`."
+        prog="python -m training",
+        description="Train networks, look at data, measure: `python -m training COMMAND --help`.",
     )
     commands = root.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
@@ -42,10 +43,12 @@ def parser() -> argparse.ArgumentParser:
     compute = argparse.ArgumentParser(add_help=False, parents=[where])
     compute.add_argument("--device", help="cuda, cuda:1, mps or cpu; the first that works by default")
     held = argparse.ArgumentParser(add_help=False, parents=[compute])
-    held.add_argument("--validation", type=float, default=0.0, help="use this share of the training images instead")
+    held.add_argument(
+        "--validation", type=float, default=0.0, help="not the test images but this share of the training images"
+    )
     measured = argparse.ArgumentParser(add_help=False, parents=[held])
     measured.add_argument(
-        "--weights", type=Path, default=DEFAULT_WEIGHTS, help="to measure; the shipped ones by default"
+        "--weights", type=Path, default=DEFAULT_WEIGHTS, help="weights to measure; the shipped ones by default"
     )
     result = argparse.ArgumentParser(add_help=False)
     result.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")
@@ -55,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
         "--recipe",
         choices=RECIPES,
         default="default",
-        help="the choices to begin with, from training/config.py (default: %(default)s)",
+        help="the recipe to start from, in training/config.py (default: %(default)s)",
     )
     taught.add_argument("--threads", type=_threads, help="CPU threads; torch's choice by default")
     taught.add_argument(
@@ -64,22 +67,22 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="weights to learn from, for a recipe with distillation; of several, the mean of what they say",
+        help="weights to learn from, for a recipe with distillation; several are averaged",
     )
 
     train = commands.add_parser(
-        "train", parents=[taught], help="a recipe -> weights, their log and learning curves", allow_abbrev=False
+        "train", parents=[taught], help="train by a recipe: weights, log and learning curves", allow_abbrev=False
     )
-    train.add_argument("--name", help="of the folder under runs/; recipe, time and process number by default")
+    train.add_argument("--name", help="the folder under runs/; recipe, time and process number by default")
     train.add_argument("--resume", action="store_true", help="continue the run of this name where it stopped")
     train.add_argument("--out", type=Path, help="write the weights here as well, e.g. weights/cifar_net.pth")
     train.add_argument(
         "--calibration",
         type=Path,
         metavar="FILE",
-        help="weights of a run with --validation, whose calibration this run on all images takes over; read at the end",
+        help="weights of a run with --validation; this run, on all images, reuses their calibration; read at the end",
     )
-    add_flags(train.add_argument_group("fields of the recipe", "each overrides what the recipe has"))
+    add_flags(train.add_argument_group("fields of the recipe", "each overrides the recipe's value"))
 
     measure = commands.add_parser(
         "evaluate", parents=[measured, result], help="accuracy per class, confusion matrix and calibration of weights"
@@ -88,25 +91,23 @@ def parser() -> argparse.ArgumentParser:
         "--batch-size", type=_positive, default=BATCH_SIZE, help="images at a time (default: %(default)s)"
     )
     measure.add_argument(
-        "--out", type=Path, help="write the weights here with these figures, which the service answers per class"
+        "--out", type=Path, help="write the weights here with these figures, for GET /metrics/per-class of the service"
     )
 
-    robust = commands.add_parser(
-        "robustness", parents=[measured, result], help="measure some weights on worse pictures"
-    )
+    robust = commands.add_parser("robustness", parents=[measured, result], help="accuracy on degraded pictures")
     robust.add_argument("--out", type=Path, help="write the JSON here as well, e.g. weights/cifar_net.robustness.json")
 
     without = commands.add_parser("ablate", parents=[taught], help="train without one ingredient at a time")
-    without.add_argument("--seeds", type=_seed, nargs="+", default=[0, 1, 2], help="of the runs (default: 0 1 2)")
-    without.add_argument("--epochs", type=_positive, default=4, help="of each run (default: %(default)s)")
+    without.add_argument("--seeds", type=_seed, nargs="+", default=[0, 1, 2], help="seeds of the runs (default: 0 1 2)")
+    without.add_argument("--epochs", type=_positive, default=4, help="epochs of each run (default: %(default)s)")
     without.add_argument(
-        "--out", type=Path, default=RUNS / "ablation.jsonl", help="a line for each run (default: %(default)s)"
+        "--out", type=Path, default=RUNS / "ablation.jsonl", help="file with a line for each run (default: %(default)s)"
     )
 
     show = commands.add_parser("show", parents=[held], help="a labelled grid of images")
     show.add_argument("--weights", type=Path, help="also write what these weights predict")
-    show.add_argument("--count", type=_positive, default=32, help="of the images (default: %(default)s)")
-    show.add_argument("--seed", type=_seed, default=0, help="by which they are chosen (default: %(default)s)")
+    show.add_argument("--count", type=_positive, default=32, help="number of images (default: %(default)s)")
+    show.add_argument("--seed", type=_seed, default=0, help="seed for choosing them (default: %(default)s)")
     show.add_argument(
         "--out",
         type=Path,
@@ -114,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
         "runs/grid.png",
     )
 
-    plot = commands.add_parser("plot", parents=[measured], help="figures of some weights")
+    plot = commands.add_parser("plot", parents=[measured], help="confusion matrix, per-class bars, reliability diagram")
     plot.add_argument("--out", type=Path, default=RUNS / "plots", help="folder for the PNGs (default: %(default)s)")
 
     notice = commands.add_parser(
@@ -127,11 +128,13 @@ def parser() -> argparse.ArgumentParser:
 
     summary = commands.add_parser("summary", help="a network, layer by layer")
     summary.add_argument(
-        "--network", choices=model.NETWORKS, default="cifar_net", help="of app/model.py (default: %(default)s)"
+        "--network", choices=model.NETWORKS, default="cifar_net", help="one of app/model.py (default: %(default)s)"
     )
 
     describe_weights = commands.add_parser("card", help="write the model card of the weights in a folder")
-    describe_weights.add_argument("--folder", type=Path, default=DEFAULT_WEIGHTS.parent, help="weights/ by default")
+    describe_weights.add_argument(
+        "--folder", type=Path, default=DEFAULT_WEIGHTS.parent, help="of the weights; weights/ by default"
+    )
 
     commands.add_parser("download", parents=[where], help="download CIFAR-10")
     return root

@@ -61,9 +61,7 @@ def show(figure: Figure) -> None:
         AppError: There is no viewer.
     """
     if not ImageShow.show(Image.open(io.BytesIO(_drawn(figure, "png")))):
-        raise AppError(
-            "This system has no viewer of pictures that is known; write a file instead, with --out FILE.png."
-        )
+        raise AppError("No known picture viewer was found on this system; write a file instead, with --out FILE.png.")
 
 
 def has_display(environ: Mapping[str, str] = os.environ) -> bool:

@@ -85,7 +85,7 @@ def take_over_calibration(file: Path, recipe: Recipe, images: Split, teachers: l
     kept = wanted.keys() - {"seed", "validation", "precision", "report_every"}
     if other := sorted(name for name in kept if found.trained.get(name) != wanted[name]):
         raise ValueError(
-            f"The calibration in {file} is of a run with another value of: {', '.join(other)}. Name one of the same "
+            f"The calibration in {file} is of a run with different values of: {', '.join(other)}. Name one of the same "
             "recipe, images and teachers with --validation 0.1."
         )
     return found.calibration

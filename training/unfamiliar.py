@@ -38,7 +38,7 @@ def compare(
     """
     if checkpoint.calibration.energy_quantiles is None:
         raise ValueError(
-            "These weights do not know what is familiar; name those of a run with --validation 0.1 (or --calibration)."
+            "These weights have no familiarity; name those of a run with --validation 0.1 (or --calibration)."
         )
     body, head = model.split(checkpoint.network())
     known_ND = forward(body, train.pixels_NCHW[:KNOWN_IMAGES], device=device)

@@ -95,7 +95,7 @@ def _flatten(data: list[Any], shape: Sequence[int], name: str) -> list[Any]:
         for size in shape[1:]:
             # Merely counting the elements would mistake channels first for channels last.
             if not fits or not all(isinstance(row, list) and len(row) == size for row in data):
-                raise BadRequest(f"Input {name!r} has its `data` nested otherwise than its shape {list(shape)} says.")
+                raise BadRequest(f"Input {name!r} has its `data` nested differently from its shape {list(shape)}.")
             data = list(chain.from_iterable(data))
     if len(data) != math.prod(shape):
         raise BadRequest(

@@ -32,7 +32,7 @@ router = APIRouter(prefix="/admin", tags=["administration"], dependencies=[Depen
 @router.post(
     "/reload",
     summary="Read the weights file again and serve it",
-    response_description="It is served.",
+    response_description="The weights of the file are served.",
     responses=refusals(401, 409, 500, 503),
 )
 async def reload(service: ServiceDep) -> Reloaded:

@@ -14,7 +14,7 @@ async def healthz() -> Health:
     return Health(status="ok")
 
 
-@router.get("/readyz", summary="Requests are welcome", responses=refusals(503), response_description="They are.")
+@router.get("/readyz", summary="The service accepts requests", responses=refusals(503), response_description="It does.")
 async def readyz(service: ServiceDep) -> Health:
     """For readiness probes. The port opens only when the network is warm; a stopping service is not ready."""
     check_ready(service)

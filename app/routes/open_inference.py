@@ -104,8 +104,8 @@ async def server_live() -> dict[str, bool]:
 
 @router.get(
     "/health/ready",
-    summary="Requests are welcome",
-    response_description="They are.",
+    summary="The server accepts requests",
+    response_description="It does.",
     response_model=schemas.Ready,
     responses=refusals(503),
 )
@@ -117,7 +117,7 @@ async def server_ready(service: ServiceDep) -> dict[str, bool]:
 
 @router.get("/models", summary="The models", response_description="One name.", response_model=schemas.Models)
 async def models() -> dict[str, list[str]]:
-    """There is one. Which weights are behind it, the parameters of each answer tell."""
+    """There is one. The parameters of each answer say which weights are behind it."""
     return {"models": [spec.MODEL_NAME]}
 
 
@@ -163,7 +163,7 @@ async def model_ready(service: ServiceDep) -> dict[str, Any]:
 @router.get(f"{VERSION}/config", include_in_schema=False)
 @router.get(
     f"{MODEL}/config",
-    summary="The same in Triton's words",
+    summary="The same as Triton's model configuration",
     response_description="The configuration.",
     response_model=schemas.ModelConfiguration,
     response_model_exclude_unset=True,
@@ -204,7 +204,7 @@ async def not_offered() -> None:
     f"{MODEL}/infer",
     summary="Classify pictures",
     response_description="The outputs asked for, all of them if none is: `probabilities`, `label`, `class_id` and "
-    f"`familiarity` ({spec.UNKNOWN:g} if the weights do not know it).",
+    f"`familiarity` ({spec.UNKNOWN:g} for weights without calibration).",
     response_model=schemas.InferenceResponse,
     responses={
         200: {"content": {OCTETS.decode(): BINARY}, "headers": LENGTH},

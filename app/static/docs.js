@@ -77,7 +77,7 @@ function body(name, schema) {
 const docs = document.getElementById("docs");
 const load = (response) => (response.ok ? response.json() : Promise.reject(response.status));
 const api = await fetch("openapi.json").then(load).catch((error) => {
-  docs.append(element("p", "The description could not be loaded. Reload this page when the service runs."));
+  docs.append(element("p", "The description could not be loaded. Reload this page when the service is running."));
   throw error;
 });
 docs.append(...api.info.description.split("\n\n").map((text) => element("p", ...prose(text))));

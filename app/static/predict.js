@@ -20,7 +20,7 @@ function bar(label, probability) {
 
 function familiarity({ familiarity: share, unfamiliar }) {
   if (share === null) return "";
-  if (unfamiliar) return "Little like the pictures it was trained on: it may well show something else.";
+  if (unfamiliar) return "Not much like the pictures it was trained on: it may well show something else.";
   return `More familiar than ${Math.floor(100 * share)} % of the pictures that were held out of its training.`;
 }
 
@@ -31,7 +31,7 @@ function showAnswer(answer, picture) {
   // Of other pictures than it was trained for, the set promises nothing.
   const all = answer.prediction_set?.length === Object.keys(answer.probabilities).length;  // says nothing either
   const likely = answer.unfamiliar || all ? null : answer.prediction_set;
-  $("set").textContent = likely ? `Likely ${likely.join(" or ")}: of pictures like those it was trained on, such answers hold the right class 95 times in 100.` : "";
+  $("set").textContent = likely ? `Likely ${likely.join(" or ")}: for pictures like those it was trained on, such answers include the right class 95 times in 100.` : "";
   $("familiarity").textContent = familiarity(answer);
   $("familiarity").classList.toggle("warning", answer.unfamiliar === true);
   $("bars").replaceChildren(...Object.entries(answer.probabilities).map(([label, p]) => bar(label, p)));
