@@ -3,7 +3,7 @@
 #   docker build -t cifar-service --build-arg TORCH_INDEX=URL .       # URL of PyTorch's CPU-only index: a fraction of that
 #   docker run --rm -p 8000:8000 --read-only [--gpus all] cifar-service
 
-FROM python:3.12-slim AS packages
+FROM python:3.13-slim AS packages
 ARG TORCH_INDEX=""
 WORKDIR /build
 COPY pyproject.toml .
@@ -15,7 +15,7 @@ RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb
         /venv/bin/pip install --no-cache-dir --index-url "$TORCH_INDEX" "$(grep '^torch>' requirements.txt)"; fi \
     && /venv/bin/pip install --no-cache-dir --requirement requirements.txt
 
-FROM python:3.12-slim
+FROM python:3.13-slim
 COPY --from=packages /venv /venv
 WORKDIR /srv
 COPY app app

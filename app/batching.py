@@ -45,6 +45,10 @@ NOT_RUNNING = (
     "The service is not running: whoever embeds the application has to run its lifespan, as a server does and "
     "`with TestClient(app) as client`."
 )
+ELSEWHERE = (
+    "The application is running in another event loop. Use the client of its `with TestClient(app) as client`, or make "
+    "another application with create_app()."
+)
 
 
 class Batcher(Generic[Item, Prepared, Result]):
@@ -162,13 +166,16 @@ class Batcher(Generic[Item, Prepared, Result]):
         self._admission.check(load, deadline_seconds)
 
     def check_open(self) -> None:
-        """Refuse unless it is running.
+        """Refuse unless it is running, in this event loop.
 
         Raises:
-            NotReady: it has not been started, or is stopping.
+            NotReady: it is not.
         """
         if not self.running:
-            raise NotReady(STOPPING if self._closing else NOT_RUNNING, retry_after_seconds=1)
+            stopping = self._closing and self._inference_thread.is_alive()
+            raise NotReady(STOPPING if stopping else NOT_RUNNING, retry_after_seconds=1)
+        if asyncio.get_running_loop() is not self._loop:
+            raise NotReady(ELSEWHERE, retry_after_seconds=1)
 
     def _admit(self, item: Item, load: Load, deadline_seconds: float) -> Answer[Result]:
         # Not Answer[Result](...): the subscript would be evaluated for each request, which takes 2 us.

@@ -9,7 +9,8 @@
     evaluation    the fields of `report.Evaluation`, or None
     trained       where the weights come from, for people; training also reads which images were held out
 
-The tutorial's own file, a bare state_dict of `Net`, is read as well. It has none of what may be None.
+The tutorial's own file, a bare state_dict of `Net`, is read as well, also within a dict of other things. It has none of
+what may be None.
 
 Shape letters: N images, K classes.
 """
@@ -40,7 +41,10 @@ from app.report import Evaluation, evaluate_probabilities
 
 FORMAT = 3
 CIFAR10_CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-EXPECTED = "Expected is a file written by `python -m training train`, or the state_dict of the tutorial's Net."
+EXPECTED = (
+    "It must be a file written by `python -m training train`, or by `torch.save(net.state_dict(), PATH)` for the "
+    "tutorial's Net."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,10 +196,16 @@ def _parse(content: object) -> Checkpoint:
         raise CheckpointError("The weights file lacks a field of the format it claims, or has one too many.") from None
 
 
-def _parse_tutorial(state_dict: dict[Any, Any]) -> Checkpoint:
-    """The tutorial saves the bare state_dict and normalises with mean 0.5 and standard deviation 0.5 outside it. On
-    several GPUs it wraps the network in DataParallel, which begins each name with "module."."""
-    consume_prefix_in_state_dict_if_present(state_dict, "module.")
+def _parse_tutorial(content: dict[Any, Any]) -> Checkpoint:
+    """The tutorial saves the bare state_dict and normalises with mean 0.5 and standard deviation 0.5 outside it.
+
+    Others save it beside the optimizer's and the epoch. DataParallel, which the tutorial uses on several GPUs, and
+    torch.compile begin each name with a prefix.
+    """
+    held = [each for each in content.values() if isinstance(each, dict) and any(map(torch.is_tensor, each.values()))]
+    state_dict = held[0] if len(held) == 1 else content
+    for prefix in ("module.", "_orig_mod.", "module."):
+        consume_prefix_in_state_dict_if_present(state_dict, prefix)
     half = torch.full((3,), 0.5)
     return Checkpoint(
         architecture="net",

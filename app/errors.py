@@ -168,7 +168,7 @@ class NotOffered(RequestError):
 
 
 class NotReady(RequestError):
-    """The service is stopping, or is not running."""
+    """The service is stopping or not running, or what is asked for is not known yet."""
 
     status = 503
     reason = "not_ready"

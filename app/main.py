@@ -51,6 +51,7 @@ def create_app(settings: Settings | None = None, classes: tuple[str, ...] | None
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         if not service.running:  # `python -m app` has done it, to report bad weights itself
             await service.start()
+        service.check_here()
         yield
         await service.close()
 
@@ -79,11 +80,16 @@ def create_app(settings: Settings | None = None, classes: tuple[str, ...] | None
 
 
 app: Application
-"""That with the settings of the environment, for `uvicorn app.main:app`; made when first asked for, not at import."""
+"""The application with the environment's settings, for `uvicorn app.main:app`. Made on first access, so that importing
+this module reads no weights."""
 
 
 def __getattr__(name: str) -> Application:
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    application = globals()[name] = create_app()
+    application = globals()["app"] = create_app()
     return application
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "app"})  # `fastapi run` looks here

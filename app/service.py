@@ -17,7 +17,7 @@ from app.batching import Batcher, Building
 from app.checkpoint import Checkpoint
 from app.device import describe
 from app.entries import Answer
-from app.errors import CheckpointError, DataError, NotFound, WeightsRefused
+from app.errors import CheckpointError, DataError, NotFound, NotReady, WeightsRefused
 from app.exchange import LIGHT_BYTES, Intake
 from app.images import Resize
 from app.model import IMAGE_BYTES
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 EVALUATION_BATCH = 8
 """Images per idle step of the evaluation: what a request that comes at the wrong moment waits for, some 3 ms."""
+EVALUATION_SECONDS = 10
+"""When to ask again for what is being measured; in seconds, for the header Retry-After."""
 
 Pixels = bytes | memoryview
 """The pixels of one picture or of several, a byte each (N, H, W, C)."""
@@ -55,6 +57,8 @@ class Served:
     predictor: Predictor = field(init=False)
     """Made in the inference thread."""
     measured: Evaluation | None = None
+    not_measured: str | None = None
+    """Why it cannot be measured here."""
 
 
 class Service:
@@ -95,6 +99,14 @@ class Service:
         await self._batcher.start(self._build(self._served, self.settings.engine))
         memory.release()
         self._start_evaluation()
+
+    def check_here(self) -> None:
+        """Refuse to be used by an event loop other than that which started it.
+
+        Raises:
+            NotReady: as `Batcher.check_open`.
+        """
+        self._batcher.check_open()
 
     async def close(self) -> None:
         """Answer everything that was admitted, then end."""
@@ -216,10 +228,15 @@ class Service:
         """The figures per class of the loaded weights, as plain types.
 
         Raises:
-            NotFound: the weights came without figures, and nothing has been measured here.
+            NotFound: the weights came without figures, and nothing can be measured here.
+            NotReady: nothing has been measured yet.
         """
         checkpoint, measured = self._served.checkpoint, self._served.measured
         evaluation = measured or checkpoint.evaluation
+        if evaluation is None and self.settings.data is not None:
+            if self._served.not_measured is not None:
+                raise NotFound(f"These weights carry no evaluation, and get none here. {self._served.not_measured}")
+            raise NotReady("The weights are being evaluated on the data set.", retry_after_seconds=EVALUATION_SECONDS)
         if evaluation is None:
             raise NotFound(
                 "These weights carry no evaluation. Start the service with a data set (CIFAR_DATA or --data) to have "
@@ -287,9 +304,10 @@ class Service:
     def _read_data(self, served: Served) -> None:
         assert self.settings.data is not None
         try:
-            split = data.read_test(self.settings.data).labelled_for(served.checkpoint.classes)
+            split = data.read_test(Path(self.settings.data)).labelled_for(served.checkpoint.classes)
         except DataError as error:
             logger.error("The weights are not evaluated here. %s", error)
+            served.not_measured = str(error)
             return
         if served is self._served:
             self._batcher.run_when_idle(self._evaluate(served, split, split.digest))

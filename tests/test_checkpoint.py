@@ -145,10 +145,39 @@ class TutorialNet(nn.Module):
         return self.fc3(x)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("wrap", [lambda net: net, nn.DataParallel], ids=["alone", "in DataParallel"])
-def test_the_tutorials_state_dict_is_read(tmp_path: Path, wrap: Callable[[nn.Module], nn.Module]) -> None:
+def training_state(net: nn.Module) -> dict[str, Any]:
+    """What PyTorch's tutorial on checkpoints saves."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    net(torch.zeros(1, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    return {
+        "epoch": 5,
+        "model_state_dict": net.state_dict(),
+        "optimizer_state_dict": optimizer.state_dict(),
+        "loss": torch.tensor(0.4),
+    }
+
+
+def prefixed(prefix: str) -> Callable[[nn.Module], dict[str, Any]]:
+    return lambda net: {prefix + name: tensor for name, tensor in net.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        lambda net: net.state_dict(),
+        lambda net: nn.DataParallel(net).state_dict(),
+        prefixed("_orig_mod."),
+        prefixed("_orig_mod.module."),
+        prefixed("module._orig_mod."),
+        training_state,
+        lambda net: {"state_dict": nn.DataParallel(net).state_dict()},
+    ],
+    ids=["alone", "DataParallel", "compiled", "both", "both, reversed", "training checkpoint", "wrapped DataParallel"],
+)
+def test_the_tutorials_state_dict_is_read(tmp_path: Path, saved: Callable[[nn.Module], dict[str, Any]]) -> None:
     net = TutorialNet()
-    torch.save(wrap(net).state_dict(), tmp_path / "cifar_net.pth")
+    torch.save(saved(net), tmp_path / "cifar_net.pth")
     loaded = load(tmp_path / "cifar_net.pth")
     assert loaded.classes == CIFAR10_CLASSES
     assert (loaded.evaluation, loaded.self_test_NK) == (None, None)
@@ -167,6 +196,12 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"not a PyTorch file"):
         load(file)
     assert not trap.exists()
+
+
+def test_a_whole_network_is_refused_and_the_sentence_says_what_to_save(tmp_path: Path) -> None:
+    torch.save(TutorialNet(), tmp_path / "net.pth")
+    with pytest.raises(CheckpointError, match=r"torch\.save\(net\.state_dict\(\), PATH\)"):
+        load(tmp_path / "net.pth")
 
 
 def test_a_missing_file_says_how_to_get_one(tmp_path: Path) -> None:

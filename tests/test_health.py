@@ -8,10 +8,14 @@ from urllib.parse import urljoin
 
 import pytest
 from fastapi.testclient import TestClient
+from starlette.requests import Request
+from starlette.responses import Response
 
 from app import checkpoint, main
 from app.checkpoint import CIFAR10_CLASSES
+from app.errors import NotReady
 from app.main import create_app
+from app.routes import _service
 from app.routes.pages import STATIC
 from app.service import Service
 from app.settings import Settings
@@ -77,7 +81,9 @@ def test_the_module_has_an_application_with_the_settings_of_the_environment(
     assert answer["model"] == {"name": "net", "sha256": checkpoint.load(weights).sha256[:12]}
 
 
-def test_the_module_has_nothing_else_that_is_made_when_asked_for() -> None:
+def test_the_module_lists_its_application_and_makes_nothing_else() -> None:
+    """`fastapi run app/main.py` looks for it in the list."""
+    assert "app" in dir(main)
     assert not hasattr(main, "application")
 
 
@@ -90,6 +96,35 @@ def test_an_application_that_was_never_started_says_so(settings: Settings, png: 
     if path == "/readyz":
         assert response.headers["retry-after"] == "1"
     assert client.post("/v2/repository/index").json()[0]["reason"] == "not running"
+
+
+def test_an_application_that_runs_in_another_event_loop_says_so(settings: Settings, png: bytes) -> None:
+    app = create_app(settings)
+    with TestClient(app) as client:
+        response = TestClient(app).post("/predict", content=png)
+        assert response.status_code == 503
+        assert response.json()["error"].startswith("The application is running in another event loop. Use the client")
+        with pytest.raises(NotReady, match="in another event loop"), TestClient(app):
+            pass
+        assert client.post("/predict", content=png).status_code == 200
+    assert "has to run its lifespan" in TestClient(app).post("/predict", content=png).json()["error"]
+
+
+async def deny(_request: Request, _call_next: object) -> Response:
+    return Response(status_code=401)
+
+
+def test_what_an_embedder_adds_holds_for_every_path(settings: Settings, png: bytes) -> None:
+    """The lane past the framework is closed then."""
+    behind_a_guard = create_app(settings)
+    behind_a_guard.middleware("http")(deny)
+    with TestClient(behind_a_guard) as client:
+        for path in ("/predict", "/predict?top_k=1", "/v2/models/cifar/infer", "/predict/batch"):
+            assert client.post(path, content=png).status_code == 401
+    overridden, other = create_app(settings), create_app(settings)
+    overridden.dependency_overrides[_service] = lambda: other.service  # which does not run
+    with TestClient(overridden) as client:
+        assert client.post("/predict", content=png).status_code == 503
 
 
 def test_an_application_that_has_ended_is_forgotten(settings: Settings) -> None:

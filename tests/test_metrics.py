@@ -1,6 +1,8 @@
 """GET /metrics/per-class: from the checkpoint, or measured on a data set."""
 
 import dataclasses
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,37 @@ def test_without_figures_in_the_file_and_without_data_it_is_404(tmp_path: Path) 
 
 def refuse(_folder: Path) -> Split:
     raise DataError("There is no folder anywhere.")
+
+
+def test_without_figures_in_the_file_the_answer_is_503_until_they_are_measured(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_read = threading.Event()
+
+    def read(_folder: Path) -> Split:
+        may_read.wait()
+        return noise(50)
+
+    checkpoint.save(random_checkpoint(), tmp_path / "bare.pth")
+    monkeypatch.setattr(data, "read_test", read)
+    with TestClient(create_app(settings_with_data(replace(settings, weights=tmp_path / "bare.pth")))) as client:
+        response = client.get("/metrics/per-class")
+        assert response.status_code == 503
+        assert response.headers["retry-after"] == "10"
+        assert response.json()["error"] == "The weights are being evaluated on the data set."
+        may_read.set()
+        assert report_from(client, "measured")["dataset"]["images"] == 50
+
+
+def test_without_figures_in_the_file_and_with_unusable_data_the_404_says_what_is_wrong_with_them(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.save(random_checkpoint(), tmp_path / "bare.pth")
+    monkeypatch.setattr(data, "read_test", refuse)
+    with TestClient(create_app(settings_with_data(replace(settings, weights=tmp_path / "bare.pth")))) as client:
+        eventually(lambda: client.get("/metrics/per-class").status_code == 404)
+        error = client.get("/metrics/per-class").json()["error"]
+    assert error == "These weights carry no evaluation, and get none here. There is no folder anywhere."
 
 
 @pytest.mark.parametrize(

@@ -230,7 +230,7 @@ def test_weights_that_cannot_be_used(tmp_path: Path) -> None:
     path.write_bytes(pickle.dumps(Hostile(tmp_path / "trap")))
     sentence = refusal("--weights", str(path))
     assert str(path) in sentence
-    assert "Expected is a file written by" in sentence
+    assert "It must be a file written by" in sentence
     assert not (tmp_path / "trap").exists()
 
 

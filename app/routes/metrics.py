@@ -34,8 +34,12 @@ async def metrics(service: ServiceDep, total: TotalDep, request: Request) -> Res
     summary="How well each class is recognised",
     response_model=Report,
     response_description="The report.",
-    responses=refusals(404, 500),
+    responses=refusals(
+        404, 500, 503, meanings={503: "Not measured yet. The header Retry-After says when to ask again."}
+    ),
 )
 async def per_class(service: ServiceDep) -> dict[str, Any]:
-    """From the weights file; or measured by this service, once it has evaluated the test set it was given."""
+    """From the weights file; or measured by this service, once it has evaluated the test set it was given.
+
+    Until then, weights without figures of their own are answered with 503."""
     return service.report()
