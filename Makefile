@@ -54,20 +54,14 @@ gone:
 	$(INSTALL) -e '.[openvino,training,dev]' || { echo "Without OpenVINO:"; $(INSTALL) -e '.[training,dev]'; }
 	@touch $@ .venv/.service .venv/.training
 
-# Four runs; each goes on where it stopped, and a finished one is not run again. CIFAR-10 is fetched if no data set is
-# named and ./data has no folder other than that of an earlier, perhaps incomplete fetch.
+# Four runs; each goes on where it stopped, and a finished one is not run again. The first downloads CIFAR-10 if needed.
 TRAIN := $(BIN)/python -m training train --resume
 TEACHERS := runs/teacher-0/cifar_net.pth runs/teacher-1/cifar_net.pth
-DATA := $(if $(CIFAR_DATA)$(filter-out data/cifar-10-batches-py/,$(wildcard data/*/ data/data_batch_1*)),,data/.complete)
 
-data/.complete: | .venv/.training
-	$(BIN)/python -m training download
-	@touch $@
-
-runs/teacher-0/cifar_net.pth: | .venv/.training $(DATA)
+runs/teacher-0/cifar_net.pth: | .venv/.training
 	$(TRAIN) --name teacher-0 --recipe teacher --cutmix 0.3
 
-runs/teacher-1/cifar_net.pth: | .venv/.training $(DATA)
+runs/teacher-1/cifar_net.pth: | .venv/.training
 	$(TRAIN) --name teacher-1 --recipe teacher --seed 1
 
 runs/validation/cifar_net.pth: $(TEACHERS)

@@ -21,7 +21,7 @@ from torch import Tensor
 from app import data, numpy_pickle
 from app.checkpoint import CIFAR10_CLASSES
 from app.errors import DataError
-from training.data import download, hold_out, locate
+from training.data import find, hold_out, locate
 
 BATCHES = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch")
 
@@ -461,6 +461,27 @@ def test_a_failed_download_is_a_sentence(tmp_path: Path, monkeypatch: pytest.Mon
 
     for name in ("torchvision", "torchvision.datasets"):  # to import it takes seconds
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(CIFAR10=unreachable))
-    with pytest.raises(DataError, match=r"could not be downloaded into .* \(ConnectionResetError\)") as caught:
-        download(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"could not be downloaded \(ConnectionResetError\)") as caught:
+        find(None, {})
     assert "Errno" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["data.lock"]
+
+
+def test_cifar10_is_downloaded_if_there_is_no_folder_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fetch(folder: str, *, download: bool) -> None:
+        assert download
+        write_python(Path(folder))
+
+    for name in ("torchvision", "torchvision.datasets"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(CIFAR10=fetch))
+    monkeypatch.chdir(tmp_path)
+    assert find("elsewhere", {}) == find(None, {"CIFAR_DATA": "elsewhere"}) == Path("elsewhere")
+    assert not Path("data").exists()
+    for _ in range(2):
+        train, _ = data.read(find(None, {}))
+        assert len(train) == 35
+    assert capsys.readouterr().err == "There is no folder data; downloading CIFAR-10 into it, 170 MB.\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "data.lock"}

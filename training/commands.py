@@ -25,7 +25,7 @@ from training.ablate import VALIDATION, ablate
 from training.calibrate import complete
 from training.card import write_card
 from training.config import RECIPES, Recipe, override
-from training.data import download, hold_out, locate
+from training.data import download, find, hold_out, locate
 from training.distill import Teachers
 from training.evaluate import evaluate, format_report, predict, validate
 from training.fit import Row, check_same_recipe, compute_dtype, fit, initialize, join_workers
@@ -56,7 +56,7 @@ def train_command(options: argparse.Namespace) -> None:
     run = RUNS / (options.name or f"{options.recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     if options.resume and (run / "state.pt").exists():
         check_same_recipe(run / "state.pt", recipe)
-    images, test = data.read(locate(options.data, os.environ))
+    images, test = data.read(find(options.data, os.environ))
     if options.calibration and recipe.validation:
         raise ValueError("A run with --validation makes its own calibration; leave out --calibration, or --validation.")
     teachers = load_teachers(options.teacher, recipe, images)
@@ -176,7 +176,7 @@ def _split(options: argparse.Namespace, weights: Checkpoint | None = None) -> Sp
     Raises:
         DataError, ValueError: as `hold_out_for`.
     """
-    folder, share = locate(options.data, os.environ), options.validation
+    folder, share = find(options.data, os.environ), options.validation
     split = hold_out_for(weights, data.read(folder)[0], share)[1] if share else data.read_test(folder)
     return split if weights is None else split.labelled_for(weights.classes)
 
@@ -209,7 +209,7 @@ def robustness_command(options: argparse.Namespace) -> None:
 
 def unfamiliar_command(options: argparse.Namespace) -> None:
     checkpoint = load(options.weights)
-    train, split = data.read(locate(options.data, os.environ))
+    train, split = data.read(find(options.data, os.environ))
     if options.validation:
         train, split = hold_out_for(checkpoint, train, options.validation)
     split = split.labelled_for(checkpoint.classes)
@@ -233,7 +233,7 @@ def ablate_command(options: argparse.Namespace) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     recipe = override(RECIPES[options.recipe], {"epochs": options.epochs})
-    train, _ = data.read(locate(options.data, os.environ))
+    train, _ = data.read(find(options.data, os.environ))
     rows = ablate(
         train,
         recipe,

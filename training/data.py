@@ -1,16 +1,38 @@
 """Where the data is, what is held out of it, and how to fetch it. `app.data` reads it."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from filelock import FileLock
 
 from app.data import Split
 from app.errors import DataError
 
+DEFAULT = Path("data")
+
+
+def find(flag: str | None, environ: Mapping[str, str]) -> Path:
+    """As `locate`; if that is ./data and does not exist, download CIFAR-10 into it first, like the tutorial.
+
+    Raises:
+        DataError: as `download`.
+    """
+    folder = locate(flag, environ)
+    if folder == DEFAULT and not folder.exists():
+        with FileLock("data.lock"), TemporaryDirectory(prefix="data-", dir=".") as unfinished:
+            if not folder.exists():  # else another process has downloaded it meanwhile: torchrun starts several
+                print(f"There is no folder {folder}; downloading CIFAR-10 into it, 170 MB.", file=sys.stderr)
+                download(Path(unfinished) / folder)
+                (Path(unfinished) / folder).rename(folder)
+    return folder
+
 
 def locate(flag: str | None, environ: Mapping[str, str]) -> Path:
     """The folder of the data set: --data if given, else CIFAR_DATA, else ./data. Whether it exists is not checked."""
-    return Path(flag or environ.get("CIFAR_DATA") or "data")
+    return Path(flag or environ.get("CIFAR_DATA") or DEFAULT)
 
 
 def hold_out(train: Split, share: float) -> tuple[Split, Split]:
@@ -47,7 +69,7 @@ def download(folder: Path) -> None:
         CIFAR10(str(folder), download=True)
     except (OSError, RuntimeError) as error:
         raise DataError(
-            f"CIFAR-10 could not be downloaded into {folder} ({type(error).__name__}). Check the connection and "
-            "the free disk space and try again, or fetch cifar-10-binary.tar.gz by other means from "
-            "https://www.cs.toronto.edu/~kriz/cifar.html and unpack it there."
+            f"CIFAR-10 could not be downloaded ({type(error).__name__}). Check the connection and the free disk space "
+            "and try again, or fetch cifar-10-binary.tar.gz by other means from "
+            f"https://www.cs.toronto.edu/~kriz/cifar.html and unpack it into the folder {DEFAULT}."
         ) from error
