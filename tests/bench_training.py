@@ -39,7 +39,7 @@ from training.muon import Muon
 REPETITIONS = 3
 SEEDS = (0, 1)
 AIRBENCH_EPOCHS, AIRBENCH_BATCH = 10, 2000
-"""So many epochs give 94 % in six views with a tenth of the images held out; published are eight, with all images."""
+"""Epochs that give 94 % in six views with a tenth of the images held out; eight are published, with all images."""
 
 
 class PlainGroup(Group):

@@ -25,7 +25,7 @@ def command(*arguments: str, program: Sequence[str] = ("-m", "app")) -> list[str
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """Without access log lines: nobody would read their pipe, and it would fill up."""
+    """No access log: nobody reads the pipe, and it would fill up."""
     known = {name: value for name, value in os.environ.items() if not name.startswith("CIFAR_")}
     return {**known, "CIFAR_ACCESS_LOG": "off", **variables}
 
@@ -75,7 +75,7 @@ def refusal(*arguments: str, **variables: str) -> str:
 
 
 def says_only_that_it_stops(log: str) -> bool:
-    """Or nothing, if it was told so early that it had not begun."""
+    """Or nothing, if it was told to before it had begun."""
     return all(json.loads(line)["message"].startswith("Stopping: ") for line in log.splitlines())
 
 

@@ -45,7 +45,7 @@ def test_the_plain_recipe_has_no_ingredient() -> None:
     assert settings(Recipe()) == {"": {}}
 
 
-def test_a_run_is_a_line_and_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_run_is_logged_as_one_line_and_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, trained = tmp_path / "new" / "ablation.jsonl", []
 
     def count(recipe: Recipe, *_rest: object) -> nn.Module:
@@ -97,7 +97,7 @@ def test_runs_that_cannot_be_compared_are_not_mixed(tmp_path: Path, monkeypatch:
     run()
 
 
-def test_a_teacher_is_heard_only_where_the_recipe_distils(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_teachers_are_used_only_where_the_recipe_distils(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[tuple[float, bool]] = []
 
     def listen(_network: nn.Module, _train: Split, recipe: Recipe, **options: object) -> None:
@@ -112,7 +112,7 @@ def test_a_teacher_is_heard_only_where_the_recipe_distils(tmp_path: Path, monkey
     assert heard == [(0.5, True), (0.0, False)]
 
 
-def test_the_runs_are_real_and_repeat(tmp_path: Path) -> None:
+def test_real_runs_learn_and_are_reproducible(tmp_path: Path) -> None:
     """Dark and light are easy to tell apart, whatever is taken out."""
     recipe = dataclasses.replace(DEBUG, epochs=3)
     rows = [ablate(greys(), recipe, [0], tmp_path / name, device=CPU) for name in ("a", "b")]
@@ -123,7 +123,7 @@ def test_the_runs_are_real_and_repeat(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["hello", "{}\n[1]"])
-def test_what_is_no_log_is_named(tmp_path: Path, content: str) -> None:
+def test_a_file_that_is_not_a_log_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "notes.txt").write_text(content)
-    with pytest.raises(ValueError, match=r"notes\.txt is not such a log: expected is a JSON object in each line"):
+    with pytest.raises(ValueError, match=r"notes\.txt is not a log with one JSON object per line"):
         read_rows(tmp_path / "notes.txt")

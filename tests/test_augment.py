@@ -26,7 +26,7 @@ def identity(count: int) -> Draws:
     )
 
 
-def test_nothing_drawn_changes_nothing(photos_NCHW: Tensor) -> None:
+def test_identity_draws_leave_images_unchanged(photos_NCHW: Tensor) -> None:
     chosen = torch.tensor([3, 0, 5])
     assert augment(photos_NCHW, chosen, identity(8), PLAIN).equal(photos_NCHW[chosen])
 
@@ -84,7 +84,7 @@ def test_cutmix_pastes_a_square_of_the_partner(photos_NCHW: Tensor) -> None:
     expected[:, 2:10, 20:28] = photos_NCHW[7, :, 2:10, 20:28]
     assert mixed[0].equal(expected)
     assert mixed[1].equal(photos_NCHW[1])
-    assert mixed[2, :, 2:10, 20:28].equal(photos_NCHW[3].flip(2)[:, 2:10, 20:28])  # mirrored as what it is pasted into
+    assert mixed[2, :, 2:10, 20:28].equal(photos_NCHW[3].flip(2)[:, 2:10, 20:28])  # mirrored with its target image
     assert draws.patch_share(torch.tensor([0, 1, 4])).tolist() == [1 / 16, 0, 1 / 16]
 
 
@@ -107,10 +107,10 @@ def test_jpeg_only_touches_the_chosen_images(photos_NCHW: Tensor) -> None:
     assert unchanged.tolist() == [True, False] * 4
 
 
-def test_shrinking_averages_what_falls_together(photos_NCHW: Tensor) -> None:
+def test_shrinking_computes_a_triangle_weighted_average(photos_NCHW: Tensor) -> None:
     small_NCHW = shrink(photos_NCHW, 8)
     assert small_NCHW.shape == (8, 3, 8, 8)
-    # A triangle as wide as two pixels of the small picture, by its weights for a fourth of the side.
+    # Triangle weights two small-picture pixels wide, for shrinking the side to a fourth.
     weight_8 = torch.tensor([1.0, 3, 5, 7, 7, 5, 3, 1]) / 32
     row, column = slice(6, 14), slice(10, 18)
     expected = (photos_NCHW[:, :, row, column].float() * weight_8[:, None] * weight_8).sum(dim=(2, 3))

@@ -21,7 +21,7 @@ OCTETS = {"content-type": "application/octet-stream"}
 
 @pytest.fixture
 def client(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
-    """In float32, whose rounding is smaller than what sets the random network's answers apart."""
+    """In float32, whose rounding is smaller than the differences between the random answers."""
     monkeypatch.setattr(engine, "choose_dtype", lambda _: torch.float32)
     with TestClient(create_app(settings), raise_server_exceptions=False) as client:
         yield client
@@ -50,7 +50,7 @@ def alone(client: TestClient, picture: bytes) -> dict[str, Any]:
 
 
 def same(answer: dict[str, Any], expected: dict[str, Any]) -> bool:
-    """Up to the rounding of another batch size."""
+    """Equal up to rounding by batch size."""
     return bool(answer["probabilities"] == pytest.approx(expected["probabilities"], abs=1e-5))
 
 
@@ -66,8 +66,8 @@ def test_pictures_of_a_form_are_answered_in_order(client: TestClient, field: str
     assert [same(*pair) for pair in zip(body["predictions"], expected, strict=True)] == [True] * 4
 
 
-def test_raw_pixels_are_answered_as_the_same_pictures_encoded(client: TestClient) -> None:
-    """Of more pictures than one batch holds, so that groups are joined in order."""
+def test_raw_pixels_get_the_same_answers_as_the_encoded_pictures(client: TestClient) -> None:
+    """More pictures than one batch holds, so groups must be joined in order."""
     assert client.app.service.settings.max_batch == 4  # type: ignore[attr-defined]
     response = client.post("/predict/batch", content=raw(11), headers=OCTETS)
     assert response.status_code == 200
@@ -75,7 +75,7 @@ def test_raw_pixels_are_answered_as_the_same_pictures_encoded(client: TestClient
     assert [same(*pair) for pair in zip(response.json()["predictions"], expected, strict=True)] == [True] * 11
 
 
-def test_a_bad_element_is_reported_in_its_place_and_fails_no_other(client: TestClient) -> None:
+def test_a_bad_picture_is_reported_in_its_place_and_the_others_succeed(client: TestClient) -> None:
     good = pictures(2)
     contents = [good[0], b"no picture", encode(drawing(40, 30)), b"", good[1]]
     response = client.post("/predict/batch", files=form(*contents))
@@ -90,7 +90,7 @@ def test_a_bad_element_is_reported_in_its_place_and_fails_no_other(client: TestC
     assert set(unreadable) == {"error", "detail"}
 
 
-def test_the_parameters_are_those_of_predict(client: TestClient) -> None:
+def test_resize_and_top_k_work_as_for_predict(client: TestClient) -> None:
     contents = [encode(drawing(40, 30)), encode(drawing(64, 64))]
     body = client.post("/predict/batch", params={"resize": "crop", "top_k": 2}, files=form(*contents)).json()
     for answer in body["predictions"]:
@@ -127,13 +127,13 @@ def test_raw_pixels_must_be_whole_pictures(client: TestClient, length: int) -> N
         ),
     ],
 )
-def test_what_is_no_batch_is_refused(client: TestClient, kwargs: dict[str, Any], status: int, sentence: str) -> None:
+def test_an_invalid_batch_is_refused(client: TestClient, kwargs: dict[str, Any], status: int, sentence: str) -> None:
     response = client.post("/predict/batch", **kwargs)
     assert response.status_code == status
     assert sentence in response.json()["error"]
 
 
-def test_more_pictures_than_stated_are_refused_and_as_many_are_not(weights: Path) -> None:
+def test_only_more_pictures_than_max_pictures_are_refused(weights: Path) -> None:
     settings = Settings(weights=weights, device="cpu", threads=1, max_batch=2, max_pictures=3)
     with TestClient(create_app(settings)) as client:
         for kwargs in ({"files": form(*pictures(4))}, {"content": raw(4), "headers": OCTETS}):
@@ -161,13 +161,15 @@ def test_a_batch_is_admitted_whole_or_not_at_all(settings: Settings) -> None:
         assert app.service.waiting == 0
 
 
-def test_a_raw_batch_costs_one_item_for_each_full_batch(client: TestClient) -> None:
+def test_raw_pixels_are_split_into_items_of_at_most_max_batch(client: TestClient) -> None:
     statistics = client.app.service.statistics  # type: ignore[attr-defined]
     client.post("/predict/batch", content=raw(11), headers=OCTETS)
     assert (statistics.success.count, statistics.pictures) == (3, 11)  # 4 + 4 + 3
 
 
-def test_a_defect_is_no_fault_of_an_element(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_internal_error_fails_the_request_and_leaks_nothing(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("a secret")
 

@@ -1,4 +1,4 @@
-"""Grouping, limits and endings, with numbers for pictures. Gates instead of sleeping: nothing depends on speed."""
+"""Grouping, limits and closing, with numbers for pictures. Gates, not sleeps: nothing depends on speed."""
 
 import asyncio
 import threading
@@ -19,7 +19,7 @@ LIMITS = Limits(max_batch=4, max_waiting=100, max_waiting_bytes=10_000, deadline
 
 
 class Doubler:
-    """Prepares a text to a number and doubles it; keeps what it saw. A closed gate holds the inference thread."""
+    """Parses a text as a number and doubles it; keeps what it saw. A closed gate holds the inference thread."""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -85,7 +85,7 @@ async def test_a_lone_item_runs_at_once_and_alone() -> None:
     await batcher.close()
 
 
-async def test_what_queues_meanwhile_runs_together_in_order_up_to_the_limit() -> None:
+async def test_queued_items_run_together_in_order_up_to_max_batch() -> None:
     doubler = Doubler()
     batcher = await start(doubler)
     held = await hold(doubler, batcher)
@@ -96,7 +96,7 @@ async def test_what_queues_meanwhile_runs_together_in_order_up_to_the_limit() ->
     await batcher.close()
 
 
-async def test_a_request_of_many_and_those_of_one_take_turns() -> None:
+async def test_batches_of_a_large_request_and_of_single_pictures_alternate() -> None:
     doubler = Doubler()
     batcher = await start(doubler)
     held = await hold(doubler, batcher)
@@ -108,7 +108,7 @@ async def test_a_request_of_many_and_those_of_one_take_turns() -> None:
     await batcher.close()
 
 
-async def test_pictures_of_one_request_that_take_long_to_prepare_let_those_of_others_through() -> None:
+async def test_slow_preparation_of_a_large_request_alternates_with_other_requests() -> None:
     doubler, prepared = Doubler(), list[str]()
     gate, begun = threading.Event(), threading.Event()
 
@@ -129,7 +129,7 @@ async def test_pictures_of_one_request_that_take_long_to_prepare_let_those_of_ot
     await batcher.close()
 
 
-async def test_one_item_of_many_pictures_is_a_request_of_many() -> None:
+async def test_one_item_of_many_pictures_counts_as_a_large_request() -> None:
     doubler = Doubler()
     batcher = await start(doubler)
     held = await hold(doubler, batcher)
@@ -143,7 +143,7 @@ async def test_one_item_of_many_pictures_is_a_request_of_many() -> None:
     await batcher.close()
 
 
-async def test_batches_of_single_pictures_are_doubled_while_four_of_them_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_batches_of_single_pictures_double_while_four_such_batches_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(admission, "USUAL_BATCH", 2)
     doubler = Doubler()
     limits = Limits(max_batch=9, max_waiting=100, max_waiting_bytes=10_000, deadline_seconds=60)
@@ -159,7 +159,7 @@ async def test_batches_of_single_pictures_are_doubled_while_four_of_them_wait(mo
     singles = [batcher.submit("2", 1, light=True) for _ in range(18)]
     doubler.gate.set()
     await asyncio.gather(held, *many, *singles)
-    assert doubler.batches == [[0], *8 * [[1], [2, 2]], [2, 2]]  # the usual ones: one item of many has two pictures
+    assert doubler.batches == [[0], *8 * [[1], [2, 2]], [2, 2]]  # usual size: an item of many has two pictures
     await batcher.close()
 
 
@@ -175,7 +175,7 @@ async def test_no_batch_is_doubled_beyond_the_limit(monkeypatch: pytest.MonkeyPa
     await batcher.close()
 
 
-async def test_a_batch_has_no_more_pictures_than_the_limit_unless_one_item_has() -> None:
+async def test_only_a_single_item_can_make_a_batch_exceed_max_batch() -> None:
     doubler = Doubler()
     batcher = await start(doubler)
     held = await hold(doubler, batcher)
@@ -186,7 +186,7 @@ async def test_a_batch_has_no_more_pictures_than_the_limit_unless_one_item_has()
     await batcher.close()
 
 
-async def test_one_thread_builds_and_runs_and_the_event_loop_prepares_what_is_light() -> None:
+async def test_one_thread_builds_and_runs_while_the_event_loop_prepares_light_items() -> None:
     doubler = Doubler()
     batcher = await start(doubler)
     await batcher.submit("1", 1, light=True)
@@ -196,7 +196,7 @@ async def test_one_thread_builds_and_runs_and_the_event_loop_prepares_what_is_li
     await batcher.close()
 
 
-async def test_other_items_are_prepared_in_a_thread_of_their_own() -> None:
+async def test_heavy_items_are_prepared_in_the_decode_thread() -> None:
     doubler = Doubler()
     batcher = await start(doubler)
     assert await batcher.submit("4", 1, light=False) == 8
@@ -217,7 +217,7 @@ async def test_an_item_that_cannot_be_prepared_fails_alone(light: bool) -> None:
     await batcher.close()
 
 
-async def test_only_failures_in_a_row_are_a_broken_engine() -> None:
+async def test_only_consecutive_failures_mark_the_engine_broken() -> None:
     batcher = await start(Doubler())
     for number in ["13"] * (BROKEN_BATCHES - 1) + ["1"] + ["13"] * (BROKEN_BATCHES - 1):
         await asyncio.gather(batcher.submit(number, 1, light=True), return_exceptions=True)
@@ -227,7 +227,7 @@ async def test_only_failures_in_a_row_are_a_broken_engine() -> None:
     await batcher.close()
 
 
-async def test_an_engine_that_answers_nothing_for_long_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_engine_that_answers_nothing_for_too_long_counts_as_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batching, "WATCH_SECONDS", 0.01)
     doubler = Doubler()
     batcher = await start(doubler)
@@ -243,9 +243,9 @@ async def test_an_engine_that_answers_nothing_for_long_is_broken(monkeypatch: py
     await batcher.close()
 
 
-async def test_an_engine_is_slow_and_not_broken_while_anything_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_engine_is_not_broken_while_anything_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     batcher = await start(doubler := Doubler())
-    monkeypatch.setattr(batcher._loop, "call_later", lambda *_: None)  # looks when it is told to
+    monkeypatch.setattr(batcher._loop, "call_later", lambda *_: None)  # the test calls _watch
     held = await hold(doubler, batcher)
     for _ in range(PATIENCE - 1):
         batcher._watch()
@@ -274,7 +274,7 @@ async def test_a_batch_that_fails_is_tried_item_by_item() -> None:
     await batcher.close()
 
 
-async def test_more_items_than_may_wait_are_refused_and_the_sentence_says_when_to_return() -> None:
+async def test_items_beyond_max_waiting_are_refused_and_told_when_to_retry() -> None:
     doubler = Doubler()
     batcher = await start(doubler, Limits(max_batch=4, max_waiting=3, max_waiting_bytes=10_000, deadline_seconds=60))
     held = await hold(doubler, batcher)
@@ -288,7 +288,7 @@ async def test_more_items_than_may_wait_are_refused_and_the_sentence_says_when_t
     await batcher.close()
 
 
-async def test_more_bytes_than_may_wait_are_refused() -> None:
+async def test_bytes_beyond_max_waiting_bytes_are_refused() -> None:
     doubler = Doubler()
     batcher = await start(doubler, Limits(max_batch=4, max_waiting=100, max_waiting_bytes=100, deadline_seconds=60))
     held = await hold(doubler, batcher)  # 1 byte
@@ -303,7 +303,7 @@ async def test_more_bytes_than_may_wait_are_refused() -> None:
     await batcher.close()
 
 
-async def test_retry_after_is_depth_times_measured_time_and_hopeless_requests_are_refused(clock: Clock) -> None:
+async def test_a_request_that_would_miss_its_deadline_is_refused_with_the_expected_wait(clock: Clock) -> None:
     doubler = Doubler()
     batcher = await start(doubler, Limits(max_batch=1, max_waiting=100, max_waiting_bytes=10_000, deadline_seconds=20))
     held = await hold(doubler, batcher)
@@ -320,7 +320,7 @@ async def test_retry_after_is_depth_times_measured_time_and_hopeless_requests_ar
     await batcher.close()
 
 
-def test_one_batch_changes_the_mean_time_by_a_tenth() -> None:
+def test_each_batch_has_a_weight_of_one_tenth_in_the_mean_time() -> None:
     admission = Admission(LIMITS)
     for seconds in (10.0, 0.0):
         admission.learn(seconds)
@@ -328,7 +328,7 @@ def test_one_batch_changes_the_mean_time_by_a_tenth() -> None:
     assert admission.expected_wait_seconds(Load(0, 1, light=True, bulk=False)) == pytest.approx(9.0)
 
 
-def test_a_request_of_one_waits_for_a_part_of_those_of_many_and_these_for_all() -> None:
+def test_expected_wait_of_single_pictures_includes_only_part_of_large_requests() -> None:
     admission = Admission(LIMITS)
     admission.learn(1.0)
     admission.learn_preparation(10.0)
@@ -355,7 +355,7 @@ def test_a_request_of_one_waits_for_a_part_of_those_of_many_and_these_for_all() 
     )
 
 
-async def test_what_takes_long_to_prepare_is_refused_by_that_and_does_not_count_for_what_is_light(
+async def test_measured_preparation_time_refuses_heavy_items_but_not_light_ones(
     clock: Clock,
 ) -> None:
     doubler = Doubler()
@@ -379,7 +379,7 @@ async def test_what_takes_long_to_prepare_is_refused_by_that_and_does_not_count_
 
 
 @pytest.mark.parametrize("light", [True, False])
-async def test_after_the_deadline_nothing_is_run(light: bool, clock: Clock) -> None:
+async def test_an_item_past_its_deadline_is_not_run(light: bool, clock: Clock) -> None:
     doubler = Doubler()
     batcher = await start(doubler)
     held = await hold(doubler, batcher)
@@ -410,7 +410,7 @@ async def test_a_client_may_shorten_the_deadline_and_not_lengthen_it(
 
 
 @pytest.mark.parametrize("light", [True, False])
-async def test_nothing_is_run_for_a_client_that_has_left(light: bool) -> None:
+async def test_cancelled_items_are_not_run(light: bool) -> None:
     doubler = Doubler()
     batcher = await start(doubler)
     held = await hold(doubler, batcher)
@@ -423,7 +423,7 @@ async def test_nothing_is_run_for_a_client_that_has_left(light: bool) -> None:
     await batcher.close()
 
 
-async def test_closing_answers_all_that_was_admitted_and_refuses_the_rest() -> None:
+async def test_closing_answers_all_admitted_items_and_refuses_new_ones() -> None:
     doubler = Doubler()
     batcher = await start(doubler)
     held = await hold(doubler, batcher)
@@ -439,7 +439,7 @@ async def test_closing_answers_all_that_was_admitted_and_refuses_the_rest() -> N
 
 
 @pytest.mark.usefixtures("clock")  # or the held item might be too late itself
-async def test_closing_gives_up_a_thread_that_does_not_come_to_an_end() -> None:
+async def test_closing_does_not_wait_forever_for_a_stuck_thread() -> None:
     doubler = Doubler()
     batcher = await start(doubler, replace(LIMITS, deadline_seconds=0.01))
     held = await hold(doubler, batcher)
@@ -468,7 +468,7 @@ def building(factor: int, error: BaseException | None = None) -> Building[int, i
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no such device"), BaseException("no such device, says a library")])
-async def test_a_failed_build_is_the_starters_problem_and_leaves_no_thread(error: BaseException) -> None:
+async def test_a_failed_build_raises_in_start_and_leaves_no_thread(error: BaseException) -> None:
     batcher: Batcher[str, int, int] = Batcher(int, LIMITS)
     with pytest.raises(type(error), match="no such device"):
         await batcher.start(building(2, error=error))
@@ -490,7 +490,7 @@ async def test_a_start_that_is_given_up_leaves_no_thread() -> None:
     assert_no_thread_is_left()
 
 
-async def test_what_was_admitted_before_an_exchange_runs_as_before_and_the_rest_by_the_new_function() -> None:
+async def test_only_items_admitted_after_an_exchange_run_on_the_new_function() -> None:
     doubler = Doubler()
     batcher = await start(doubler)
     held = await hold(doubler, batcher)
@@ -515,7 +515,7 @@ async def test_what_was_admitted_before_an_exchange_runs_as_before_and_the_rest_
     await batcher.close()
 
 
-async def test_the_parts_of_a_batch_that_belong_to_different_functions_run_apart() -> None:
+async def test_a_batch_is_split_when_its_items_belong_to_different_functions() -> None:
     doubler = Doubler()
     batcher = await start(doubler)
     held = await hold(doubler, batcher)
@@ -539,7 +539,7 @@ async def test_an_exchange_that_fails_changes_nothing() -> None:
     await batcher.close()
 
 
-async def test_after_an_exchange_the_old_function_is_let_go() -> None:
+async def test_the_old_function_is_freed_after_an_exchange() -> None:
     batcher: Batcher[str, int, int] = Batcher(int, LIMITS)
     await batcher.start(building(2))
     old = weakref.ref(batcher._run)
@@ -612,8 +612,8 @@ async def test_idle_work_waits_until_nothing_has_come_for_a_while(monkeypatch: p
     assert steps == []
 
 
-async def test_an_exchange_gives_up_the_idle_work_of_what_ran_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which would hold all that it needs until there is a quiet moment."""
+async def test_an_exchange_drops_the_pending_idle_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would keep all it needs in memory until a quiet moment."""
     monkeypatch.setattr(batching, "QUIET_SECONDS", 60)
     doubler = Doubler()
     batcher = await start(doubler)
@@ -665,7 +665,7 @@ async def test_closing_does_not_wait_for_idle_work() -> None:
     await batcher.close()
 
 
-async def test_room_is_refused_as_an_item_would_be() -> None:
+async def test_check_room_refuses_when_an_item_would_be_refused() -> None:
     doubler = Doubler()
     batcher = await start(doubler, Limits(max_batch=4, max_waiting=2, max_waiting_bytes=10_000, deadline_seconds=60))
     held = await hold(doubler, batcher)

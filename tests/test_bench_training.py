@@ -22,14 +22,14 @@ def kinds(count: int) -> Split:
     return Split(name="kinds", classes=classes, pixels_NCHW=(smooth + noise).to(torch.uint8), labels_N=labels_N)
 
 
-def test_its_network_has_the_published_size() -> None:
+def test_the_airbench_network_has_the_published_size() -> None:
     """1.97 M parameters and 118.1 M multiply-adds an image, as others counted in the original."""
     network = AirbenchNet(10)
     assert sum(parameter.numel() for parameter in network.parameters()) == pytest.approx(1.97e6, rel=0.003)
     assert sum(row.multiply_adds for row in layers(network)) == pytest.approx(118.1e6, rel=0.001)
 
 
-def test_it_learns() -> None:
+def test_the_airbench_trainer_learns() -> None:
     torch.manual_seed(0)
     split = kinds(40)
     trainer = AirbenchTrainer(split, 20, CPU, epochs=4)
@@ -41,7 +41,7 @@ def test_it_learns() -> None:
 
 
 def test_six_views_are_weighted_as_published() -> None:
-    """The image counts as much as both that are moved, whose border is reflected; half of each is mirrored."""
+    """The image counts as much as both shifted copies, whose border is reflected; half of each is mirrored."""
 
     class Corner(torch.nn.Module):
         def forward(self, pixels_NCHW: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from training.robustness import jpeg
 
 
 @pytest.mark.parametrize(("temperature", "curvature"), [(0.5, 0.0), (1.0, 0.0), (2.5, 0.0), (2.5, 0.08)])
-def test_the_calibration_behind_the_labels_is_found(temperature: float, curvature: float) -> None:
+def test_the_calibration_that_generated_the_labels_is_recovered(temperature: float, curvature: float) -> None:
     generator = torch.Generator().manual_seed(0)
     logits_NK = torch.randn(20_000, 10, generator=generator) * 3
     truth_NK = Calibration(temperature=temperature, curvature=curvature).probabilities(logits_NK)
@@ -38,7 +38,7 @@ def test_the_calibration_does_not_depend_on_the_size_of_the_logits(scale: float)
     assert scaled.curvature == pytest.approx(found.curvature / scale**2, rel=1e-3)
 
 
-def test_few_images_that_are_all_right_make_nobody_certain() -> None:
+def test_a_few_correct_images_do_not_make_the_calibration_certain() -> None:
     logits_NK = torch.tensor([[1.5, 0.2, 0.0], [0.3, 1.2, 0.1], [0.0, 0.4, 1.4]]).repeat(8, 1)
     found = fit_probabilities(logits_NK, logits_NK.argmax(dim=1))
     surest = found.probabilities(logits_NK).max(dim=1).values
@@ -47,7 +47,7 @@ def test_few_images_that_are_all_right_make_nobody_certain() -> None:
     assert doubtful < 0.8
 
 
-def test_images_seen_twice_are_no_more_evidence() -> None:
+def test_images_seen_twice_do_not_count_as_more_evidence() -> None:
     logits_NK = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
     labels_N = logits_NK.argmax(dim=1)
     once = fit_probabilities(logits_NK, labels_N)
@@ -56,7 +56,7 @@ def test_images_seen_twice_are_no_more_evidence() -> None:
     assert surest[1] == pytest.approx(surest[0], abs=1e-6)
 
 
-def test_images_that_tell_nothing_have_a_finite_temperature() -> None:
+def test_the_temperature_stays_finite_when_every_image_is_wrong() -> None:
     logits_NK = torch.randn(10, 10, generator=torch.Generator().manual_seed(0))
     found = fit_probabilities(logits_NK, logits_NK.argmin(dim=1))
     assert found.temperature <= math.exp(5)
@@ -74,7 +74,7 @@ def test_the_threshold_is_the_finite_sample_quantile() -> None:
     probabilities_NK = torch.stack([probabilities_N, 1 - probabilities_N], dim=1).double()
     labels_N = torch.zeros(99, dtype=torch.int64)
     assert set_threshold(probabilities_NK, labels_N) == pytest.approx(0.05)  # floor(100 x 0.05) = the fifth smallest
-    assert set_threshold(probabilities_NK[1:], labels_N[1:]) == pytest.approx(0.05)  # 98: the fourth of one fewer
+    assert set_threshold(probabilities_NK[1:], labels_N[1:]) == pytest.approx(0.05)  # the fourth smallest of 98
     assert set_threshold(probabilities_NK[-18:], labels_N[-18:]) == 0  # 18 cannot promise 95 %: 19 can
     assert set_threshold(probabilities_NK[-19:], labels_N[-19:]) == pytest.approx(0.81)
     # 99 pictures seen twice: five of them may be missed, and of the fifth both views, so that the ninth value counts.
@@ -84,7 +84,7 @@ def test_the_threshold_is_the_finite_sample_quantile() -> None:
     assert set_threshold(both_NK, both_N, views=2) == pytest.approx(0.05)
 
 
-def test_sets_of_new_pictures_hold_the_true_class_as_often_as_promised() -> None:
+def test_prediction_sets_cover_the_true_class_as_often_as_promised() -> None:
     generator = torch.Generator().manual_seed(0)
     logits_NK = 2 * torch.randn(12_000, 10, generator=generator)
     labels_N = (2 * logits_NK).softmax(dim=1).multinomial(1, generator=generator)[:, 0]  # the network is too modest
@@ -133,7 +133,7 @@ def test_half_of_the_held_out_images_are_more_familiar_than_the_median() -> None
 
 
 @pytest.mark.parametrize("known", [Calibration(temperature=0.5), Calibration(temperature=2.0, curvature=0.3)])
-def test_calibration_by_hand_and_in_the_same_order(known: Calibration) -> None:
+def test_calibration_matches_hand_computed_values_and_keeps_the_order(known: Calibration) -> None:
     logits_NK = torch.tensor([[1.0, 3.0, 0.0], [-2.0, -2.0, 5.0]], dtype=torch.float64)
     below_NK = torch.tensor([[2.0, 0.0, 3.0], [7.0, 7.0, 0.0]], dtype=torch.float64)
     expected_NK = -(below_NK / known.temperature + known.curvature * below_NK**2)

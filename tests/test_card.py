@@ -1,4 +1,4 @@
-"""The card says what the files beside it say, leaves out what is missing, and shows pictures that are there."""
+"""The card says what the files beside it say, leaves out what is missing, and links only existing pictures."""
 
 import dataclasses
 import json
@@ -87,7 +87,7 @@ def test_the_calibration_says_where_it_is_from(folder: Path) -> None:
     assert "for 95% of pictures): 95.12% of them hold it; they have 1.250 classes on average." in text
 
 
-def test_robustness_brings_the_figure_on_exact_pixels(folder: Path) -> None:
+def test_robustness_adds_the_accuracy_on_exact_pixels(folder: Path) -> None:
     (folder / "a.robustness.json").write_text(json.dumps(ROBUSTNESS))
     text = card(folder)
     sentence = next(line for line in text.splitlines() if line.startswith("**90.00%**"))
@@ -98,7 +98,7 @@ def test_robustness_brings_the_figure_on_exact_pixels(folder: Path) -> None:
     assert "measured apart from these files: three public ResNets" in text
 
 
-def test_what_is_no_card_is_not_overwritten(folder: Path) -> None:
+def test_a_readme_that_is_not_a_model_card_is_not_overwritten(folder: Path) -> None:
     write_card(folder)
     write_card(folder)
     (folder / "README.md").write_text("# My project\n")
@@ -120,13 +120,13 @@ def test_a_damaged_file_beside_the_weights_is_named(folder: Path, kind: str, con
 @pytest.mark.parametrize(
     ("name", "command"), [("ablation.jsonl", "ablate"), ("a.log.jsonl", "train"), ("a.validation.log.jsonl", "train")]
 )
-def test_a_log_of_something_else_is_named(folder: Path, name: str, command: str) -> None:
+def test_a_log_without_the_expected_fields_is_named(folder: Path, name: str, command: str) -> None:
     write_rows(folder / name, [{}])
     with pytest.raises(ValueError, match=f"{name} is damaged, .* `python -m training {command}` writes such files"):
         write_card(folder)
 
 
-def test_other_pictures_have_a_row_each(folder: Path) -> None:
+def test_each_source_of_unfamiliar_pictures_has_a_row(folder: Path) -> None:
     found = {
         "weights": {"sha256": "abcdef" * 10, "trained_on": "45,000 of CIFAR-10 training"},
         "held_out": {"name": "some images", "images": 100, "flagged": 0.05},
@@ -144,7 +144,7 @@ def test_other_pictures_have_a_row_each(folder: Path) -> None:
     assert "By the weights `abcdefabcdef`, which were trained on 45,000 of CIFAR-10 training." in text
 
 
-def test_the_curves_are_of_the_run_with_validation_where_there_is_one(folder: Path) -> None:
+def test_the_curves_come_from_the_run_with_validation_if_there_is_one(folder: Path) -> None:
     write_rows(folder / "a.log.jsonl", EPOCHS)
     text = card(folder)
     assert "Of the run that made these weights, from its log." in text
@@ -179,7 +179,7 @@ def test_an_ingredient_is_compared_under_its_own_seeds(folder: Path) -> None:
     assert "| flip False | 1 | 80.00 | -4.00 | 40.00 | -2.00 |" in card(folder)
 
 
-def test_of_own_pictures_nothing_is_said_that_is_true_of_cifar10_only(folder: Path) -> None:
+def test_a_card_for_other_classes_says_nothing_specific_to_cifar10(folder: Path) -> None:
     (folder / "a.robustness.json").write_text(json.dumps(ROBUSTNESS))
     checkpoint = random_checkpoint(evaluation=random_evaluation())
     own = dataclasses.replace(checkpoint, classes=tuple(f"my {name}" for name in checkpoint.classes))
@@ -202,7 +202,7 @@ def named(folder: Path, names: list[str]) -> str:
     return card(folder)
 
 
-def test_a_matrix_of_many_classes_is_left_out_but_not_its_picture(folder: Path) -> None:
+def test_the_confusion_table_of_many_classes_is_left_out_but_not_its_picture(folder: Path) -> None:
     names = [f"number {index}" for index in range(31)]
     assert "Confusion matrix; rows are" in named(folder, names[:30])
     text = named(folder, names)
@@ -217,7 +217,7 @@ def test_a_bar_in_a_name_does_not_break_a_table(folder: Path) -> None:
     assert r"|  | cat\|dog | bird |" in text
 
 
-def test_a_picture_is_found_whatever_the_name_of_the_weights(folder: Path) -> None:
+def test_picture_links_are_escaped_for_unusual_weights_names(folder: Path) -> None:
     (folder / "a.pth").rename(folder / "my (new) net.pth")
     write_card(folder)
     assert "](my%20%28new%29%20net.confusion.png)" in (folder / "README.md").read_text(encoding="utf-8")

@@ -222,7 +222,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, keep: int) -> None:
 
 @pytest.mark.parametrize("keep", range(0, 60, 3))
 def test_a_truncated_file_of_an_old_torch_is_refused(tmp_path: Path, keep: int) -> None:
-    """It is a sequence of pickles, which ends in the middle of anything."""
+    """It is a sequence of pickles, which can be cut anywhere."""
     file = tmp_path / "weights.pth"
     torch.save(example().state_dict, file, _use_new_zipfile_serialization=False)
     file.write_bytes(file.read_bytes()[:keep])
@@ -230,8 +230,8 @@ def test_a_truncated_file_of_an_old_torch_is_refused(tmp_path: Path, keep: int) 
         load(file)
 
 
-def test_damage_to_a_file_of_an_old_torch_is_no_more_than_a_refusal(tmp_path: Path) -> None:
-    """Its pickles name storages and kinds of numbers; torch says of other names what comes to its mind."""
+def test_a_damaged_old_format_file_is_loaded_or_refused_cleanly(tmp_path: Path) -> None:
+    """Its pickles name storages and number types; for other names torch raises all kinds of errors."""
     file = tmp_path / "weights.pth"
     torch.save(example().state_dict, file, _use_new_zipfile_serialization=False)
     good = file.read_bytes()
@@ -245,7 +245,7 @@ def test_damage_to_a_file_of_an_old_torch_is_no_more_than_a_refusal(tmp_path: Pa
     assert refused > 100
 
 
-def test_weights_whose_normalisation_has_learned_can_be_served(tmp_path: Path) -> None:
+def test_weights_with_trainable_normalisation_can_be_served(tmp_path: Path) -> None:
     torch.save(content(state_dict={**example().state_dict, "mean": nn.Parameter(torch.zeros(3))}), tmp_path / "w.pth")
     assert not load(tmp_path / "w.pth").network().mean.requires_grad
 
@@ -253,22 +253,22 @@ def test_weights_whose_normalisation_has_learned_can_be_served(tmp_path: Path) -
 REFUSED: dict[str, tuple[object, str]] = {
     "a tensor": (torch.zeros(3), "holds a Tensor where a dict belongs"),
     "a list": ([1, 2], "holds a list where a dict belongs"),
-    "nothing": ({}, "lacks the tensor conv1.weight of the network net"),
+    "empty": ({}, "lacks the tensor conv1.weight of the network net"),
     "another model": ({"features.0.weight": torch.zeros(3)}, "lacks the tensor conv1.weight of the network net"),
-    "one tensor more": (tensors(extra=torch.zeros(1)), "has a tensor extra that the network net does not have"),
+    "extra tensor": (tensors(extra=torch.zeros(1)), "has a tensor extra that the network net does not have"),
     "another shape": (
         tensors(**{"fc3.weight": torch.zeros(100, 84)}),
         r"the tensor fc3.weight has the shape \(100, 84\); the network net needs \(10, 84\)",
     ),
     "not a number": (tensors(**{"fc1.bias": torch.full((120,), torch.nan)}), "fc1.bias has values that are not finite"),
     "infinite": (tensors(**{"fc1.bias": torch.full((120,), torch.inf)}), "fc1.bias has values that are not finite"),
-    "whole numbers": (
+    "integers": (
         tensors(**{"fc1.bias": torch.zeros(120).int()}),
         "fc1.bias holds int32; the network net needs float32",
     ),
     "sparse": (tensors(**{"fc1.bias": torch.ones(120).to_sparse()}), "fc1.bias is not an ordinary, dense one"),
-    "without content": (tensors(**{"fc1.bias": torch.ones(120, device="meta")}), "fc1.bias is not an ordinary"),
-    "no tensor": (tensors(**{"fc1.bias": [0.0]}), "something other than a tensor under the name 'fc1.bias'"),
+    "meta tensor": (tensors(**{"fc1.bias": torch.ones(120, device="meta")}), "fc1.bias is not an ordinary"),
+    "not a tensor": (tensors(**{"fc1.bias": [0.0]}), "something other than a tensor under the name 'fc1.bias'"),
     "zero deviation": (tensors(std=torch.zeros(3)), "standard deviation of the normalisation is not positive"),
     "newer format": (content(format=4), "has the format 4; this version reads format 3"),
     "missing field": ({"format": 3}, "lacks a field of the format"),
@@ -282,47 +282,50 @@ REFUSED: dict[str, tuple[object, str]] = {
     ),
     "fewer names": (content(classes=["cat", "dog"]), "number of class names differs from the number of outputs"),
     "same names": (content(classes=["cat"] * 10), "class names are not distinct texts"),
-    "names that nobody can read": (content(classes=[*"abcdefghi", "\udce9"]), "class names are not distinct texts"),
-    "names that are none": (content(classes=[*range(10)]), "class names are not distinct texts"),
+    "undecodable names": (content(classes=[*"abcdefghi", "\udce9"]), "class names are not distinct texts"),
+    "names not text": (content(classes=[*range(10)]), "class names are not distinct texts"),
     "negative temperature": (calibrated(temperature=-1.0), r"temperature -1.0; it must be positive"),
     "negative curvature": (calibrated(curvature=-1.0), r"curvature -1.0; it must be finite and not negative"),
-    "no curvature": (calibrated(curvature=float("nan")), r"curvature nan; it must be finite"),
-    "no temperature": (calibrated(temperature=float("nan")), r"temperature nan; it must be positive"),
-    "text for a temperature": (calibrated(temperature="hot"), "temperature of the calibration is a str"),
+    "NaN curvature": (calibrated(curvature=float("nan")), r"curvature nan; it must be finite"),
+    "NaN temperature": (calibrated(temperature=float("nan")), r"temperature nan; it must be positive"),
+    "text as temperature": (calibrated(temperature="hot"), "temperature of the calibration is a str"),
     "a threshold above 1": (
         calibrated(set_threshold=1.5),
         "threshold of the prediction sets is 1.5; it must be from 0",
     ),
-    "quantiles that fall": (calibrated(energy_quantiles=(0.5, 0.25)), "of the energy are not rising numbers"),
+    "falling quantiles": (calibrated(energy_quantiles=(0.5, 0.25)), "of the energy are not rising numbers"),
     "one quantile": (calibrated(energy_quantiles=(0.5,)), "of the energy are not rising numbers"),
     "quantiles of text": (calibrated(energy_quantiles=("a", "b")), "of the energy are not rising numbers"),
     "unknown calibration": (calibrated(shift=1.0), "lacks a field of the format it claims, or has one too many"),
-    "a self-test that is none": (content(self_test=[1.0]), "has a field of a wrong kind"),
-    "a self-test of truths": (content(self_test=torch.ones(8, 10).bool()), "other values than finite float32"),
+    "self-test not a tensor": (content(self_test=[1.0]), "has a field of a wrong kind"),
+    "boolean self-test": (content(self_test=torch.ones(8, 10).bool()), "other values than finite float32"),
     "an infinite self-test": (content(self_test=torch.full((8, 10), torch.inf)), "other values than finite float32"),
     "a short self-test": (
         content(self_test=torch.zeros(3, 10)),
         r"self_test has the shape \(3, 10\); expected is \(8, 10",
     ),
     "small matrix": (evaluated(confusion_KK=torch.zeros(2, 2).long()), "confusion matrix is not 10 x 10"),
-    "matrix of fractions": (
+    "fractional matrix": (
         evaluated(confusion_KK=torch.zeros(10, 10)),
         "confusion matrix is not 10 x 10 whole numbers",
     ),
     "negative matrix": (evaluated(confusion_KK=-EVALUATION.confusion_KK), "has negative counts"),
-    "no matrix": (evaluated(confusion_KK=3), "confusion_KK of the evaluation is a int"),
-    "bins of truths": (evaluated(bins_B3=torch.zeros(3, 3).bool()), "bins are not rows of three numbers"),
+    "int matrix": (evaluated(confusion_KK=3), "confusion_KK of the evaluation is a int"),
+    "boolean bins": (evaluated(bins_B3=torch.zeros(3, 3).bool()), "bins are not rows of three numbers"),
     "one bin": (evaluated(bins_B3=torch.zeros(3).double()), "bins are not rows of three numbers"),
     "bins of two numbers": (evaluated(bins_B3=torch.zeros(3, 2).double()), "bins are not rows of three numbers"),
-    "text for a figure": (evaluated(nll="low"), "nll of the evaluation is a str"),
-    "a figure that is none": (evaluated(nll=float("nan")), "a figure of the evaluation is not finite"),
-    "text that nobody can read": (evaluated(dataset="caf\udce9"), "dataset of the evaluation is not UTF-8"),
-    "provenance that nobody can read": (content(trained={"command": "\udce9"}), "not a dict of plain values"),
-    "no class": (content(classes=[], architecture={"name": "net", "arguments": {"num_classes": 0}}), "names no class"),
+    "text as figure": (evaluated(nll="low"), "nll of the evaluation is a str"),
+    "NaN figure": (evaluated(nll=float("nan")), "a figure of the evaluation is not finite"),
+    "undecodable text": (evaluated(dataset="caf\udce9"), "dataset of the evaluation is not UTF-8"),
+    "undecodable provenance": (content(trained={"command": "\udce9"}), "not a dict of plain values"),
+    "no classes": (
+        content(classes=[], architecture={"name": "net", "arguments": {"num_classes": 0}}),
+        "names no class",
+    ),
     "no provenance": (content(trained=None), "the field trained is not a dict of plain values"),
-    "a tensor for provenance": (content(trained={"seed": torch.zeros(1)}), "trained is not a dict of plain values"),
-    "numbers for names": (content(trained={1: "epoch"}), "trained is not a dict of plain values"),
-    "list for tensors": (content(state_dict=[1]), "has a field of a wrong kind"),
+    "tensor in provenance": (content(trained={"seed": torch.zeros(1)}), "trained is not a dict of plain values"),
+    "number as key": (content(trained={1: "epoch"}), "trained is not a dict of plain values"),
+    "list as state_dict": (content(state_dict=[1]), "has a field of a wrong kind"),
 }
 
 
@@ -336,7 +339,7 @@ def test_refusals(tmp_path: Path, given: object, sentence: str) -> None:
     assert str(caught.value).endswith(checkpoint.EXPECTED)
 
 
-def test_the_content_that_the_refusals_vary_is_itself_accepted(tmp_path: Path) -> None:
+def test_the_unmodified_content_is_accepted(tmp_path: Path) -> None:
     torch.save(content(), tmp_path / "weights.pth")
     assert load(tmp_path / "weights.pth").calibration == CALIBRATION
 

@@ -1,4 +1,4 @@
-"""Compressed bodies: both formats round, nothing beyond the limit, and only what was asked for."""
+"""Compressed bodies: both formats round-trip, within the limit, and only what was asked for."""
 
 import gzip
 import tracemalloc
@@ -13,7 +13,7 @@ BODY = b"pixels" * 1000
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate"])
-def test_what_is_deflated_is_inflated(encoding: str) -> None:
+def test_both_encodings_round_trip(encoding: str) -> None:
     packed = deflate(BODY, encoding)
     assert len(packed) < len(BODY)
     assert (gzip.decompress if encoding == "gzip" else zlib.decompress)(packed) == BODY
@@ -21,7 +21,7 @@ def test_what_is_deflated_is_inflated(encoding: str) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate"])
-def test_a_bomb_costs_no_more_memory_than_the_limit(encoding: str) -> None:
+def test_a_decompression_bomb_is_refused_within_bounded_memory(encoding: str) -> None:
     bomb = deflate(bytes(100_000_000), encoding)
     assert len(bomb) < 1_000_000
     tracemalloc.start()
@@ -32,7 +32,7 @@ def test_a_bomb_costs_no_more_memory_than_the_limit(encoding: str) -> None:
     assert most < 2_000_000
 
 
-def test_one_byte_too_many_is_too_many() -> None:
+def test_one_byte_over_the_limit_is_refused() -> None:
     with pytest.raises(BodyTooLarge):
         inflate(deflate(BODY, "gzip"), "gzip", len(BODY) - 1)
 
@@ -44,11 +44,11 @@ def test_one_byte_too_many_is_too_many() -> None:
         pytest.param(BODY, "gzip", id="not compressed"),
         pytest.param(zlib.compress(BODY), "gzip", id="another encoding"),
         pytest.param(gzip.compress(BODY)[:-1], "gzip", id="cut short"),
-        pytest.param(gzip.compress(BODY) + b"x", "gzip", id="something follows"),
+        pytest.param(gzip.compress(BODY) + b"x", "gzip", id="trailing bytes"),
         pytest.param(zlib.compress(BODY)[2:], "deflate", id="without the zlib header"),
     ],
 )
-def test_what_is_no_whole_compressed_body_is_refused(body: bytes, encoding: str) -> None:
+def test_an_invalid_or_incomplete_compressed_body_is_refused(body: bytes, encoding: str) -> None:
     with pytest.raises(BadRequest, match=encoding):
         inflate(body, encoding, 100_000)
 
@@ -71,5 +71,5 @@ def test_what_is_no_whole_compressed_body_is_refused(body: bytes, encoding: str)
         ("gzip;q=0.000", None),
     ],
 )
-def test_the_encoding_that_the_client_takes(header: str, encoding: str | None) -> None:
+def test_the_response_encoding_follows_accept_encoding(header: str, encoding: str | None) -> None:
     assert accepted(header) == encoding

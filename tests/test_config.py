@@ -8,7 +8,7 @@ import pytest
 from training.config import RECIPES, Recipe, add_flags, descriptions, override
 
 
-def test_tutorial_recipe_is_the_tutorials_own() -> None:
+def test_the_tutorial_recipe_has_the_tutorials_values() -> None:
     recipe = RECIPES["tutorial"]
     chosen = (recipe.network, recipe.batch_size, recipe.epochs, recipe.learning_rate, recipe.momentum)
     assert chosen == ("net", 4, 2, 0.001, 0.9)

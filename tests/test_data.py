@@ -1,4 +1,4 @@
-"""Every layout of data is written here, read back, and broken in every way that has a sentence."""
+"""Each data layout is written, read back, and broken in every way that has an error message."""
 
 import contextlib
 import errno
@@ -129,7 +129,9 @@ def test_a_part_of_cifar10_does_not_pass_for_the_whole(tmp_path: Path) -> None:
     assert (train.name, test.name) == ("CIFAR-10 training, 35 images", "CIFAR-10 test, 7 images")
 
 
-def test_the_whole_of_cifar10_is_called_by_its_name_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_complete_cifar10_is_named_without_a_number_of_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(data, "BATCH_IMAGES", 7)
     assert [part.name for part in data.read(write_binary(tmp_path))] == ["CIFAR-10 training", "CIFAR-10 test"]
 
@@ -179,11 +181,11 @@ def test_a_pickle_cannot_change_what_it_looks_up(name: str) -> None:
         python_2_pickle(bytes(3072), [1])[:-100],
     ],
     ids=[
-        *("empty", "text", "list", "no data", "other number", "other type", "label text", "label huge", "by columns"),
-        *("a length that no file has", "cut short"),
+        *("empty", "text", "list", "no data", "wrong count", "wrong dtype", "text label", "huge label", "by columns"),
+        *("impossible length", "cut short"),
     ],
 )
-def test_a_file_that_is_no_batch_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_a_batch_is_refused(tmp_path: Path, content: bytes) -> None:
     write_python(tmp_path)
     (tmp_path / "test_batch").write_bytes(content)
     with pytest.raises(DataError, match=rf"test_batch \({len(content):,} bytes\) is not a batch of CIFAR-10's python"):
@@ -250,7 +252,7 @@ def test_reads_class_folders_and_divides_each_class(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".JPG", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp"])
-def test_class_folders_may_hold_one_kind_of_picture_alone(tmp_path: Path, suffix: str) -> None:
+def test_class_folders_may_hold_any_single_picture_format(tmp_path: Path, suffix: str) -> None:
     for label in ("ant", "bee"):
         (tmp_path / label).mkdir()
         for number in range(5):
@@ -258,7 +260,7 @@ def test_class_folders_may_hold_one_kind_of_picture_alone(tmp_path: Path, suffix
     assert [len(part) for part in data.read(tmp_path)] == [8, 2]
 
 
-def test_class_folders_are_divided_alike_each_time_and_when_a_picture_is_added(tmp_path: Path) -> None:
+def test_the_split_of_class_folders_is_stable_when_repeated_or_a_picture_is_added(tmp_path: Path) -> None:
     write_class_folders(tmp_path, {"ant": 30, "bee": 30})
 
     def parts() -> list[set[tuple[int, ...]]]:
@@ -276,7 +278,7 @@ def test_class_folders_are_divided_alike_each_time_and_when_a_picture_is_added(t
     assert len(tested_now & trained) <= 1
 
 
-def test_class_folders_are_divided_alike_wherever_they_lie(tmp_path: Path) -> None:
+def test_the_split_of_class_folders_does_not_depend_on_their_location(tmp_path: Path) -> None:
     here = write_class_folders(tmp_path / "here", {"ant": 30, "bee": 30})
     there = Path(shutil.copytree(here, tmp_path / "there"))
     assert [split.digest for split in data.read(here)] == [split.digest for split in data.read(there)]
@@ -297,8 +299,8 @@ def test_pictures_of_other_sizes_are_cut_to_their_centre(tmp_path: Path) -> None
     assert blue > 250
 
 
-def test_a_folder_that_may_not_be_read_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def forbidden(_path: Path) -> None:  # as nobody in a container meets it; whoever runs the tests may be root
+def test_an_unreadable_folder_is_refused_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(_path: Path) -> None:  # as user nobody in a container meets it; the tests may run as root
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(Path, "iterdir", forbidden)
@@ -339,7 +341,7 @@ def test_a_film_among_the_pictures_is_not_read_into_memory(tmp_path: Path) -> No
         data.read(folder)
 
 
-def test_what_systems_leave_in_folders_is_no_picture(tmp_path: Path) -> None:
+def test_system_files_in_class_folders_are_ignored(tmp_path: Path) -> None:
     folder = write_class_folders(tmp_path, {"ant": 3, "bee": 3})
     for left in ("ant/Thumbs.db", "bee/.DS_Store", "bee/desktop.ini"):
         (folder / left).write_bytes(b"no picture")
@@ -364,7 +366,7 @@ def test_class_folders_may_be_divided_already(tmp_path: Path) -> None:
         ({"ant": 1}, r"train and test do not have the same class folders; only one of them has bee\. Add them to"),
         ({"ant": 1, "bee": 0}, r"test/bee has no pictures; a class needs at least 1, to test with, directly"),
     ],
-    ids=["another class", "no picture"],
+    ids=["missing class", "no picture"],
 )
 def test_both_parts_have_pictures_of_each_class(tmp_path: Path, test: dict[str, int], sentence: str) -> None:
     write_class_folders(tmp_path / "train", {"ant": 2, "bee": 2})
@@ -373,7 +375,7 @@ def test_both_parts_have_pictures_of_each_class(tmp_path: Path, test: dict[str, 
         data.read(tmp_path)
 
 
-def test_test_pictures_that_nobody_has_labelled_are_not_left_out_without_a_word(tmp_path: Path) -> None:
+def test_unlabelled_test_pictures_are_refused(tmp_path: Path) -> None:
     write_class_folders(tmp_path / "train", {"ant": 2, "bee": 2})
     (tmp_path / "test").mkdir()
     Image.new("RGB", (32, 32)).save(tmp_path / "test" / "1.png")
@@ -381,7 +383,7 @@ def test_test_pictures_that_nobody_has_labelled_are_not_left_out_without_a_word(
         data.read(tmp_path)
 
 
-def test_class_folders_one_level_too_deep_are_pointed_to(tmp_path: Path) -> None:
+def test_class_folders_one_level_too_deep_are_refused_with_the_right_path(tmp_path: Path) -> None:
     write_class_folders(tmp_path / "new", {"ant": 2, "bee": 2})
     folder = write_class_folders(tmp_path / "train", {"ant": 2, "bee": 2})
     with pytest.raises(
@@ -391,7 +393,7 @@ def test_class_folders_one_level_too_deep_are_pointed_to(tmp_path: Path) -> None
     assert f"Name {folder} if" in str(no.value)
 
 
-def test_formats_that_are_not_read_are_said_so(tmp_path: Path) -> None:
+def test_unsupported_formats_are_refused_naming_those_accepted(tmp_path: Path) -> None:
     folder = write_class_folders(tmp_path, {"ant": 2, "bee": 2})
     for picture in [*folder.glob("*/*.png")]:
         picture.rename(picture.with_suffix(".heic")).write_bytes(b"\0\0\0\x18ftypheic")
@@ -399,7 +401,7 @@ def test_formats_that_are_not_read_are_said_so(tmp_path: Path) -> None:
         data.read(folder)
 
 
-def test_a_class_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_a_class_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     folder = write_class_folders(tmp_path, {"ant": 2, "bee": 2})
     try:
         (folder / "bee").rename(folder / os.fsdecode(b"caf\xe9"))
@@ -409,7 +411,7 @@ def test_a_class_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
         data.read(folder)
 
 
-def test_a_folder_whose_name_is_no_text_has_another_name_in_reports(tmp_path: Path) -> None:
+def test_a_folder_name_that_is_not_utf8_is_shown_with_a_question_mark(tmp_path: Path) -> None:
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     try:
         folder.mkdir()
@@ -455,11 +457,11 @@ def test_hold_out_refuses_a_share_that_leaves_nothing(tmp_path: Path, share: flo
         hold_out(train, share)
 
 
-def test_a_failed_download_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_is_reported_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_arguments: object, **_options: object) -> None:
         raise ConnectionResetError("[Errno 104] reset by peer")
 
-    for name in ("torchvision", "torchvision.datasets"):  # to import it takes seconds
+    for name in ("torchvision", "torchvision.datasets"):  # importing it takes seconds
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(CIFAR10=unreachable))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"could not be downloaded \(ConnectionResetError\)") as caught:

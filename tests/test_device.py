@@ -1,4 +1,4 @@
-"""Which device a name chooses, the sentence for each that it cannot, and the number format there."""
+"""Which device a name chooses, the error for each it cannot choose, and the number format there."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """One with so many NVIDIA GPUs, and perhaps Apple's; on the kinds named after that, torch cannot compute."""
+    """A machine with that many NVIDIA GPUs, perhaps Apple's; torch fails on the kinds named after that."""
     gpus, apples, *broken = request.param
     zeros = torch.zeros
 
@@ -39,14 +39,14 @@ def machine(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
     ],
     indirect=["machine"],
 )
-def test_the_device_of_that_name_or_the_first_there_is(name: str | None, device: str) -> None:
+def test_a_device_is_chosen_by_name_or_the_best_available_is_taken(name: str | None, device: str) -> None:
     assert choose_device(name) == torch.device(device)
 
 
 @pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("machine", [(2, True)], indirect=True)
 @pytest.mark.parametrize("name", ["tpu", "", "cuda:", "cuda:x", "cuda:²", "cuda:-1", "cuda:01", "cpu:0", "mps:0"])
-def test_a_name_that_no_device_has(name: str) -> None:
+def test_an_unknown_device_name_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="is unknown") as refusal:
         choose_device(name)
     assert str(refusal.value) == f"The device {name!r} is unknown; accepted is cuda, cuda:0, cuda:1, ..., mps or cpu."
@@ -63,7 +63,7 @@ def test_a_name_that_no_device_has(name: str) -> None:
     ],
     indirect=["machine"],
 )
-def test_a_device_that_is_not_on_this_machine(name: str, usable: str) -> None:
+def test_a_device_missing_on_this_machine_is_refused(name: str, usable: str) -> None:
     with pytest.raises(ValueError, match="is not available") as refusal:
         choose_device(name)
     assert str(refusal.value) == f"The device {name!r} is not available on this machine; it has: {usable}."
@@ -93,9 +93,9 @@ def test_a_device_that_does_not_work_is_passed_over_unless_it_is_asked_for(caplo
         ({"avx2": True, "avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, torch.float32),
         ({}, torch.float32),
     ],
-    ids=["both", "amx", "avx512", "neither", "nothing is known"],
+    ids=["both", "amx", "avx512", "neither", "unknown"],
 )
-def test_a_cpu_has_bfloat16_only_where_it_multiplies_it_natively(
+def test_a_cpu_uses_bfloat16_only_where_it_is_native(
     capabilities: dict[str, bool], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)

@@ -20,14 +20,14 @@ from training.fit import fit, initialize
 CPU = torch.device("cpu")
 
 
-def test_a_teacher_is_softened(photos_NCHW: Tensor) -> None:
+def test_teacher_probabilities_are_softened_by_the_temperature(photos_NCHW: Tensor) -> None:
     teacher = random_checkpoint()
     answers_NK = Teachers([teacher], CIFAR10_CLASSES)(photos_NCHW)
     torch.testing.assert_close(answers_NK, (teacher.network()(photos_NCHW) / TEMPERATURE).softmax(dim=1))
     assert not answers_NK.requires_grad
 
 
-def test_several_teachers_count_alike(photos_NCHW: Tensor) -> None:
+def test_several_teachers_are_averaged_equally(photos_NCHW: Tensor) -> None:
     first = random_checkpoint()
     other = dataclasses.replace(first, state_dict={name: 2 * value for name, value in first.state_dict.items()})
     one_NK, two_NK = (Teachers([teacher], CIFAR10_CLASSES)(photos_NCHW) for teacher in (first, other))
@@ -60,7 +60,7 @@ def test_a_teacher_may_know_the_classes_in_another_order(photos_NCHW: Tensor) ->
     assert not torch.allclose(given_NK, expected_NK, atol=1e-3)
 
 
-def test_a_teacher_is_as_sure_as_when_it_is_served(photos_NCHW: Tensor) -> None:
+def test_a_teacher_answers_with_its_calibration_applied(photos_NCHW: Tensor) -> None:
     """Logits of twice the size, and a calibration that takes that back, are the same answers."""
     plain = dataclasses.replace(random_checkpoint(), calibration=Calibration(curvature=0.4))
     head = [name for name in plain.state_dict if name.startswith("fc3")]
@@ -71,7 +71,7 @@ def test_a_teacher_is_as_sure_as_when_it_is_served(photos_NCHW: Tensor) -> None:
     torch.testing.assert_close(*answers)
 
 
-def test_without_a_teacher_the_loss_is_the_cross_entropy_to_what_is_mixed() -> None:
+def test_without_a_teacher_the_loss_is_the_cross_entropy_to_the_mixed_labels() -> None:
     """Two labels in the shares 0.7 and 0.3 cost as much as each does, in these shares."""
     logits_NK = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
     first_N, second_N = torch.arange(6), torch.arange(6) + 4
@@ -87,7 +87,7 @@ def test_a_smoothed_label_is_spread_over_all_classes() -> None:
     torch.testing.assert_close(loss(logits_NK, labels_NK, None, Recipe(label_smoothing=0.2)), expected)
 
 
-def test_distillation_is_least_where_the_network_is_as_sure_as_its_teacher() -> None:
+def test_distillation_loss_is_smallest_where_the_network_matches_its_teacher() -> None:
     """The teacher's own logits answer its softened probabilities; half of them, or twice, do so worse."""
     recipe = Recipe(distillation=1.0)
     logits_NK = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
@@ -100,7 +100,7 @@ def test_distillation_is_least_where_the_network_is_as_sure_as_its_teacher() -> 
     torch.testing.assert_close(equal_NK.grad, torch.zeros(6, 10), atol=1e-6, rtol=0)
 
 
-def test_labels_and_teachers_count_in_their_shares() -> None:
+def test_label_and_teacher_losses_are_weighted_by_their_shares() -> None:
     logits_NK = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
     labels_NK, answers_NK = torch.eye(10)[:6], torch.full((6, 10), 0.1)
     both = Recipe(distillation=0.3)
@@ -110,7 +110,7 @@ def test_labels_and_teachers_count_in_their_shares() -> None:
     torch.testing.assert_close(loss(logits_NK, labels_NK, answers_NK, both), expected)
 
 
-def test_the_loss_to_a_teacher_makes_up_for_its_temperature() -> None:
+def test_the_distillation_loss_is_scaled_by_the_temperature_squared() -> None:
     logits_NK = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
     answers_NK = torch.full((6, 10), 0.1)
     expected = -(TEMPERATURE**2) * (answers_NK * (logits_NK / TEMPERATURE).log_softmax(dim=1)).sum()
@@ -132,7 +132,7 @@ class Brightness(nn.Module):
         return F.one_hot(light_N.long(), 2).float()
 
 
-def test_a_network_learns_what_the_teacher_says_of_the_pictures_it_sees_and_not_the_labels() -> None:
+def test_a_network_learns_from_its_teacher_alone_at_distillation_1() -> None:
     """The labels are all wrong, and distillation 1 does not look at them."""
     count = 80
     truth_N = torch.arange(count) % 2

@@ -22,7 +22,7 @@ NAMES = ["torch", pytest.param("openvino", marks=needs_openvino)]
 
 
 def pictures(count: int, seed: int = 1) -> Tensor:
-    """Smooth ones (noise alone looks the same to every network), of ten kinds that take turns."""
+    """Smooth ones (all noise looks the same to a network), of ten kinds in turn."""
     kinds = torch.rand(10, 3, 4, 4, generator=torch.Generator().manual_seed(0)).repeat(count // 10 + 1, 1, 1, 1)
     others = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
     coarse_N344 = 0.6 * kinds[:count] + 0.4 * others
@@ -61,7 +61,7 @@ def trained(architecture: str) -> model.Normalized:
 
 
 def choose(network: model.Normalized, name: str, threads: int = 1, max_batch: int = 4) -> engine.Engine:
-    with torch.inference_mode(False):  # tensors made in it could not be changed by the thread aside
+    with torch.inference_mode(False):  # tensors made in it could not be changed by another thread
         body = model.split(network)[0]
     return finish(engine.choose(body, CPU, name=name, threads=threads, batch=max_batch))
 
@@ -95,7 +95,7 @@ def test_an_engine_says_what_the_float32_network_says(network: model.Normalized,
 
 @needs_openvino
 def test_openvino_in_float32_is_exact_on_machines_that_serve_in_bfloat16_too(network: model.Normalized) -> None:
-    """Where it serves in bfloat16, nothing else here would see what it makes of GELU after a maximum in float32."""
+    """Where it serves in bfloat16, no other test would see how it computes GELU after a maximum in float32."""
     from app.openvino_engine import OpenVinoEngine, trace
 
     pixels_NCHW = pictures(200, seed=2)
@@ -105,7 +105,7 @@ def test_openvino_in_float32_is_exact_on_machines_that_serve_in_bfloat16_too(net
     torch.testing.assert_close(given_NK.softmax(1), network(pixels_NCHW).softmax(1), atol=1e-4, rtol=0)
 
 
-def test_float16_as_on_a_gpu_is_closer(network: model.Normalized) -> None:
+def test_float16_agrees_with_float32_more_closely(network: model.Normalized) -> None:
     pixels_NCHW = pictures(40, seed=2)
     body, head = model.split(network)
     with torch.inference_mode():
@@ -125,7 +125,7 @@ def test_a_gpu_serves_in_float16(
 
 
 @pytest.mark.parametrize(("count", "filled"), [(1, 1), (2, 2), (3, 4), (8, 8), (9, 16)])
-def test_filling_up_to_a_power_of_two_leaves_what_was_there_first(count: int, filled: int) -> None:
+def test_padding_to_a_power_of_two_keeps_the_pictures_first(count: int, filled: int) -> None:
     given_NCHW = pictures(count)
     filled_NCHW = engine.filled_up(given_NCHW)
     assert len(filled_NCHW) == filled
@@ -178,7 +178,7 @@ def test_rounded_kernels_are_bfloat16_and_keep_their_sums() -> None:
         assert (diffused - before).abs().max() <= 2 * (plain - before).abs().max()
 
 
-def test_the_first_layer_loses_nothing_of_the_pixels(network: model.Normalized) -> None:
+def test_the_first_layer_keeps_pixel_precision_in_bfloat16(network: model.Normalized) -> None:
     """In bfloat16, with a result that is not rounded, it is right to sixteen binary digits."""
     kept = copy.deepcopy(network)
     before, after = (next(each for each in of.modules() if isinstance(each, nn.Conv2d)) for of in (network, kept))
@@ -245,7 +245,7 @@ def test_auto_without_openvino_is_torch_and_says_so(
     assert "is not installed; the engine is torch" in caplog.text
 
 
-def test_openvino_that_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_openvino_is_refused_if_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     monkeypatch.delitem(sys.modules, "app.openvino_engine", raising=False)
     with pytest.raises(SettingsError, match=r"OpenVINO is not installed\. Install it with `pip install openvino`, or"):
@@ -258,15 +258,15 @@ def test_openvino_on_another_device_is_refused() -> None:
 
 
 @needs_openvino
-def test_openvino_does_not_report_to_anybody() -> None:
-    """Importing it does, otherwise, in a fork of the service that keeps its sockets open."""
+def test_openvino_telemetry_is_not_imported() -> None:
+    """It would run in a fork of the service that keeps its sockets open."""
     imported = "import sys, app.openvino_engine; print([name for name in sys.modules if 'telemetry' in name])"
     ran = subprocess.run([sys.executable, "-c", imported], capture_output=True, text=True, check=True)
     assert ran.stdout == "[]\n"
 
 
 @needs_openvino
-def test_with_openvino_torch_keeps_to_one_thread() -> None:
+def test_torch_uses_one_thread_when_the_engine_is_openvino() -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)

@@ -1,4 +1,4 @@
-"""One body for every error, the right status, a sentence that helps; and nothing of the inside leaks."""
+"""One body for every error, the right status, a helpful sentence; and no internals leak."""
 
 import asyncio
 import gc
@@ -105,7 +105,7 @@ def test_refusals(client: TestClient, path: str, body: bytes, content_type: str,
     ],
 )
 def test_a_refusal_is_forgotten_without_the_garbage_collector(client: TestClient, path: str, status: int) -> None:
-    """It would hold all that led to it, the body first of all, until two hundred others have come."""
+    """It would keep its request, body included, in memory until two hundred others have come."""
     refused(client.post(path, content=b"no picture", headers=OCTETS), status, "")
     gc.collect()
     gc.disable()
@@ -152,7 +152,7 @@ def test_a_body_above_the_limit_is_refused_however_it_is_sent(
 
 
 @pytest.mark.anyio
-async def test_a_body_that_announces_too_much_is_refused_unread(settings: Settings) -> None:
+async def test_a_body_with_a_too_large_content_length_is_refused_unread(settings: Settings) -> None:
     app = create_app(settings)
     sent: list[Any] = []
 
@@ -176,7 +176,7 @@ def test_a_body_of_just_the_limit_is_read(client: TestClient, chunked: bool) -> 
     )
 
 
-def test_a_length_may_begin_with_zeros_without_end(client: TestClient, png: bytes) -> None:
+def test_a_content_length_may_have_any_number_of_leading_zeros(client: TestClient, png: bytes) -> None:
     headers = {"content-type": "image/png", "content-length": "0" * 5000 + str(len(png))}
     assert client.post("/predict", content=png, headers=headers).status_code == 200
 
@@ -189,7 +189,7 @@ def test_too_many_pixels(settings: Settings) -> None:
 
 
 @pytest.mark.parametrize("path", ["/predict", "/predict?top_k=1"])
-def test_a_defect_is_one_fixed_sentence_and_a_line_in_the_log(
+def test_an_internal_error_gives_a_fixed_sentence_and_a_log_entry(
     client: TestClient, png: bytes, path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(*_args: object) -> None:
@@ -207,7 +207,7 @@ def test_a_defect_is_one_fixed_sentence_and_a_line_in_the_log(
 
 
 @pytest.mark.parametrize("limit", [{"max_waiting": 1}, {"max_waiting_bytes": 1}], ids=str)
-def test_full_is_429_with_the_time_to_come_back(settings: Settings, png: bytes, limit: dict[str, Any]) -> None:
+def test_a_full_queue_gives_429_with_retry_after(settings: Settings, png: bytes, limit: dict[str, Any]) -> None:
     app = create_app(replace(settings, **limit))
     with TestClient(app) as client:
         with occupied(app.service):
@@ -217,7 +217,7 @@ def test_full_is_429_with_the_time_to_come_back(settings: Settings, png: bytes, 
         assert client.post("/predict", content=png, headers=OCTETS).status_code == 200
 
 
-def test_too_late_is_504(client: TestClient, png: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missed_deadline_gives_504(client: TestClient, png: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(entries, "monotonic", lambda: time.monotonic() + 6)
     refused(client.post("/predict", content=png, headers=OCTETS), 504, "waited longer than 5 seconds for its turn")
 
@@ -228,7 +228,7 @@ def test_a_wellformed_request_id_is_kept(client: TestClient, given: str) -> None
 
 
 @pytest.mark.parametrize("given", ["", "a b", "a" * 129, "a\tb", "{}"])
-def test_any_other_is_replaced(client: TestClient, given: str) -> None:
+def test_a_malformed_request_id_is_replaced(client: TestClient, given: str) -> None:
     made = [client.get("/healthz", headers={"x-request-id": given}).headers["x-request-id"] for _ in range(2)]
     assert all(len(each) == 16 and each != given for each in made)
     assert made[0] != made[1]
@@ -262,7 +262,7 @@ async def test_a_client_that_leaves_while_it_waits_cancels_its_work(
     assert sent == []
 
 
-def test_what_would_be_refused_whatever_it_holds_is_refused_by_its_head(
+def test_a_full_service_refuses_a_request_from_its_headers_alone(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = client.app
@@ -276,7 +276,7 @@ def test_what_would_be_refused_whatever_it_holds_is_refused_by_its_head(
 
     monkeypatch.setattr(app.service, "check_room", full)
     little = b"content-length", b"16384"
-    # These go the way through the framework, which says it, too.
+    # These go through the framework, which refuses them, too.
     assert portal.call(app.refuse, "/predict?top_k=1", [little]) is None
     assert portal.call(app.refuse, "/predict", [(b"content-length", b"16385")]) is None
     assert portal.call(app.refuse, "/predict", []) is None
@@ -293,7 +293,7 @@ def test_what_would_be_refused_whatever_it_holds_is_refused_by_its_head(
     assert float(seconds) < 60
 
 
-def test_a_body_that_does_not_come_is_given_up_and_one_beside_too_many_others_refused() -> None:
+def test_slow_bodies_time_out_and_too_many_concurrent_bytes_are_refused() -> None:
     intake = Intake(max_bytes=100, max_waiting_bytes=20, seconds=0.2)
     stalled = asyncio.Event()
 
@@ -326,7 +326,7 @@ def test_a_body_that_does_not_come_is_given_up_and_one_beside_too_many_others_re
     asyncio.run(main())
 
 
-def test_each_kind_of_refusal_stands_in_the_tree_with_its_status() -> None:
+def test_the_docstring_of_errors_lists_each_kind_of_refusal_with_its_status() -> None:
     tree = dict(re.findall(r"-- (\w+) +(\d+)$", errors.__doc__ or "", re.M))
     assert tree == {kind.__name__: str(kind.status) for kind in RequestError.__subclasses__()}
 
@@ -337,15 +337,15 @@ def test_each_kind_of_refusal_has_a_name_among_the_metrics() -> None:
 
 
 @pytest.mark.parametrize("encoding", ["Identity", " identity "])
-def test_the_encoding_that_is_none_may_be_named(client: TestClient, png: bytes, encoding: str) -> None:
+def test_content_encoding_identity_is_accepted(client: TestClient, png: bytes, encoding: str) -> None:
     headers = {"content-type": "image/png", "content-encoding": encoding}
     assert client.post("/predict", content=png, headers=headers).status_code == 200
 
 
-def test_a_slash_too_many_is_another_page(client: TestClient, png: bytes) -> None:
+def test_a_trailing_slash_gives_404(client: TestClient, png: bytes) -> None:
     assert client.post("/predict/", content=png, follow_redirects=False).status_code == 404
 
 
-def test_a_sentence_may_name_a_file_whose_name_is_no_text() -> None:
+def test_an_error_may_name_a_file_whose_name_is_not_utf8() -> None:
     reply = refusal(WeightsRefused("There is no weights file caf\udce9.pth."), "an id")
     assert json.loads(reply.body)["error"] == r"There is no weights file caf\udce9.pth."

@@ -55,7 +55,7 @@ def test_the_batch_size_changes_no_figure(name: str) -> None:
         assert other.ece == pytest.approx(figures[0].ece, abs=1e-5)
 
 
-def test_the_same_twice_is_the_same_to_the_last_digit() -> None:
+def test_repeated_evaluation_gives_identical_figures() -> None:
     first, second = evaluate(checkpoint(), noise(IMAGES)), evaluate(checkpoint(), noise(IMAGES))
     assert (first.nll, first.brier, first.ece) == (second.nll, second.brier, second.ece)
 
@@ -68,7 +68,7 @@ def test_the_calibration_of_the_checkpoint_is_applied() -> None:
         assert nll == pytest.approx(-true_N.log().mean().item(), rel=1e-5)
 
 
-def test_the_evaluation_says_on_what_it_was_made() -> None:
+def test_the_evaluation_records_its_dataset_and_time() -> None:
     figures = evaluate(checkpoint(), noise(IMAGES))
     assert (figures.dataset, figures.digest) == ("noise test", noise(IMAGES).digest)
     assert figures.confusion_KK.sum(dim=1).tolist() == noise(IMAGES).labels_N.bincount(minlength=10).tolist()
@@ -81,7 +81,7 @@ def test_other_classes_are_refused() -> None:
         evaluate(checkpoint(), dataclasses.replace(noise(IMAGES), classes=official))
 
 
-def test_the_same_classes_in_another_order_are_the_same() -> None:
+def test_classes_may_come_in_another_order() -> None:
     """Folders are in alphabetical order, CIFAR-10's classes are not."""
     known, order_K = noise(IMAGES), torch.tensor([CIFAR10_CLASSES.index(name) for name in sorted(CIFAR10_CLASSES)])
     sorted_labels_N = order_K.argsort()[known.labels_N]
@@ -123,7 +123,7 @@ def test_the_table_shows_the_figures_of_the_report() -> None:
     assert "0.5124 (0 to 2)" in text
     assert "0.0871 (15 equal-mass bins of the highest probability)" in text
     assert "before calibration  2.5000, " in text
-    assert "95.10 % hold the true class (meant are 95%), 1.250 classes on average" in text
+    assert "95.10 % hold the true class (target 95%), 1.250 classes on average" in text
 
 
 def test_the_table_leaves_out_a_matrix_of_many_classes() -> None:

@@ -1,4 +1,4 @@
-"""A file is there as a whole or not at all, and what is no file is not read."""
+"""A file is written whole or not at all, and only regular files are read."""
 
 import os
 import sys
@@ -33,7 +33,7 @@ def test_a_failing_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.filterwarnings("ignore:unclosed file")  # of an interrupt between `open` and `with`; closed all the same
 def test_an_interrupt_at_any_moment_leaves_one_whole_file_and_nothing_else(tmp_path: Path) -> None:
-    """Python lets a signal in between any two of its instructions, of the libraries it calls, too."""
+    """A signal can come between any two Python instructions, in the libraries it calls, too."""
     file = tmp_path / "weights.pth"
     write_atomically(file, b"old")
     for moment in count():

@@ -87,7 +87,7 @@ def test_the_default_network_learns_stripes(optimizer: str, learning_rate: float
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6]
 
 
-def test_pictures_are_small_in_the_first_epochs_but_not_those_that_a_teacher_is_asked_about() -> None:
+def test_low_resolution_epochs_shrink_the_students_pictures_but_not_the_teachers() -> None:
     recipe = dataclasses.replace(DEBUG, network="cifar_net", epochs=5, low_resolution=0.6, distillation=0.5)
     split = stripes(32)
     network, teacher = (model.build(name, num_classes=2) for name in ("cifar_net", "net"))
@@ -101,7 +101,7 @@ def test_pictures_are_small_in_the_first_epochs_but_not_those_that_a_teacher_is_
     assert sizes == {"network": [20] * 4 + [26] * 2 + [32] * 4, "teachers": [32] * 10}
 
 
-def test_the_share_of_epochs_at_low_resolution_does_not_suffer_from_rounding() -> None:
+def test_the_number_of_low_resolution_epochs_is_not_off_by_rounding() -> None:
     recipe = dataclasses.replace(DEBUG, network="cifar_net", epochs=100, low_resolution=0.07)
     assert [resolution(epoch, recipe) for epoch in range(100)].count(32) == 93
 
@@ -110,7 +110,7 @@ def test_the_share_of_epochs_at_low_resolution_does_not_suffer_from_rounding() -
     "recipe", [DEBUG, dataclasses.replace(RECIPES["fast"], batch_size=16, epochs=4)], ids=["net", "fast"]
 )
 @pytest.mark.parametrize("kept", [[0, 0, 0], [0, 1, None]], ids=["grey", "no blue"])
-def test_colours_that_no_picture_has_do_no_harm(recipe: Recipe, kept: list[int | None]) -> None:
+def test_missing_colours_do_not_harm_training(recipe: Recipe, kept: list[int | None]) -> None:
     split = stripes(64)
     channels = [split.pixels_NCHW[:, index] if index is not None else torch.zeros(64, 32, 32) for index in kept]
     split = dataclasses.replace(split, pixels_NCHW=torch.stack(channels, dim=1).to(torch.uint8))
@@ -118,7 +118,7 @@ def test_colours_that_no_picture_has_do_no_harm(recipe: Recipe, kept: list[int |
     assert rows[-1]["loss"] < rows[0]["loss"] < 10
 
 
-def test_same_seed_gives_the_same_weights_and_another_seed_others() -> None:
+def test_the_seed_determines_the_weights() -> None:
     split = stripes(40)
     first, _ = train(DEBUG, split)
     second, _ = train(DEBUG, split)
@@ -156,10 +156,8 @@ def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path: Path, recipe: 
     assert logged == [[1, 2], [1, 2, 3]]  # the row that the interrupt kept out of the log as well
 
 
-def test_a_run_goes_on_where_pictures_lie_in_memory_in_another_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As from Apple's GPU to a CPU. The momentum has to follow: fused sgd does not look at how it lies."""
+def test_a_run_resumes_under_another_memory_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from Apple's GPU to a CPU. The momentum must follow: fused SGD does not check its layout."""
     recipe, split = dataclasses.replace(DEBUG, epochs=2), stripes(40)
     whole, _ = train(recipe, split)
 
@@ -186,20 +184,20 @@ def test_a_run_goes_on_where_pictures_lie_in_memory_in_another_way(
         ({"teachers": Teachers([random_checkpoint()], CIFAR10_CLASSES)}, "other values: other teachers"),
     ],
 )
-def test_resuming_what_is_not_the_same_run_is_refused(tmp_path: Path, other: dict[str, Any], sentence: str) -> None:
+def test_resuming_with_other_values_is_refused(tmp_path: Path, other: dict[str, Any], sentence: str) -> None:
     run: dict[str, Any] = {"recipe": DEBUG, "split": stripes(40), "state_file": tmp_path / "state.pt"}
     train(**run)
     with pytest.raises(TrainingError, match=sentence):
         train(**run | other, resume=True)
 
 
-def test_how_often_the_loss_is_printed_does_not_matter(tmp_path: Path) -> None:
+def test_a_run_may_resume_with_another_report_every(tmp_path: Path) -> None:
     run: dict[str, Any] = {"split": stripes(40), "state_file": tmp_path / "state.pt"}
     train(DEBUG, **run)
     train(dataclasses.replace(DEBUG, report_every=1), **run, resume=True)
 
 
-def test_what_is_no_state_is_a_sentence(tmp_path: Path) -> None:
+def test_an_invalid_state_file_is_refused(tmp_path: Path) -> None:
     contents: list[Any] = [[1, 2], {"network": {}}]
     for content in contents:
         torch.save(content, tmp_path / "state.pt")
@@ -207,7 +205,7 @@ def test_what_is_no_state_is_a_sentence(tmp_path: Path) -> None:
             train(DEBUG, stripes(40), state_file=tmp_path / "state.pt", resume=True)
 
 
-def test_processes_go_on_from_the_same_epoch_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_would_resume_from_different_epochs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def gather(counts: list[int], own: int) -> None:
         counts[:] = [own, 0]
 
@@ -228,7 +226,7 @@ def test_batches_that_the_processes_cannot_share_are_refused(images: int, batch_
 
 
 @pytest.mark.parametrize("kept", [0, 1000, 5000, 20000, -100])
-def test_a_state_cut_short_is_a_sentence(tmp_path: Path, kept: int) -> None:
+def test_a_truncated_state_file_is_refused(tmp_path: Path, kept: int) -> None:
     state_file, split = tmp_path / "state.pt", stripes(40)
     train(DEBUG, split, state_file=state_file)
     state_file.write_bytes(state_file.read_bytes()[:kept])
@@ -343,7 +341,7 @@ def test_each_group_has_the_rate_and_the_decay_of_the_recipe() -> None:
     assert (weights["weight_decay"], biases["weight_decay"]) == (5e-4, 0)
 
 
-def test_rates_are_parts_of_their_peaks() -> None:
+def test_learning_rates_scale_with_their_peaks() -> None:
     optimizers = optimizers_for(model.build("cifar_net"), RECIPES["default"])
     for factor in (0.5, 0.25):
         set_learning_rates(optimizers, factor, CPU)
@@ -366,7 +364,7 @@ def test_a_mixed_picture_has_a_mixed_label() -> None:
 @pytest.mark.parametrize(
     ("name", "others"), [("net", ["conv1.weight", "fc3.weight"]), ("default", ["whiten.weight", "head.weight"])]
 )
-def test_muon_has_the_weights_of_all_layers_but_those_of_pixels_and_the_last(name: str, others: list[str]) -> None:
+def test_muon_optimizes_all_weights_except_the_first_and_last_layers(name: str, others: list[str]) -> None:
     network: nn.Module = model.build(RECIPES[name].network)
     sgd, muon = optimizers_for(network, RECIPES[name])
     names = {id(parameter): name for name, parameter in network.named_parameters() if parameter.ndim > 1}
@@ -376,7 +374,7 @@ def test_muon_has_the_weights_of_all_layers_but_those_of_pixels_and_the_last(nam
     assert [names[id(p)] for p in sgd.param_groups[0]["params"]] == trained
 
 
-def test_batches_are_augmented_alike_however_many_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_augmenting_several_batches_together_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, split = dataclasses.replace(DEBUG, cutmix=0.5), stripes(47)
     one_by_one, _ = train(recipe, split)
     monkeypatch.setitem(AHEAD, "cpu", 2 * recipe.batch_size)
@@ -385,7 +383,7 @@ def test_batches_are_augmented_alike_however_many_together(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("precision", ["auto", "float32"])
-def test_float32_means_all_of_its_digits(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tf32_is_allowed_unless_precision_is_float32(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precision == "float32")  # the opposite, and put back
     train(dataclasses.replace(DEBUG, epochs=1, precision=precision), stripes(16))  # type: ignore[arg-type]
     assert torch.backends.cudnn.allow_tf32 == (precision == "auto")
@@ -393,7 +391,7 @@ def test_float32_means_all_of_its_digits(precision: str, monkeypatch: pytest.Mon
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("count", [40, 47], ids=["even batches", "batches of two sizes"])
-def test_recorded_steps_on_a_gpu_learn_what_plain_ones_on_the_cpu_do(count: int) -> None:
+def test_recorded_steps_on_a_gpu_match_plain_steps_on_the_cpu(count: int) -> None:
     """At rates so low that rounding does not grow: weights off by a thousandth change no loss by more than 2 %."""
     recipe = dataclasses.replace(
         DEBUG,

@@ -29,7 +29,7 @@ def test_alive_and_ready(client: TestClient) -> None:
 @pytest.mark.parametrize(
     "path", ["/healthz", "/readyz", "/metrics", "/metrics/per-class", "/v2", "/openapi.json", "/", "/docs"]
 )
-def test_the_head_alone(client: TestClient, path: str) -> None:
+def test_head_requests_return_headers_without_a_body(client: TestClient, path: str) -> None:
     whole, head = client.get(path), client.head(path)
     assert (head.status_code, head.content) == (200, b"")
     assert head.headers["content-type"] == whole.headers["content-type"]
@@ -49,7 +49,7 @@ def test_a_draining_service_is_not_ready_but_answers(settings: Settings, png: by
 
 
 @pytest.mark.anyio
-async def test_not_ready_before_the_start_nor_after_the_end(settings: Settings) -> None:
+async def test_the_service_is_ready_only_between_start_and_close(settings: Settings) -> None:
     service: Service = create_app(settings).service
     assert not service.ready
     await service.start()
@@ -59,7 +59,7 @@ async def test_not_ready_before_the_start_nor_after_the_end(settings: Settings) 
 
 
 def test_an_application_can_be_started_again(settings: Settings, png: bytes) -> None:
-    """As a test for each `with TestClient(app)` does with the one that it imports."""
+    """As each `with TestClient(app)` does with an application that it imports."""
     app = create_app(settings)
     for _ in range(2):
         with TestClient(app) as client:
@@ -81,7 +81,7 @@ def test_the_module_has_an_application_with_the_settings_of_the_environment(
     assert answer["model"] == {"name": "net", "sha256": checkpoint.load(weights).sha256[:12]}
 
 
-def test_the_module_lists_its_application_and_makes_nothing_else() -> None:
+def test_main_lists_app_and_makes_no_other_attribute_on_demand() -> None:
     """`fastapi run app/main.py` looks for it in the list."""
     assert "app" in dir(main)
     assert not hasattr(main, "application")
@@ -98,7 +98,7 @@ def test_an_application_that_was_never_started_says_so(settings: Settings, png: 
     assert client.post("/v2/repository/index").json()[0]["reason"] == "not running"
 
 
-def test_an_application_that_runs_in_another_event_loop_says_so(settings: Settings, png: bytes) -> None:
+def test_a_request_from_another_event_loop_is_refused(settings: Settings, png: bytes) -> None:
     app = create_app(settings)
     with TestClient(app) as client:
         response = TestClient(app).post("/predict", content=png)
@@ -114,7 +114,7 @@ async def deny(_request: Request, _call_next: object) -> Response:
     return Response(status_code=401)
 
 
-def test_what_an_embedder_adds_holds_for_every_path(settings: Settings, png: bytes) -> None:
+def test_added_middleware_and_overrides_apply_to_every_path(settings: Settings, png: bytes) -> None:
     """The lane past the framework is closed then."""
     behind_a_guard = create_app(settings)
     behind_a_guard.middleware("http")(deny)
@@ -127,7 +127,7 @@ def test_what_an_embedder_adds_holds_for_every_path(settings: Settings, png: byt
         assert client.post("/predict", content=png).status_code == 503
 
 
-def test_an_application_that_has_ended_is_forgotten(settings: Settings) -> None:
+def test_a_closed_application_is_freed(settings: Settings) -> None:
     app = create_app(settings)
     with TestClient(app):
         service = weakref.ref(app.service)
@@ -137,7 +137,7 @@ def test_an_application_that_has_ended_is_forgotten(settings: Settings) -> None:
 
 
 @pytest.mark.parametrize("path", ["/", "/docs", "/static/style.css"])
-def test_a_file_that_the_browser_has_is_not_sent_again(client: TestClient, path: str) -> None:
+def test_a_cached_file_gives_304(client: TestClient, path: str) -> None:
     whole = client.get(path)
     assert "accept-ranges" not in whole.headers
     again = client.get(path, headers={"if-none-match": whole.headers["etag"]})
@@ -145,13 +145,13 @@ def test_a_file_that_the_browser_has_is_not_sent_again(client: TestClient, path:
 
 
 @pytest.mark.parametrize("path", ["/", "/docs"])
-def test_pages_and_all_they_name_are_there(client: TestClient, path: str) -> None:
+def test_pages_and_everything_they_link_to_exist(client: TestClient, path: str) -> None:
     page = client.get(path)
     assert page.status_code == 200
     assert page.headers["content-type"].startswith("text/html")
     assert page.headers["content-security-policy"].startswith("default-src 'self';")
     assert page.headers["x-content-type-options"] == "nosniff"
-    assert not re.search(r"<script>|<style>| on\w+=| style=", page.text)  # which that forbids
+    assert not re.search(r"<script>|<style>| on\w+=| style=", page.text)  # which CSP forbids
     links = re.findall(r'(?:href|src)="([^":]*)"', page.text)
     assert "static/style.css" in links
     assert not [link for link in links if link.startswith("/")]  # a proxy may serve this below a path
@@ -164,13 +164,13 @@ def test_the_form_works_without_javascript(client: TestClient, png: bytes) -> No
     assert client.post(f"/{form[1]}", files={"file": png}).json()["label"] in CIFAR10_CLASSES
 
 
-def test_a_file_is_served_whole_whatever_part_of_it_is_asked_for(client: TestClient) -> None:
+def test_range_requests_are_answered_with_the_whole_file(client: TestClient) -> None:
     response = client.get("/static/docs.js", headers={"range": "bytes=9-1"})
     assert (response.status_code, response.text) == (200, (STATIC / "docs.js").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(("script", "path"), [("predict.js", "/"), ("docs.js", "/docs")])
-def test_what_a_script_looks_for_is_there(client: TestClient, script: str, path: str) -> None:
+def test_ids_and_urls_used_by_a_script_exist(client: TestClient, script: str, path: str) -> None:
     text, page = (STATIC / script).read_text(encoding="utf-8"), client.get(path).text
     identities = re.findall(r'(?:\$|getElementById)\("(\w+)"\)', text)
     assert identities

@@ -34,14 +34,14 @@ def grey(value: int) -> Tensor:
 
 
 @pytest.mark.parametrize("format", ["PNG", "BMP", "WEBP", "GIF"])
-def test_lossless_formats_come_back_exactly(format: str) -> None:
+def test_lossless_formats_are_decoded_exactly(format: str) -> None:
     picture = drawing().quantize(64).convert("RGB") if format == "GIF" else drawing()
     pixels_CHW = pixels(encode(picture, format, **({"lossless": True} if format == "WEBP" else {})))
     assert pixels_CHW.dtype == torch.uint8
     assert torch.equal(pixels_CHW, as_tensor(picture))
 
 
-def test_jpeg_comes_back_nearly() -> None:
+def test_jpeg_is_decoded_approximately() -> None:
     difference = pixels(encode(drawing(), "JPEG", quality=95)).int() - as_tensor(drawing()).int()
     assert difference.abs().float().mean() < 6
 
@@ -89,7 +89,7 @@ def test_modes(mode: str, colour: float | tuple[float, ...], format: str, expect
     assert pixels(data)[:, 16, 16].tolist() == pytest.approx(expected, abs=1)
 
 
-def test_a_jpeg_that_goes_over_its_pixels_again_and_again_is_refused() -> None:
+def test_a_jpeg_with_too_many_passes_is_refused() -> None:
     photo = encode(drawing(64, 64), "JPEG", progressive=True)
     last = photo[photo.rindex(b"\xff\xda") : -2]
     assert decode(photo, "crop", max_pixels=1 << 16) == decode(photo, "crop")
@@ -103,13 +103,13 @@ def test_sixteen_bits_are_scaled_not_clipped() -> None:
     assert pixels(encode(picture))[0].flatten().tolist() == [round(64 * index / 257) for index in range(1024)]
 
 
-def test_a_transparent_value_of_sixteen_bits_lies_over_white() -> None:
+def test_a_transparent_16_bit_value_is_drawn_over_white() -> None:
     picture = Image.new("I;16", (32, 32), 257 * 7)
     assert torch.equal(pixels(encode(picture, transparency=257 * 7)), grey(255))
     assert torch.equal(pixels(encode(picture, transparency=257 * 7 + 1)), grey(7))
 
 
-def test_a_palette_with_transparency_lies_over_white() -> None:
+def test_a_palette_with_transparency_is_drawn_over_white() -> None:
     picture = Image.new("P", (32, 32), 1)
     picture.putpalette([10, 20, 30, 40, 50, 60])
     picture.putpixel((0, 0), 0)
@@ -139,7 +139,7 @@ def header_chunk(width: int, height: int, bits: int, colour_type: int) -> bytes:
         (16, 2, bytes(6 * 32), b"\1\0" * 3, (0, 0, 0)),
     ],
 )
-def test_a_transparent_colour_of_any_depth_lies_over_white(
+def test_a_transparent_colour_of_any_bit_depth_is_drawn_over_white(
     bits: int, colour_type: int, pixel_row: bytes, transparent: bytes, expected: tuple[int, int, int]
 ) -> None:
     head = SIGNATURE + header_chunk(32, 32, bits, colour_type) + chunk(b"tRNS", transparent)
@@ -155,7 +155,7 @@ def test_a_large_compressed_bmp_is_refused_before_it_is_decoded() -> None:
         decode(data, "crop")
 
 
-def test_a_transparent_colour_without_alpha_channel_lies_over_white() -> None:
+def test_a_transparent_colour_without_an_alpha_channel_is_drawn_over_white() -> None:
     data = encode(Image.new("RGB", (32, 32), (1, 2, 3)), transparency=(1, 2, 3))
     assert torch.equal(pixels(data), grey(255))
 
@@ -181,7 +181,7 @@ def test_exif_orientation(orientation: int, format: str) -> None:
     assert difference.abs().float().mean() < 12  # what lossy compression costs; any other turn is above 40
 
 
-def test_another_size_is_refused_with_the_way_out() -> None:
+def test_a_wrong_size_is_refused_suggesting_resize() -> None:
     with pytest.raises(WrongSize) as refusal:
         pixels(encode(drawing(40, 20)))
     assert str(refusal.value).startswith("The picture is 40 x 20; the network takes 32 x 32. Send that size, or add ")
@@ -254,13 +254,13 @@ def test_a_tiny_file_that_claims_to_be_huge_is_refused_by_its_header(resize: Res
 HUGE_GIF = b"".join(
     [
         b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0x80, 0, 0) + bytes(6),
-        b"!\xf9\x04\x09\0\0\0\0",  # what it shows is to be cleared, for which Pillow makes room as it opens it
+        b"!\xf9\x04\x09\0\0\0\0",  # its frame is to be cleared, for which Pillow allocates on opening
         b"," + struct.pack("<HHHHB", 0, 0, 65535, 65535, 0) + b"\x02\x02\x4c\x01\0;",
     ]
 )
 
 
-def test_no_room_is_made_for_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_memory_is_allocated_for_a_refused_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[object] = []
     monkeypatch.setattr("PIL.Image.core.fill", lambda *given: made.append(given))
     with pytest.raises(BodyTooLarge):
@@ -268,14 +268,14 @@ def test_no_room_is_made_for_what_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     assert made == []
 
 
-def test_a_larger_limit_is_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_larger_pixel_limit_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", MAX_PIXELS)  # and put back afterwards: it will be raised
     with pytest.raises(BadRequest, match="cut short or damaged"):
         pixels(png_header(60_000, 2000), "crop", max_pixels=200_000_000)
 
 
-def test_the_limit_of_one_thread_is_not_that_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As of a request, while a data set is read."""
+def test_concurrent_decoding_keeps_separate_pixel_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a request while a data set is read."""
     small, opened = encode(drawing()), Image.open
 
     def meanwhile(*arguments: Any, **options: Any) -> Image.Image:
@@ -301,7 +301,7 @@ def without_palette(png: bytes) -> bytes:
 
 
 def texts(count: int, *, zip: bool) -> bytes:
-    """A PNG with so many megabytes of text."""
+    """A PNG with that many MB of text."""
     info = PngImagePlugin.PngInfo()
     for name in range(count):
         info.add_text(str(name), "x" * 1_000_000, zip=zip)
@@ -309,7 +309,7 @@ def texts(count: int, *, zip: bool) -> bytes:
 
 
 @pytest.mark.parametrize("zip", [False, True])
-def test_texts_without_end_are_refused(zip: bool) -> None:
+def test_a_png_with_too_much_text_is_refused(zip: bool) -> None:
     assert torch.equal(pixels(texts(1, zip=zip)), as_tensor(drawing()))
     with pytest.raises(BodyTooLarge, match="The PNG has more than 1 MB of text beside its pixels"):
         pixels(texts(2, zip=zip))
@@ -327,7 +327,7 @@ def with_pieces(format: str, at: int, piece: bytes, count: int) -> bytes:
 @pytest.mark.parametrize(
     ("format", "at", "piece"),
     [
-        ("JPEG", 2, segment(0xE1, b"Exif\0\0" + b"x" * 2000)),  # of which Pillow makes one, adding each to all before
+        ("JPEG", 2, segment(0xE1, b"Exif\0\0" + b"x" * 2000)),  # Pillow joins them, copying all before each
         ("JPEG", 2, segment(0xFE)),
         ("JPEG", 2, b"\xff"),
         ("JPEG", 20, b"\0"),
@@ -338,19 +338,19 @@ def with_pieces(format: str, at: int, piece: bytes, count: int) -> bytes:
     ],
     ids=["exif", "comments", "fill bytes", "no marker", "texts", "unknown chunks", "empty chunks", "blocks"],
 )
-def test_pieces_without_end_are_refused_and_some_are_not(format: str, at: int, piece: bytes) -> None:
+def test_only_a_picture_in_too_many_pieces_is_refused(format: str, at: int, piece: bytes) -> None:
     assert torch.equal(pixels(with_pieces(format, at, piece, 100)), pixels(encode(drawing(), format)))
     with pytest.raises(BodyTooLarge, match="The picture is in too many pieces"):
         pixels(with_pieces(format, at, piece, 70_000))
 
 
-def test_metadata_of_megabytes_are_read_over() -> None:
-    """As phones write them for the depth of a photo."""
+def test_megabytes_of_metadata_are_skipped() -> None:
+    """As phones write it for the depth of a photo."""
     data = with_pieces("JPEG", 2, segment(0xE1, b"http://ns.adobe.com/xmp/extension/\0" + b"x" * 65_000), 120)
     assert torch.equal(pixels(data), pixels(encode(drawing(), "JPEG")))
 
 
-def test_a_table_of_more_colours_than_there_can_be_is_damaged() -> None:
+def test_a_palette_with_too_many_colours_is_refused() -> None:
     data = bytearray(encode(drawing().quantize(256), "BMP"))
     pixels(bytes(data))
     data[46:50] = struct.pack("<I", 257)
@@ -358,7 +358,7 @@ def test_a_table_of_more_colours_than_there_can_be_is_damaged() -> None:
         pixels(bytes(data))
 
 
-def test_odd_metadata_are_nothing_to_warn_of() -> None:
+def test_odd_metadata_causes_no_warning() -> None:
     entry = struct.pack("<HHII", 0x8298, 2, 1000, 1_000_000)  # a text that lies beyond the end
     exif = b"II*\0\x08\0\0\0" + struct.pack("<H", 1) + entry + b"\0\0\0\0"
     code = "import sys; from app.images import decode; decode(sys.stdin.buffer.read())"
@@ -378,7 +378,7 @@ def test_odd_metadata_are_nothing_to_warn_of() -> None:
     ],
     ids=["empty", "text", "cut png", "cut jpeg", "no palette", "unknown compression after the pixels"],
 )
-def test_what_is_no_picture_gets_a_sentence(data: bytes) -> None:
+def test_an_unreadable_picture_is_refused_naming_accepted_formats(data: bytes) -> None:
     with pytest.raises(BadRequest) as refusal:
         pixels(data)
     assert str(refusal.value) == (
@@ -406,7 +406,7 @@ def test_what_is_no_picture_gets_a_sentence(data: bytes) -> None:
     ],
     ids=["curl -d", "data url", "png64", "jpeg64", "pdf", "svg", "xml", "tiff", "heic", "avif"],
 )
-def test_what_is_often_sent_instead_is_called_by_its_name(data: bytes, likely: str) -> None:
+def test_common_mistakes_are_recognised_and_named(data: bytes, likely: str) -> None:
     with pytest.raises(BadRequest) as refusal:
         pixels(data)
     assert str(refusal.value).startswith(f"The {len(data):,} bytes are not a readable picture: {likely}")
@@ -441,7 +441,7 @@ def test_memory_is_channels_last() -> None:
 
 
 def with_chunk(kind: bytes, content: bytes) -> bytes:
-    """A PNG with one chunk more, as its checksum says intact."""
+    """A PNG with one more chunk, its checksum valid."""
     plain = encode(drawing())
     place = plain.index(b"IDAT") - 4
     return plain[:place] + chunk(kind, content) + plain[place:]
@@ -452,13 +452,13 @@ def with_chunk(kind: bytes, content: bytes) -> bytes:
     ("kind", "text"),
     [(b"tEXt", b"\0hello"), (b"zTXt", b"\0\0" + zlib.compress(b"hello")), (b"iTXt", b"\0\0\0\0\0hello")],
 )
-def test_a_text_of_any_name_does_not_matter(keyword: bytes, kind: bytes, text: bytes) -> None:
+def test_png_text_with_any_keyword_is_ignored(keyword: bytes, kind: bytes, text: bytes) -> None:
     assert decode(with_chunk(kind, keyword + text)) == decode(encode(drawing()))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # as above
-def test_odd_metadata_do_not_matter() -> None:
-    """Every byte of them changed, one at a time: the picture is turned, or not, but there."""
+def test_damaged_exif_does_not_prevent_decoding() -> None:
+    """Each byte is changed, one at a time: the picture is turned or not, but decoded."""
     exif = Image.Exif()
     exif[0x0112] = 6
     exif[0x010F] = "camera"
@@ -496,7 +496,7 @@ for given in sys.argv[1:]:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="this system has no such limit")
 def test_the_first_picture_is_read_even_if_no_file_can_be_opened() -> None:
-    """When many connect at once, right after the start, connections take all that may be open."""
+    """Right after the start, many connections may take every file that may be open."""
     given = [encode(drawing(), kind).hex() for kind in FORMATS] + [b"none".hex()]
     command = [sys.executable, "-c", WITHOUT_FILES, *given]
     ran = subprocess.run(command, capture_output=True, text=True)

@@ -38,8 +38,8 @@ SCHEMAS = ["application.py", "schemas.py", "open_inference/schemas.py"]
 
 
 @pytest.mark.parametrize("path", APP, ids=lambda path: str(path.relative_to(ROOT)))
-def test_only_the_edge_knows_http_and_how_it_is_described(path: Path) -> None:
-    """A new module is of the core until it is named above."""
+def test_only_the_http_layer_imports_http_libraries_and_only_schemas_pydantic(path: Path) -> None:
+    """A new module is core until it is named above."""
     name = path.relative_to(ROOT / "app").as_posix()
     if name not in HTTP and not name.startswith("routes/"):
         assert not tops(path) & {"fastapi", "starlette", "uvicorn", "httptools"}
@@ -51,7 +51,7 @@ def test_only_one_file_knows_pillow() -> None:
     assert [path.name for path in APP if "PIL" in tops(path)] == ["images.py"]
 
 
-def test_the_batcher_and_the_codec_know_no_torch_and_the_leaves_import_nothing_of_ours() -> None:
+def test_batcher_and_codec_import_no_torch_and_leaf_modules_nothing_of_ours() -> None:
     for name in ["batching", "entries", "admission", *CODEC]:
         assert "torch" not in tops(ROOT / "app" / f"{name}.py")
     for leaf in ("errors", "model", "report", "calibration", "statistics", "steps"):
@@ -66,7 +66,7 @@ def test_the_batcher_and_the_codec_know_no_torch_and_the_leaves_import_nothing_o
         ("training.commands", {"torchvision"}),
     ],
 )
-def test_nothing_loads_what_it_can_do_without(module: str, names: set[str]) -> None:
+def test_modules_do_not_load_unneeded_libraries(module: str, names: set[str]) -> None:
     """Neither directly nor through another library. (Torch itself takes numpy and tqdm where it finds them.)"""
     code = f"import sys, {module}; print(sorted({names!r} & set(sys.modules)))"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""Too much load, leaving clients, stopping and new weights, as clients of a real process meet them."""
+"""Overload, disconnects, stopping and new weights, as clients of a real process meet them."""
 
 import gzip
 import http.client
@@ -78,9 +78,7 @@ def test_no_forward_pass_is_spent_on_clients_that_have_left(weights: Path) -> No
         assert pictures_run(url) == 1024 + 5 * 2
 
 
-def test_a_single_picture_overtakes_the_many_of_another_request(
-    weights: Path, png: bytes, patient: tuple[str, ...]
-) -> None:
+def test_a_single_picture_overtakes_a_large_request(weights: Path, png: bytes, patient: tuple[str, ...]) -> None:
     with (
         serving(*patient, "--weights", str(weights), program=("-c", SLOWLY)) as (_, url, _),
         ThreadPoolExecutor(1) as pool,
@@ -92,7 +90,7 @@ def test_a_single_picture_overtakes_the_many_of_another_request(
         assert many.result().status == 200
 
 
-def test_bytes_that_are_no_request_are_told_so_in_the_shape_of_every_error(weights: Path) -> None:
+def test_bytes_that_are_not_http_get_the_usual_error_body(weights: Path) -> None:
     with serving("--weights", str(weights)) as (_, url, _):
         address = urlsplit(url)
         hello_of_tls = b"\x16\x03\x01\x00\x05hello"
@@ -110,7 +108,7 @@ def test_bytes_that_are_no_request_are_told_so_in_the_shape_of_every_error(weigh
         assert 'cifar_refusals_total{reason="bad_request"} 1.0' in lines
 
 
-def test_too_much_is_refused_and_the_rest_is_answered(weights: Path, png: bytes) -> None:
+def test_overload_is_refused_and_the_rest_is_answered(weights: Path, png: bytes) -> None:
     options = ("--max-waiting", "32", "--max-batch", "8", "--deadline-seconds", "30", "--weights", str(weights))
     with (
         serving(*options, program=("-c", SLOWLY)) as (process, url, _),
@@ -155,13 +153,13 @@ def test_too_much_is_refused_and_the_rest_is_answered(weights: Path, png: bytes)
 def resident_bytes(pid: int) -> int:
     status = Path(f"/proc/{pid}/status")
     if not status.exists():
-        pytest.skip("this system does not tell a process's memory")
+        pytest.skip("this system does not show process memory")
     (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmRSS:"))
     return int(line.split()[1]) * 1024
 
 
-def test_who_waits_longer_than_the_deadline_is_told_so(weights: Path, png: bytes) -> None:
-    """In a body of which nearly nothing has to be sent."""
+def test_a_request_past_its_deadline_gets_504(weights: Path, png: bytes) -> None:
+    """Its body is compressed to nearly nothing."""
     count = 1000
     pixels = bytes(count * IMAGE_BYTES)
     tensor = {
@@ -183,7 +181,7 @@ def test_who_waits_longer_than_the_deadline_is_told_so(weights: Path, png: bytes
         eventually(lambda: post(url, "/predict", png).status == 200)
 
 
-def test_who_sends_a_body_too_slowly_is_told_so_at_its_end_and_may_go_on(weights: Path, png: bytes) -> None:
+def test_a_slow_body_gets_408_and_the_connection_stays_usable(weights: Path, png: bytes) -> None:
     with (
         serving("--weights", str(weights), "--deadline-seconds", "0.2") as (_, url, _),
         closing(http.client.HTTPConnection(urlsplit(url).netloc, timeout=SECONDS)) as connection,
@@ -203,13 +201,12 @@ def test_who_sends_a_body_too_slowly_is_told_so_at_its_end_and_may_go_on(weights
 
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
-    """The options of a service that may take as long as its machine needs for what outlasts a second elsewhere; its
-    clients wait, too."""
+    """Options of a service that may take as long as a slow machine needs; its clients wait, too."""
     monkeypatch.setattr(running, "SECONDS", 600)
     return "--deadline-seconds", "600", "--max-waiting", "9999"
 
 
-def test_after_sigterm_all_that_comes_within_the_grace_is_answered(
+def test_requests_within_the_drain_period_after_sigterm_are_answered(
     weights: Path, png: bytes, patient: tuple[str, ...]
 ) -> None:
     grace, margin = 1.5, 0.5
@@ -239,7 +236,7 @@ def test_after_sigterm_all_that_comes_within_the_grace_is_answered(
         assert min(refused) > signalled_at + grace - margin
 
 
-def test_who_presses_ctrl_c_twice_aborts_nothing(weights: Path, patient: tuple[str, ...]) -> None:
+def test_pressing_ctrl_c_twice_aborts_no_request(weights: Path, patient: tuple[str, ...]) -> None:
     started = serving(*patient, "--weights", str(weights), program=("-c", SLOWLY))
     with started as (process, url, _), ThreadPoolExecutor(1) as pool:
         asked = pool.submit(post, url, "/predict/batch", bytes(1024 * IMAGE_BYTES))
@@ -274,9 +271,7 @@ def probe_ready(url: str) -> Outcome:
     return outcome
 
 
-def test_sighup_has_the_weights_read_anew_and_a_bad_file_is_a_line_in_the_log(
-    weights: Path, tmp_path: Path, png: bytes
-) -> None:
+def test_sighup_reloads_the_weights_and_a_bad_file_is_logged(weights: Path, tmp_path: Path, png: bytes) -> None:
     path = tmp_path / "served.pth"
     shutil.copy(weights, path)
     with serving("--drain-seconds", "0", "--weights", str(path)) as (process, url, _):

@@ -44,7 +44,7 @@ class Lines:
 
     @property
     def client(self) -> TestClient:
-        """Of an application made now, in the test: the fixtures' standard error is another one, closed meanwhile."""
+        """A client of an application made in the test: the fixtures' standard error is another one, now closed."""
         return TestClient(create_app(self.settings), raise_server_exceptions=False)
 
     def read(self) -> list[dict[str, Any]]:
@@ -78,14 +78,14 @@ def test_one_line_for_each_request_with_its_id(log: Lines, png: bytes) -> None:
     assert isinstance(lines[0]["milliseconds"], float)
 
 
-def test_what_machines_ask_all_the_time_is_not_logged(log: Lines) -> None:
+def test_probes_and_scrapes_are_not_logged(log: Lines) -> None:
     with log.client as client:
         assert all(client.get(path).status_code == 200 for path in QUIET)
         client.get("/metrics/per-class")
     assert [line["route"] for line in log.read()] == ["/metrics/per-class"]
 
 
-def test_the_words_of_a_client_are_not_logged(log: Lines, png: bytes) -> None:
+def test_client_supplied_text_is_not_logged(log: Lines, png: bytes) -> None:
     with log.client as client:
         client.post("/predict?resize=secret", content=png, headers=PNG)
         client.get("/secret/path%0A%7B%22forged%22:1%7D?token=secret")
@@ -105,14 +105,14 @@ def test_a_hostile_request_id_does_not_get_into_the_log(log: Lines, hostile: str
     assert line["status"] == 200
 
 
-def test_it_can_be_switched_off(settings: Settings, png: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_access_log_can_be_switched_off(settings: Settings, png: bytes, capsys: pytest.CaptureFixture[str]) -> None:
     quiet = Settings(weights=settings.weights, device="cpu", threads=1, access_log=False)
     with TestClient(create_app(quiet)) as client:
         assert client.post("/predict", content=png, headers=PNG).status_code == 200
     assert capsys.readouterr().err == ""
 
 
-def test_a_defect_is_logged_with_its_id_and_without_the_path(
+def test_an_internal_error_is_logged_with_its_id_and_without_the_query(
     log: Lines, png: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(*_args: object) -> None:
@@ -149,7 +149,7 @@ async def test_lines_of_one_turn_are_written_together_and_short_on_a_terminal() 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("error", [BrokenPipeError, ValueError("I/O operation on closed file.")])
-async def test_a_log_that_nobody_reads_any_more_fails_nothing(error: Exception) -> None:
+async def test_a_broken_log_stream_fails_no_request(error: Exception) -> None:
     failures: list[object] = []
     asyncio.get_running_loop().set_exception_handler(lambda _loop, context: failures.append(context))
     written: list[str] = []
@@ -183,8 +183,8 @@ def test_lines_for_a_pipe_that_nobody_reads_are_dropped_and_counted() -> None:
         assert patient.dropped == dropped
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="a second end of a pipe is had by /proc only")
-def test_a_pipe_that_another_process_fills_first_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="only /proc gives a second end of a pipe")
+def test_writing_to_a_pipe_filled_by_another_process_does_not_block(monkeypatch: pytest.MonkeyPatch) -> None:
     reading, writing = os.pipe()
     with open(reading, "rb"), open(writing, "w") as stream:
         patient = NonBlockingStream(stream)
@@ -215,14 +215,14 @@ def test_a_line_cut_short_does_not_spoil_the_next() -> None:
         assert patient.dropped == 1
 
 
-def test_what_is_no_text_is_written_escaped() -> None:
+def test_text_that_is_not_utf8_is_written_escaped() -> None:
     reading, writing = os.pipe()
     with open(reading) as reader, open(writing, "w") as stream:
         NonBlockingStream(stream).write("caf\udce9\n")
         assert reader.readline() == "caf\\udce9\n"
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="a second end of a pipe is had by /proc only")
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="only /proc gives a second end of a pipe")
 def test_a_stream_that_is_no_longer_used_keeps_no_pipe_open() -> None:
     reading, writing = os.pipe()
     with open(reading, "rb", buffering=0) as reader:

@@ -1,4 +1,4 @@
-"""The cores and the memory that are ours."""
+"""The cores and memory available to us."""
 
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def test_cores_by_affinity_and_control_group(
         ("nonsense\n", {}, 5),
     ],
 )
-def test_a_quota_may_be_of_this_process_s_group_or_of_one_around_it(
+def test_a_cpu_quota_may_come_from_this_control_group_or_a_parent(
     groups: str, files: dict[str, str], cpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _pid: {0, 1, 2, 3, 7}, raising=False)

@@ -78,7 +78,9 @@ def test_with_data_the_loaded_weights_are_measured(
     assert [sum(row) for row in body["confusion"]] == torch.bincount(noise(50).labels_N, minlength=10).tolist()
 
 
-def test_what_is_measured_is_calibrated(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measured_figures_use_the_calibration(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = random_checkpoint()
     calibration = Calibration(temperature=0.05, set_threshold=0.15)
     checkpoint.save(dataclasses.replace(given, calibration=calibration), tmp_path / "calibrated.pth")
@@ -105,7 +107,7 @@ def test_what_is_measured_is_calibrated(settings: Settings, tmp_path: Path, monk
     assert body["prediction_sets"]["mean_size"] == pytest.approx(figures["prediction_sets"]["mean_size"], abs=0.1)
 
 
-def test_without_figures_in_the_file_and_without_data_it_is_404(tmp_path: Path) -> None:
+def test_weights_without_figures_and_without_data_give_404(tmp_path: Path) -> None:
     checkpoint.save(random_checkpoint(), tmp_path / "bare.pth")
     with TestClient(create_app(Settings(weights=tmp_path / "bare.pth", device="cpu", threads=1))) as client:
         response = client.get("/metrics/per-class")
@@ -158,7 +160,7 @@ def test_without_figures_in_the_file_and_with_unusable_data_the_404_says_what_is
         ),
     ],
 )
-def test_data_that_cannot_be_used_are_a_line_in_the_log_and_the_checkpoint_answers(
+def test_unusable_data_is_logged_and_the_checkpoint_report_is_used(
     settings: Settings, read: Any, sentence: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(data, "read_test", read)

@@ -29,7 +29,7 @@ def pixels(count: int = 3) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
-def test_net_is_the_tutorials() -> None:
+def test_net_has_the_tutorials_parameters() -> None:
     net = model.build("net")
     assert sum(parameter.numel() for parameter in net.parameters()) == 62_006
     assert [(name, tuple(parameter.shape)) for name, parameter in net.named_parameters()] == [
@@ -96,7 +96,7 @@ def test_the_first_layer_whitens_the_patches() -> None:
     torch.testing.assert_close(answers_CP[12:], -answers_CP[:12])
 
 
-def test_components_that_no_picture_has_are_replaced() -> None:
+def test_whitening_replaces_components_absent_from_all_pictures() -> None:
     grey_NCHW = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0)).expand(-1, 3, -1, -1) * 255
     network = model.CifarNet()
     network.set_whitening(grey_NCHW)

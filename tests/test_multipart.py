@@ -1,4 +1,4 @@
-"""The short way through a form gives what the long one gives, or leaves the form to it."""
+"""The fast form parser gives what the full one gives, or leaves the form to it."""
 
 import pytest
 
@@ -36,7 +36,7 @@ CURL = NAMED + b'; filename="a.png"\r\nContent-Type: image/png'
         ),
     ],
 )
-def test_both_ways_agree(body: bytes, short: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_and_full_parser_agree(body: bytes, short: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (multipart._only_field(body, TYPE, "file") is not None) is short
     given = read_field(body, TYPE, "file")
     monkeypatch.setattr(multipart, "_only_field", lambda *_: None)
@@ -45,7 +45,7 @@ def test_both_ways_agree(body: bytes, short: bool, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("boundary", ['"boundary"', "boundary; charset=utf-8"])
-def test_other_spellings_of_the_boundary_go_the_long_way(boundary: str) -> None:
+def test_unusual_boundary_spellings_use_the_full_parser(boundary: str) -> None:
     content_type = f"multipart/form-data; boundary={boundary}"
     assert multipart._only_field(form(CURL), content_type, "file") is None
     assert read_field(form(CURL), content_type, "file") == CONTENT
@@ -61,7 +61,7 @@ def test_other_spellings_of_the_boundary_go_the_long_way(boundary: str) -> None:
         b"",
     ],
 )
-def test_what_is_wrong_stays_wrong(body: bytes) -> None:
+def test_an_invalid_form_is_refused(body: bytes) -> None:
     with pytest.raises(BadRequest):
         read_field(body, TYPE, "file")
 
@@ -71,14 +71,14 @@ def test_what_is_wrong_stays_wrong(body: bytes) -> None:
     [NAMED + b"; a=" + b"a" * 1000, NAMED + b'; a="' + b";" * 20 + b'"'],
     ids=["long", "with many semicolons"],
 )
-def test_names_without_end_are_refused(disposition: bytes) -> None:
+def test_an_excessive_content_disposition_is_refused(disposition: bytes) -> None:
     with pytest.raises(
         BadRequest, match=r"The Content-Disposition of a part of the form has [\d,]+ bytes, with \d+ semi"
     ):
         read_field(form(disposition), TYPE, "file")
 
 
-def test_a_content_type_without_end_is_refused() -> None:
+def test_an_overlong_content_type_is_refused() -> None:
     with pytest.raises(BadRequest, match=r"The Content-Type has 2,0.. bytes, with 2,000 semicolons; accepted are at"):
         read_field(form(NAMED), TYPE + ";" * 1999, "file")
 

@@ -9,7 +9,9 @@ from training.muon import Muon, orthogonalize
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16), (8, 8)])
-def test_singular_values_end_near_one_and_directions_stay(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_orthogonalizing_moves_singular_values_near_one_and_keeps_directions(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     result = orthogonalize(matrix, dtype=dtype)
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
@@ -22,7 +24,7 @@ def test_singular_values_end_near_one_and_directions_stay(shape: tuple[int, int]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_step_computes_in_what_the_hardware_has(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_uses_the_dtype_chosen_for_the_device(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(muon, "choose_dtype", lambda _device: dtype)
     weight = torch.nn.Parameter(torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(1)))
     weight.grad = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(2))

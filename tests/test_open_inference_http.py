@@ -159,18 +159,18 @@ def test_a_compressed_request(client: TestClient, encoding: str, compress: Any) 
     assert len(outputs(response)["label"]) == 4
 
 
-def test_a_bomb_is_refused(client: TestClient) -> None:
+def test_a_decompression_bomb_is_refused(client: TestClient) -> None:
     response = infer(client, gzip.compress(bytes(50_000_000)), {"content-encoding": "gzip"})
     refused(response, 413, "too large when decompressed; accepted are at most 200,000 bytes")
 
 
-def test_another_encoding_is_refused_with_those_that_are_accepted(client: TestClient) -> None:
+def test_an_unsupported_encoding_is_refused_naming_those_accepted(client: TestClient) -> None:
     response = infer(client, b"", {"content-encoding": "br"})
     refused(response, 415, "content encoding 'br'; accepted are gzip and deflate")
     assert response.headers["accept-encoding"] == "gzip, deflate"
 
 
-def test_a_body_that_is_not_compressed_as_it_says_is_refused(client: TestClient) -> None:
+def test_a_body_not_in_its_declared_encoding_is_refused(client: TestClient) -> None:
     refused(infer(client, b"{}", {"content-encoding": "gzip"}), 400, "not in the content encoding 'gzip'")
 
 
@@ -184,7 +184,7 @@ def test_a_long_answer_is_compressed_if_the_client_asks(client: TestClient, enco
 
 
 def test_nothing_else_is_compressed(client: TestClient) -> None:
-    """The asyncio client asks always, and cannot read a compressed error or description."""
+    """The asyncio client always asks, and cannot read a compressed error or description."""
     asks = {"accept-encoding": "gzip"}
     responses = [client.get(path, headers=asks) for path in ("/v2", "/v2/models/cifar", "/v2/models/stats", "/v2/x")]
     responses.append(infer(client, b"x" * 5000, asks))
@@ -198,7 +198,7 @@ def test_an_unreadable_element_fails_the_request_and_is_named(client: TestClient
     assert response.json()["detail"] == {"input": "image", "index": 2}
 
 
-def test_too_much_to_do_is_429(client: TestClient) -> None:
+def test_a_full_queue_gives_429(client: TestClient) -> None:
     with occupied(client.app.service, 2048):  # type: ignore[attr-defined]
         response = infer(client, *request())
     refused(response, 429, "The service has as much work as it accepts: 2,048 pictures wait.")
@@ -219,7 +219,7 @@ def test_many_raw_pixels_run_in_batches_of_the_usual_size(settings: Settings) ->
         assert (stats["inference_count"], stats["execution_count"]) == (100, 4)
 
 
-def test_more_pictures_than_stated_are_refused(settings: Settings) -> None:
+def test_more_pictures_than_max_pictures_are_refused(settings: Settings) -> None:
     with TestClient(create_app(replace(settings, max_pictures=2))) as client:
         refused(infer(client, *request(3)), 413, "Input 'pixels' has 3 pictures; accepted are at most 2")
 
@@ -248,7 +248,7 @@ def test_every_error_has_the_shape_of_the_protocol(client: TestClient, method: s
 
 
 @pytest.mark.anyio
-async def test_who_leaves_before_the_answer_cancels_it() -> None:
+async def test_a_disconnect_before_the_answer_cancels_it() -> None:
     async def receive() -> Message:
         return {"type": "http.disconnect"}
 
@@ -259,12 +259,12 @@ async def test_who_leaves_before_the_answer_cancels_it() -> None:
 
 
 class Body:
-    """One that can be watched."""
+    """Can be weakly referenced."""
 
 
 @pytest.mark.anyio
-async def test_of_who_leaves_nothing_is_kept() -> None:
-    """Until garbage is collected, for which a busy server has no time."""
+async def test_nothing_is_kept_of_a_disconnected_client() -> None:
+    """Not even until a garbage collection: a busy server has no time."""
 
     async def receive() -> Message:
         return {"type": "http.disconnect"}
@@ -286,7 +286,7 @@ async def test_of_who_leaves_nothing_is_kept() -> None:
 
 
 @pytest.mark.anyio
-async def test_who_waits_for_what_is_stuck_is_told_so() -> None:
+async def test_waiting_too_long_for_a_stuck_answer_raises_deadline_exceeded() -> None:
     async def receive() -> Message:
         return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]
 
@@ -297,7 +297,7 @@ async def test_who_waits_for_what_is_stuck_is_told_so() -> None:
 
 
 @pytest.mark.anyio
-async def test_who_stays_gets_the_answer_and_is_watched_no_more() -> None:
+async def test_the_disconnect_watch_ends_with_the_answer() -> None:
     answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     async def receive() -> Message:
@@ -311,7 +311,7 @@ async def test_who_stays_gets_the_answer_and_is_watched_no_more() -> None:
 
 
 @pytest.mark.anyio
-async def test_who_is_answered_at_once_is_never_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_client_answered_at_once_is_not_watched_for_disconnect(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waiting, "PATIENCE_SECONDS", 0.0)
     answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     answer.set_result(42)
@@ -328,7 +328,7 @@ async def test_who_is_answered_at_once_is_never_watched(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(("count", "aside"), [(1, False), (8, True)])
 @pytest.mark.parametrize("measured", [False, True])
-def test_much_json_is_not_read_by_the_event_loop(
+def test_large_json_is_not_parsed_on_the_event_loop(
     client: TestClient, monkeypatch: pytest.MonkeyPatch, count: int, aside: bool, measured: bool
 ) -> None:
     threads: dict[str, int] = {}
@@ -352,7 +352,7 @@ def test_much_json_is_not_read_by_the_event_loop(
 
 
 @pytest.mark.parametrize(("size_bytes", "aside"), [(LIGHT_BYTES, False), (LIGHT_BYTES + 1, True)])
-def test_a_picture_of_many_bytes_is_not_decoded_by_the_event_loop(
+def test_a_large_picture_is_not_decoded_on_the_event_loop(
     client: TestClient, monkeypatch: pytest.MonkeyPatch, png: bytes, size_bytes: int, aside: bool
 ) -> None:
     threads: list[str] = []
@@ -368,7 +368,9 @@ def test_a_picture_of_many_bytes_is_not_decoded_by_the_event_loop(
     assert [name == "decode" for name in threads] == [aside]
 
 
-def test_bodies_that_wait_to_be_read_are_counted(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bodies_waiting_to_be_parsed_count_towards_max_waiting_bytes(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     body = json.dumps({"inputs": [], "padding": " " * open_inference.LITTLE_JSON_BYTES}).encode()
     reading, read_on = threading.Event(), threading.Event()
 

@@ -11,7 +11,7 @@ from app.errors import BadRequest, BodyTooLarge, NotOffered
 from app.open_inference.request import Inference, Wanted, decode
 
 IMAGE = bytes(range(256)) * 12
-"""Of 32 x 32 x 3 bytes that are not all the same."""
+"""32 x 32 x 3 bytes that are not all the same."""
 ALL = [Wanted(name, binary=False) for name in ("probabilities", "label", "class_id", "familiarity")]
 
 
@@ -43,7 +43,7 @@ def nested(flat: bytes, *shape: int) -> list[Any]:
     return [nested(flat[start : start + step], *shape[1:]) for start in range(0, len(flat), step)]
 
 
-# What a request asks
+# Valid requests
 
 
 @pytest.mark.parametrize("data", [list(IMAGE), nested(IMAGE, 1, 32, 32, 3)], ids=["flat", "nested"])
@@ -58,8 +58,8 @@ def test_pixels_in_binary() -> None:
 
 
 @pytest.mark.parametrize("data", [None, []])
-def test_no_data_beside_a_size_is_none(data: Any) -> None:
-    """As a client sends it that has a place for both."""
+def test_empty_data_beside_binary_data_size_is_ignored(data: Any) -> None:
+    """As sent by a client that has both fields."""
     tensor = binary("pixels", "UINT8", [1, 32, 32, 3], 3072) | {"data": data}
     assert read({"inputs": [tensor]}, IMAGE).pixels == bytearray(IMAGE)
 
@@ -83,7 +83,7 @@ def test_without_json_the_body_is_one_picture(binary: bool) -> None:
     assert inference.outputs == [Wanted(wanted.name, binary) for wanted in ALL]
 
 
-def test_the_request_is_the_default_of_its_outputs() -> None:
+def test_outputs_default_to_the_binary_setting_of_the_request() -> None:
     request = {
         "inputs": [pixels()],
         "parameters": {"binary_data_output": True},
@@ -103,12 +103,12 @@ def test_id_and_timeout() -> None:
     assert read({"inputs": [pixels()], "parameters": {"timeout": 10**320}}).timeout_seconds == 2**63 / 1e6
 
 
-def test_null_is_nothing() -> None:
+def test_null_fields_count_as_absent() -> None:
     nothing = {"id": None, "outputs": None, "parameters": {"timeout": None, "binary_data_output": None}}
     assert read({"inputs": [pixels(parameters=None)], **nothing}) == read({"inputs": [pixels()]})
 
 
-def test_what_the_protocol_does_not_name_is_ignored() -> None:
+def test_unknown_fields_are_ignored() -> None:
     assert read({"inputs": [pixels(surplus=1)], "surplus": {}, "parameters": {"sequence_id": 7}}).pixels == bytearray(
         IMAGE
     )
@@ -118,10 +118,10 @@ def test_what_the_protocol_does_not_name_is_ignored() -> None:
 
 CHANNELS_FIRST = nested(IMAGE, 1, 3, 32, 32)
 REFUSED: dict[str, tuple[Any, str]] = {
-    "no object": ([], r"not a JSON object; expected is {\"inputs\""),
+    "a list": ([], r"not a JSON object; expected is {\"inputs\""),
     "no inputs": ({}, r"inputs \[\]; expected is exactly one: 'pixels' \(UINT8, shape \[-1, 32, 32, 3\]\)"),
-    "inputs no list": ({"inputs": {"name": "pixels"}}, "expected is a list of JSON objects"),
-    "input no object": ({"inputs": ["pixels"]}, "expected is a list of JSON objects"),
+    "inputs as dict": ({"inputs": {"name": "pixels"}}, "expected is a list of JSON objects"),
+    "input as text": ({"inputs": ["pixels"]}, "expected is a list of JSON objects"),
     "unknown name": ({"inputs": [pixels(name="INPUT0")]}, r"inputs \['INPUT0'\]; expected is exactly one"),
     "odd name": ({"inputs": [pixels(name=["pixels"])]}, r"expected is exactly one"),
     "extra input": ({"inputs": [pixels(), pixels(name="image")]}, r"inputs \['pixels', 'image'\]; expected is exactly"),
@@ -129,16 +129,16 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "no dtype": ({"inputs": [pixels(datatype=None)]}, "'pixels' has the datatype None; expected is 'UINT8'"),
     "layout": ({"inputs": [pixels(shape=[1, 3, 32, 32])]}, r"\[1, 3, 32, 32\]; expected is \[N, 32, 32, 3\]"),
     "rank": ({"inputs": [pixels(shape=[32, 32, 3])]}, r"'pixels' has the shape \[32, 32, 3\]; expected is \[N, 32"),
-    "shape no list": ({"inputs": [pixels(shape=3072)]}, r"'pixels' has the shape 3072; expected is \[N, 32, 32, 3\]"),
-    "shape empty": ({"inputs": [pixels(shape=[])]}, r"'pixels' has the shape \[\]; expected is \[N, 32, 32, 3\]"),
+    "shape as int": ({"inputs": [pixels(shape=3072)]}, r"'pixels' has the shape 3072; expected is \[N, 32, 32, 3\]"),
+    "empty shape": ({"inputs": [pixels(shape=[])]}, r"'pixels' has the shape \[\]; expected is \[N, 32, 32, 3\]"),
     "no shape": (
         {"inputs": [binary("image", "BYTES", [], 0)]},
         r"the shape \[\]; expected is \[N\] for",
     ),
     "shape of text": ({"inputs": [pixels(shape=["1", 32, 32, 3])]}, r"has the shape \['1', 32, 32, 3\]"),
-    "none": ({"inputs": [pixels(shape=[0, 32, 32, 3])]}, r"has the shape \[0, 32, 32, 3\]; .* at least one"),
+    "zero": ({"inputs": [pixels(shape=[0, 32, 32, 3])]}, r"has the shape \[0, 32, 32, 3\]; .* at least one"),
     "too few": ({"inputs": [pixels(list(IMAGE[1:]))]}, "'pixels' has 3,071 elements in `data`; expected are 3,072"),
-    "data empty": ({"inputs": [pixels([])]}, "'pixels' has 0 elements in `data`; expected are 3,072"),
+    "empty data": ({"inputs": [pixels([])]}, "'pixels' has 0 elements in `data`; expected are 3,072"),
     "too many": ({"inputs": [pixels([*IMAGE, 0])]}, "'pixels' has 3,073 elements in `data`; expected are 3,072"),
     "nested otherwise": ({"inputs": [pixels(CHANNELS_FIRST)]}, "'pixels' has its `data` nested differently"),
     "half nested": ({"inputs": [pixels([[1], 2])]}, "'pixels' has its `data` nested differently"),
@@ -151,11 +151,11 @@ REFUSED: dict[str, tuple[Any, str]] = {
         {"inputs": [{"name": "image", "shape": [2], "datatype": "BYTES", "data": ["", "é"]}]},
         "'image', element 1: given is 'é'; expected is, in JSON, the bytes of the picture in base64",
     ),
-    "no text": (
+    "number": (
         {"inputs": [{"name": "image", "shape": [1], "datatype": "BYTES", "data": [5]}]},
         "'image', element 0: given is 5; expected is, in JSON, the bytes",
     ),
-    "count of texts": (
+    "text count": (
         {"inputs": [{"name": "image", "shape": [2], "datatype": "BYTES", "data": [""]}]},
         r"'image' has 1 elements in `data`; expected are 2 for the shape \[2\]",
     ),
@@ -169,20 +169,20 @@ REFUSED: dict[str, tuple[Any, str]] = {
         {"inputs": [pixels()], "outputs": [{"name": "probabilities", "parameters": {"classification": -1}}]},
         "'probabilities' has the parameter `classification` -1; expected is a whole number from 0",
     ),
-    "no flag": (
+    "text flag": (
         {"inputs": [pixels()], "outputs": [{"name": "label", "parameters": {"binary_data": "no"}}]},
         "'label' has the parameter `binary_data` 'no'; expected is true or false",
     ),
     "parameters": ({"inputs": [pixels()], "parameters": [1]}, r"the parameters \[1\]; expected is a JSON object"),
-    "parameters no object": ({"inputs": [pixels()], "parameters": []}, r"the parameters \[\]; expected is a JSON"),
-    "outputs no list": ({"inputs": [pixels()], "outputs": {}}, r"the outputs \{\}; expected is a list of JSON objects"),
+    "empty list": ({"inputs": [pixels()], "parameters": []}, r"the parameters \[\]; expected is a JSON"),
+    "outputs as dict": ({"inputs": [pixels()], "outputs": {}}, r"the outputs \{\}; expected is a list of JSON objects"),
     "id": ({"inputs": [pixels()], "id": 42}, "`id` of the request is 42; expected is text"),
     "timeout": ({"inputs": [pixels()], "parameters": {"timeout": "1s"}}, "`timeout` '1s'; expected is a whole number"),
 }
 
 
 @pytest.mark.parametrize(("request_", "sentence"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_is_wrong_is_named(request_: Any, sentence: str) -> None:
+def test_an_invalid_request_is_refused_naming_the_problem(request_: Any, sentence: str) -> None:
     with pytest.raises(BadRequest, match=sentence):
         read(request_)
 
@@ -226,13 +226,15 @@ def test_what_is_wrong_is_named(request_: Any, sentence: str) -> None:
         ),
     ],
 )
-def test_what_is_wrong_with_a_binary_tensor_is_named(tensor: dict[str, Any], tail: bytes, sentence: str) -> None:
+def test_an_invalid_binary_tensor_is_refused_naming_the_problem(
+    tensor: dict[str, Any], tail: bytes, sentence: str
+) -> None:
     with pytest.raises(BadRequest, match=f"Input '{tensor['name']}'.*{sentence}"):
         read({"inputs": [tensor]}, tail)
 
 
 @pytest.mark.parametrize("header", ["", "x", "-1", "1.5", "+4", "1_0", "٣", "999999", "9" * 5000])
-def test_a_bad_length_of_the_json_is_refused(header: str) -> None:
+def test_an_invalid_json_length_header_is_refused(header: str) -> None:
     with pytest.raises(BadRequest, match=r"Inference-Header-Content-Length is .*; expected is the length of the JSON"):
         decode(b'{"inputs": []}', header, binary=True, max_pictures=8)
 
@@ -242,19 +244,19 @@ def test_a_length_that_cuts_the_json_is_refused() -> None:
         decode(b'{"inputs": []}', "9", binary=True, max_pictures=8)
 
 
-def test_brackets_without_end_are_refused() -> None:
+def test_json_with_too_many_brackets_is_refused() -> None:
     with pytest.raises(BodyTooLarge, match="has 9,000 lists and objects; accepted are at most 2,0"):
         decode(b"[" * 9_000, None, binary=True, max_pictures=1)
 
 
-def test_an_id_without_end_is_refused() -> None:
+def test_an_overlong_id_is_refused() -> None:
     assert read({"inputs": [pixels()], "id": "4" * 1024}).id == "4" * 1024
     with pytest.raises(BadRequest, match="expected is text, at most 1,024 letters"):
         read({"inputs": [pixels()], "id": "4" * 1025})
 
 
 @pytest.mark.parametrize("body", [b"", b"\xff", b"[" * 9_000, b'{"inputs": '], ids=["empty", "bytes", "deep", "cut"])
-def test_what_is_no_json_is_refused(body: bytes) -> None:
+def test_invalid_json_is_refused(body: bytes) -> None:
     with pytest.raises(BadRequest, match=r"The JSON of the request .* is not valid"):
         decode(body, None, binary=True, max_pictures=8)
 
@@ -278,7 +280,7 @@ def test_shared_memory_is_not_offered(where: str) -> None:
         read(request)
 
 
-def test_a_sentence_does_not_repeat_a_megabyte() -> None:
+def test_an_error_does_not_repeat_overlong_values() -> None:
     with pytest.raises(BadRequest) as refusal:
         read({"inputs": [pixels(datatype="x" * 1_000_000)]})
     assert len(str(refusal.value)) < 200

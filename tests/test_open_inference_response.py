@@ -1,4 +1,4 @@
-"""The codec of the Open Inference Protocol: probabilities -> bytes of an answer, and what the model says of itself."""
+"""The codec of the Open Inference Protocol: probabilities -> bytes of an answer, and the model's metadata."""
 
 import json
 import struct
@@ -77,10 +77,10 @@ def test_an_empty_id_is_not_echoed() -> None:
     assert "id" not in write(*ALL)[0]
 
 
-# What the model says of itself
+# Metadata and statistics
 
 
-def test_every_output_of_the_metadata_is_what_an_answer_holds() -> None:
+def test_answers_match_the_outputs_described_in_the_metadata() -> None:
     described = {output["name"]: output for output in spec.metadata(4)["outputs"]}
     for output in write(*ALL)[0]["outputs"]:
         assert output["datatype"] == described[output["name"]]["datatype"]

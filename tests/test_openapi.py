@@ -21,7 +21,7 @@ def openapi(client: TestClient) -> dict[str, Any]:
     return document
 
 
-def test_the_paths_are_these(openapi: dict[str, Any]) -> None:
+def test_the_documented_paths_are_as_expected(openapi: dict[str, Any]) -> None:
     assert {path: list(operations) for path, operations in openapi["paths"].items()} == {
         "/predict": ["post"],
         "/predict/batch": ["post"],
@@ -42,7 +42,7 @@ def test_the_paths_are_these(openapi: dict[str, Any]) -> None:
     }
 
 
-def test_the_statuses_are_these(openapi: dict[str, Any]) -> None:
+def test_the_documented_statuses_are_as_expected(openapi: dict[str, Any]) -> None:
     statuses = {path: set(next(iter(of.values()))["responses"]) for path, of in openapi["paths"].items()}
     assert {path: of for path, of in statuses.items() if of != {"200"}} == {
         "/predict": {"200", "400", "408", "413", "415", "422", "429", "500", "503", "504"},
@@ -55,7 +55,7 @@ def test_the_statuses_are_these(openapi: dict[str, Any]) -> None:
     }
 
 
-def test_every_refusal_has_the_one_body_and_says_when(openapi: dict[str, Any]) -> None:
+def test_every_error_response_has_the_common_schema_and_a_description(openapi: dict[str, Any]) -> None:
     for operations in openapi["paths"].values():
         for operation in operations.values():
             for status, answer in operation["responses"].items():
@@ -133,15 +133,15 @@ def test_the_example_is_a_request(client: TestClient, openapi: dict[str, Any]) -
     assert (answer.status_code, answer.json()["id"]) == (200, "42")
 
 
-def test_what_may_be_absent_has_no_default(openapi: dict[str, Any]) -> None:
-    """Generators of clients would take it for what is always sent."""
+def test_optional_fields_have_no_default(openapi: dict[str, Any]) -> None:
+    """Client generators would always send it."""
     for name in ("InferenceRequest", "PixelsTensor", "ImageTensor", "InferenceResponse", "OutputTensor"):
         schema = openapi["components"]["schemas"][name]
         assert schema["properties"].keys() > set(schema["required"])
         assert not [field for field, of in schema["properties"].items() if "default" in of]
 
 
-def test_what_is_referred_to_is_there(openapi: dict[str, Any]) -> None:
+def test_every_referenced_schema_exists(openapi: dict[str, Any]) -> None:
     names = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(openapi)))
     assert "InferenceRequest" in names
     assert names <= openapi["components"]["schemas"].keys()
@@ -153,7 +153,7 @@ def test_every_field_and_parameter_is_described(openapi: dict[str, Any]) -> None
     for name, schema in schemas.items():
         assert schema.get("description"), name
         for field, of in schema["properties"].items():
-            assert of.get("description") or "$ref" in of, f"{name}.{field}"  # what is referred to is described itself
+            assert of.get("description") or "$ref" in of, f"{name}.{field}"  # a referenced schema describes itself
     for parameter in openapi["paths"]["/predict"]["post"]["parameters"]:
         assert parameter["description"]
 
@@ -167,7 +167,7 @@ def test_the_body_and_the_parameters_of_predict(openapi: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize(("path", "field"), [("/predict", "file"), ("/predict/batch", "files")])
-def test_what_bodies_may_be_is_told_as_generators_of_clients_read_it(
+def test_request_bodies_are_described_in_a_form_client_generators_support(
     openapi: dict[str, Any], path: str, field: str
 ) -> None:
     """A popular one leaves out a path with another content type, such as image/*, and fails on alternative forms."""
@@ -179,7 +179,7 @@ def test_what_bodies_may_be_is_told_as_generators_of_clients_read_it(
 
 
 def test_operations_are_named_as_a_client_would_name_them(openapi: dict[str, Any]) -> None:
-    """Generated clients call their functions like this, and no two may have one name."""
+    """Generated clients name their functions like this, and names must be unique."""
     names = [operation["operationId"] for path in openapi["paths"].values() for operation in path.values()]
     assert {"predict", "predict_batch", "per_class", "model_infer"} <= set(names)
     assert len(set(names)) == len(names)

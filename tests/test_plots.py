@@ -1,4 +1,4 @@
-"""What the figures show, read back from them; how they look was looked at."""
+"""What the figures show, read back from them; their look was checked by eye."""
 
 import io
 import os
@@ -45,8 +45,8 @@ def values(image: AxesImage) -> Tensor:
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda sent: sent.name)
-def test_an_interrupt_waits_for_the_end_of_a_drawing(sent: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the middle of one, Matplotlib may take it for another error."""
+def test_an_interrupt_waits_until_drawing_has_finished(sent: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While drawing, Matplotlib may take it for another error."""
     drawn: list[bool] = []
 
     def print_figure(*_arguments: object, **_options: object) -> None:
@@ -64,7 +64,7 @@ def test_an_interrupt_waits_for_the_end_of_a_drawing(sent: signal.Signals, monke
         signal.signal(sent, before)
 
 
-def test_a_thread_of_its_own_may_draw(tmp_path: Path) -> None:
+def test_figures_can_be_saved_from_another_thread(tmp_path: Path) -> None:
     drawing = threading.Thread(target=plots.save, args=(Figure(), tmp_path / "empty.png"))
     drawing.start()
     drawing.join()
@@ -170,7 +170,7 @@ def test_figures_of_many_classes_do_not_grow_without_bound(draw: Callable[..., F
     assert not set(texts(figure)) & {"0", "1"}  # counts in cells
 
 
-def test_dollars_are_no_formula(tmp_path: Path) -> None:
+def test_dollar_signs_are_not_parsed_as_formulas(tmp_path: Path) -> None:
     formula, names = r"$\frac$", (r"$\frac$", "$a$", "cow")
     for figure in (
         plots.image_grid(torch.zeros(3, 3, 32, 32, dtype=torch.uint8), torch.arange(3), names),
@@ -178,7 +178,7 @@ def test_dollars_are_no_formula(tmp_path: Path) -> None:
         plots.per_class_bars(CONFUSION_KK, names, formula),
         plots.reliability_diagram(torch.tensor([[10, 0.5, 0.5]]), 0.0, formula),
     ):
-        plots.save(figure, tmp_path / "figure.png")  # of a formula that is none, it would be an error
+        plots.save(figure, tmp_path / "figure.png")  # an invalid formula would be an error
         assert not any(text.get_parse_math() for text in figure.findobj(Text))
 
 
@@ -228,7 +228,7 @@ def test_a_display_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plots.has_display({})
 
 
-def test_a_backend_that_a_notebook_has_chosen_does_not_matter() -> None:
+def test_a_matplotlib_backend_chosen_by_a_notebook_is_ignored() -> None:
     """Commands that are called from a notebook inherit its choice, which their own packages may lack."""
     environment = {**os.environ, "MPLBACKEND": "module://of_a_notebook"}
     ran = subprocess.run([sys.executable, "-c", "import training.plots"], env=environment, capture_output=True)

@@ -74,7 +74,7 @@ def test_top_k_above_the_number_of_classes_is_all_of_them(client: TestClient, pn
     assert len(client.post("/predict?top_k=99", content=png, headers=OCTETS).json()["probabilities"]) == 10
 
 
-def test_many_at_once_get_their_own_answers(client: TestClient) -> None:
+def test_concurrent_requests_get_their_own_answers(client: TestClient) -> None:
     pictures = [encode(Image.new("RGB", (32, 32), (index * 8, 255 - index * 8, index))) for index in range(32)]
     alone = [client.post("/predict", content=picture, headers=OCTETS).json() for picture in pictures]
     with ThreadPoolExecutor(16) as pool:
@@ -95,7 +95,7 @@ def test_a_broken_picture_among_good_ones_fails_alone(client: TestClient, png: b
     ("side", "query", "light"),
     [(32, "", True), (32, "?resize=crop", False), (400, "?resize=crop", False)],
 )
-def test_the_event_loop_runs_no_network_and_decodes_only_what_is_little(
+def test_the_event_loop_runs_no_network_and_decodes_only_light_pictures(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, side: int, query: str, light: bool
 ) -> None:
     threads: dict[str, int] = {}
@@ -124,7 +124,7 @@ def test_the_event_loop_runs_no_network_and_decodes_only_what_is_little(
 
 
 def calibrated(path: Path, most_familiar: float = -3) -> checkpoint.Checkpoint:
-    """Weights that know what they know, in a file."""
+    """Weights saved with a full calibration."""
     known = Calibration(
         temperature=0.5,
         set_threshold=0.1,
@@ -162,7 +162,7 @@ def test_familiarity_and_prediction_set_are_those_of_the_calibration(tmp_path: P
     assert next(output for output in outputs if output["name"] == "familiarity")["data"] == [answer["familiarity"]]
 
 
-def test_what_resembles_nothing_seen_in_training_is_called_unfamiliar(tmp_path: Path, png: bytes) -> None:
+def test_a_picture_of_low_familiarity_is_called_unfamiliar(tmp_path: Path, png: bytes) -> None:
     given = calibrated(tmp_path / "calibrated.pth")
     seen = energy(given.network()(images.to_tensor([images.decode(png)]))).item()
     for lower, unfamiliar in [(0.99, True), (0.9, False)]:
@@ -173,7 +173,7 @@ def test_what_resembles_nothing_seen_in_training_is_called_unfamiliar(tmp_path: 
         assert answer["unfamiliar"] is unfamiliar
 
 
-def test_what_these_weights_do_not_know_is_null(client: TestClient, png: bytes) -> None:
+def test_familiarity_and_prediction_set_are_null_without_a_calibration(client: TestClient, png: bytes) -> None:
     answer = client.post("/predict", content=png).json()
     assert (answer["prediction_set"], answer["familiarity"], answer["unfamiliar"]) == (None, None, None)
 

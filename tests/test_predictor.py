@@ -17,7 +17,7 @@ from app.steps import finish
 
 CPU = torch.device("cpu")
 NEIGHBOUR_BOUND = 0.001
-"""As the README says it. Measured was less than 0.000001; other hardware may choose other kernels by batch size."""
+"""As the README says. Less than 0.000001 was measured; other hardware may choose other kernels by batch size."""
 
 
 def some_pixels(count: int) -> Tensor:
@@ -71,7 +71,7 @@ def test_items_of_one_and_of_several_pictures_keep_their_order() -> None:
     assert [each.probabilities_K for each in first + second + third] == predictor.predict(pixels_NCHW).tolist()
 
 
-def test_what_the_network_says_is_calibrated() -> None:
+def test_predictions_are_calibrated() -> None:
     known = Calibration(temperature=3.0, curvature=0.5)
     predictor = finish(build(dataclasses.replace(random_checkpoint(), calibration=known), CPU, threads=1, max_batch=4))
     expected_NK = known.probabilities(predictor.logits(some_pixels(4)))
@@ -80,7 +80,7 @@ def test_what_the_network_says_is_calibrated() -> None:
     assert not torch.allclose(expected_NK, predictor.logits(some_pixels(4)).softmax(dim=1))
 
 
-def test_nothing_can_be_trained_by_accident() -> None:
+def test_predictions_are_inference_tensors() -> None:
     probabilities_NK = finish(build(random_checkpoint(), CPU, threads=1, max_batch=1)).predict(some_pixels(1))
     assert probabilities_NK.is_inference()
 

@@ -70,7 +70,7 @@ sys.exit(main(sys.argv[1:], os.environ))
 
 
 def pids_of(supervisor: "subprocess.Popen[str]") -> list[int]:
-    """Of the processes that serve, or will."""
+    """Ids of processes that serve or will."""
     (children,) = Path(f"/proc/{supervisor.pid}/task").glob("*/children")
     pids = []
     for pid in children.read_text().split():
@@ -131,7 +131,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield started
 
 
-def test_nobody_else_gets_the_address_before_the_first_process_listens() -> None:
+def test_the_address_is_reserved_before_the_first_process_listens() -> None:
     settings = Settings(port=0, processes=2, threads=6)
     with bind(settings) as listener:
         address = listener.getsockname()
@@ -147,7 +147,7 @@ def test_nobody_else_gets_the_address_before_the_first_process_listens() -> None
 
 @pytest.fixture
 def supervisor() -> Iterator[Supervisor]:
-    """One that has started nothing; the test says what processes it has."""
+    """Has started nothing; the test says what processes it has."""
     settings = Settings(port=0, processes=2, threads=2)
     made = Supervisor(settings, bind(settings))
     yield made
@@ -155,7 +155,7 @@ def supervisor() -> Iterator[Supervisor]:
 
 
 class Pretended(Worker):
-    """A process that is none; its end of the pipe is the test's."""
+    """A fake process; the test holds its end of the pipe."""
 
     def __init__(self, supervisor: Supervisor, **given: Any) -> None:
         end, self.its = multiprocessing.Pipe()
@@ -168,7 +168,7 @@ class Pretended(Worker):
         self.signals.append(sent)
 
 
-def test_what_cannot_start_is_tried_less_and_less_often(
+def test_failed_starts_are_retried_with_increasing_delay(
     supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(processes, "time", SimpleNamespace(monotonic=lambda: 100.0))
@@ -180,8 +180,8 @@ def test_what_cannot_start_is_tried_less_and_less_often(
     assert waits == [1, 2, 4, 8, 16, 30, 30]
 
 
-def test_a_hang_up_while_a_process_starts_reaches_it_when_it_serves(supervisor: Supervisor) -> None:
-    """It may have read the file already, and nobody else may serve, whose report would tell of other weights."""
+def test_sighup_during_a_process_start_is_delivered_once_it_serves(supervisor: Supervisor) -> None:
+    """It may have read the file already, and no other process may serve to report other weights."""
     worker = Pretended(supervisor)
     supervisor._pass_on(signal.SIGHUP)
     assert worker.signals == []  # it ignores them
@@ -190,7 +190,7 @@ def test_a_hang_up_while_a_process_starts_reaches_it_when_it_serves(supervisor: 
     assert worker.signals == [signal.SIGHUP]
 
 
-def test_a_process_that_answers_late_now_and_then_is_not_stuck(supervisor: Supervisor) -> None:
+def test_a_process_that_sometimes_answers_late_is_not_considered_stuck(supervisor: Supervisor) -> None:
     worker = Pretended(supervisor, ready=True)
     for _ in range(PATIENCE):
         supervisor._check()
@@ -201,7 +201,7 @@ def test_a_process_that_answers_late_now_and_then_is_not_stuck(supervisor: Super
     assert worker.signals == []
 
 
-def test_of_a_process_that_has_ended_only_what_it_has_done_counts(supervisor: Supervisor) -> None:
+def test_only_cumulative_counts_of_an_ended_process_are_kept(supervisor: Supervisor) -> None:
     asker = Pretended(supervisor, ready=True)
     gone = Pretended(supervisor, ready=True, counts=Counts(lines_dropped=3, pids=(1,), waiting=5, ready=False))
     supervisor._bury(gone)
@@ -211,9 +211,7 @@ def test_of_a_process_that_has_ended_only_what_it_has_done_counts(supervisor: Su
     assert (total.lines_dropped, total.pids, total.waiting, total.ready) == (3, (), 0, True)
 
 
-def test_when_no_process_can_be_started_the_supervisor_still_hears_signals(
-    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_start_is_not_retried_in_a_tight_loop(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
     tries: list[None] = []
 
     def start() -> None:
@@ -227,8 +225,10 @@ def test_when_no_process_can_be_started_the_supervisor_still_hears_signals(
     assert len(tries) == 1
 
 
-def test_a_defect_of_the_supervisor_ends_the_processes(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without it they would go on, and the supervisor wait for them."""
+def test_a_supervisor_crash_closes_the_pipes_to_its_processes(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise they go on, and the supervisor waits for them."""
 
     def look_after(_signals: Connection) -> None:
         raise RuntimeError("a defect")
@@ -244,12 +244,12 @@ def test_a_defect_of_the_supervisor_ends_the_processes(supervisor: Supervisor, m
         worker.its.recv()
 
 
-def test_the_address_is_free_as_soon_as_the_processes_that_stop_have_closed_it(supervisor: Supervisor) -> None:
+def test_the_supervisor_releases_the_address_on_sigterm(supervisor: Supervisor) -> None:
     supervisor._pass_on(signal.SIGTERM)
     bind(Settings(port=supervisor._address[1])).close()
 
 
-def test_processes_take_the_engine_of_the_first_and_wait_briefly_after_one_that_served(
+def test_later_processes_use_the_first_ones_engine_and_restart_quickly_after_success(
     supervisor: Supervisor,
 ) -> None:
     supervisor._failures = 5
@@ -261,7 +261,7 @@ def test_processes_take_the_engine_of_the_first_and_wait_briefly_after_one_that_
     assert supervisor._start_at - time.monotonic() <= RETRY_SECONDS
 
 
-def test_any_process_tells_what_all_have_done(service: Running, png: bytes) -> None:
+def test_any_process_reports_the_totals_of_all_processes(service: Running, png: bytes) -> None:
     service.wait_for_both()
     before = done(service)
     for number in range(1, CONNECTIONS + 1):
@@ -271,7 +271,7 @@ def test_any_process_tells_what_all_have_done(service: Running, png: bytes) -> N
     assert statistics[0]["inference_count"] == before + CONNECTIONS  # type: ignore[index]
 
 
-def test_any_number_may_ask_at_once(service: Running) -> None:
+def test_many_clients_may_request_metrics_at_once(service: Running) -> None:
     """Both ends of a pipe once waited for each other, which was the end of the service."""
     service.wait_for_both()
     with ExitStack() as stack:
@@ -279,11 +279,11 @@ def test_any_number_may_ask_at_once(service: Running) -> None:
         for client in clients:
             client.sendall(b"GET /metrics HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n")
         for client in clients:
-            # Of one or of two: after a while the process answers for itself alone, as on a slow machine here.
+            # One or two: after a while the process answers for itself alone, as on a slow machine here.
             assert b"cifar_processes " in b"".join(iter(partial(client.recv, 65536), b""))
 
 
-def test_what_a_stuck_process_has_done_is_not_waited_for(service: Running, png: bytes) -> None:
+def test_metrics_include_a_stuck_process_without_waiting_for_it(service: Running, png: bytes) -> None:
     service.wait_for_both()
     for _ in range(CONNECTIONS):
         assert get(f"{service.url}/predict", png)[0] == 200
@@ -361,7 +361,7 @@ def test_a_process_that_cannot_be_replaced_at_once_is_replaced_later(weights: Pa
         assert service.supervisor.returncode == 0
 
 
-def test_what_the_processes_take_is_added_up(service: Running) -> None:
+def test_process_memory_is_summed_over_all_processes(service: Running) -> None:
     service.wait_for_both()
     pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in service.pids()]
     assert service.metric("process_resident_memory_bytes") == pytest.approx(
@@ -429,7 +429,7 @@ def test_new_weights_are_served_by_all_processes_and_bad_ones_by_none(service: R
     eventually(lambda: service.sha256s(png) == {newer})
 
 
-def test_processes_agree_on_the_weights_however_one_of_them_came_to_others(service: Running, png: bytes) -> None:
+def test_all_processes_switch_when_one_of_them_loads_new_weights(service: Running, png: bytes) -> None:
     """One alone is told to read the file; then one dies after the file has changed and nobody was told."""
 
     def all_serve(sha256: str) -> bool:
@@ -507,7 +507,7 @@ def test_a_signal_while_the_first_process_starts_ends_it_cleanly(weights: Path, 
 
 
 def test_ctrl_c_at_a_terminal_reaches_the_supervisor_alone(weights: Path) -> None:
-    """A process that starts would print a traceback. It leaves the group before it imports what takes long."""
+    """A starting process would print a traceback. It leaves the group before its slow imports."""
     supervisor = starting(weights, group=0)
     try:
         eventually(lambda: [pid for pid in pids_of(supervisor) if os.getpgid(pid) == pid] != [])
@@ -519,7 +519,7 @@ def test_ctrl_c_at_a_terminal_reaches_the_supervisor_alone(weights: Path) -> Non
         supervisor.communicate()
 
 
-def test_a_first_process_that_is_killed_is_the_end(weights: Path) -> None:
+def test_the_service_ends_if_its_first_process_is_killed_before_it_serves(weights: Path) -> None:
     supervisor = starting(weights)
     os.kill(pids_of(supervisor)[0], signal.SIGKILL)
     out, err = supervisor.communicate(timeout=SECONDS)
@@ -527,13 +527,13 @@ def test_a_first_process_that_is_killed_is_the_end(weights: Path) -> None:
     assert "ended (exit code -9) before it could serve." in err
 
 
-def test_what_is_wrong_is_said_once(tmp_path: Path) -> None:
+def test_a_startup_error_is_printed_once(tmp_path: Path) -> None:
     shutil.copy(__file__, tmp_path / "net.pth")
     assert "is not a PyTorch file" in refusal("--processes", "2", "--weights", str(tmp_path / "net.pth"))
 
 
 def test_a_message_that_comes_in_pieces_is_read_whole() -> None:
-    import uvloop  # which makes the pipe one that does not wait
+    import uvloop  # which makes the pipe non-blocking
 
     own, its = multiprocessing.Pipe()
     gone: list[bool] = []
@@ -557,7 +557,7 @@ def test_a_message_that_comes_in_pieces_is_read_whole() -> None:
     assert not gone
 
 
-def test_a_process_whose_supervisor_is_gone_speaks_for_itself() -> None:
+def test_a_process_without_its_supervisor_reports_its_own_counts() -> None:
     own, its = multiprocessing.Pipe()
     gone: list[bool] = []
 
@@ -589,7 +589,7 @@ def test_a_process_whose_supervisor_is_gone_before_it_serves_stops() -> None:
         asyncio.run(begin())
 
 
-def test_a_process_whose_supervisor_says_nothing_speaks_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_whose_supervisor_is_silent_reports_its_own_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link, "TELL_SECONDS", 0.01)
     own, its = multiprocessing.Pipe()
 
@@ -602,7 +602,7 @@ def test_a_process_whose_supervisor_says_nothing_speaks_for_itself(monkeypatch: 
         assert [counts.lines_dropped for counts in asyncio.run(ask())] == [3, 3]
 
 
-def test_counts_add_up_and_travel() -> None:
+def test_counts_can_be_pickled_and_merged() -> None:
     def counted(seconds: float, pictures: int) -> Counts:
         counts = Counts(pids=(pictures,), waiting=pictures, ready=pictures < 3, lines_dropped=1)
         counts.traffic.seconds["/predict", "POST", 200].add(seconds)

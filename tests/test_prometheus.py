@@ -66,7 +66,7 @@ def noise(width: int, height: int) -> bytes:
     return encode(Image.effect_noise((width, height), 100).convert("RGB"))
 
 
-def test_the_dashboard_asks_only_for_what_there_is(client: TestClient, png: bytes) -> None:
+def test_the_dashboard_queries_only_existing_metrics_labels_and_routes(client: TestClient, png: bytes) -> None:
     answering = ("/predict", "/predict/batch", "/v2/models/cifar/infer", "/v2/models/cifar/versions/1/infer")
     for path in answering:
         client.post(path, content=png, headers=PNG)
@@ -162,7 +162,7 @@ def test_the_histograms_have_one_value_for_each_picture_and_batch(client: TestCl
     assert (metrics.one("cifar_ready"), metrics.one("cifar_queue_depth")) == (1, 0)
 
 
-def test_pictures_of_a_batch_are_predictions_of_their_own(client: TestClient) -> None:
+def test_each_picture_of_a_batch_counts_as_a_prediction(client: TestClient) -> None:
     client.post("/predict/batch", content=bytes(11 * IMAGE_BYTES), headers={"content-type": "application/octet-stream"})
     metrics = scrape(client)
     assert metrics.one("cifar_confidence_count") == 11
@@ -170,7 +170,7 @@ def test_pictures_of_a_batch_are_predictions_of_their_own(client: TestClient) ->
     assert metrics.one("cifar_inference_seconds_count") == 3  # 4 + 4 + 3, each admitted as one
 
 
-def test_what_waits_and_what_is_too_much(settings: Settings, png: bytes) -> None:
+def test_queue_depth_readiness_and_overload_are_exported(settings: Settings, png: bytes) -> None:
     app = create_app(Settings(weights=settings.weights, device="cpu", threads=1, max_waiting=1))
     with TestClient(app) as client, occupied(app.service):
         assert client.post("/predict", content=png, headers=PNG).status_code == 429
@@ -246,7 +246,7 @@ def test_both_text_formats(client: TestClient) -> None:
     assert all(family.documentation for family in families)
 
 
-def test_an_odd_wish_for_a_format_gets_the_usual_one(client: TestClient) -> None:
+def test_an_unknown_format_version_gets_plain_text(client: TestClient) -> None:
     answer = client.get("/metrics", headers={"accept": "application/openmetrics-text; version=abc"})
     assert answer.headers["content-type"].startswith("text/plain; version=")
 
@@ -259,7 +259,7 @@ def test_the_routes_that_are_not_logged_exist(client: TestClient) -> None:
     }
 
 
-def test_below_a_mount_routes_are_called_what_they_are_without_one(settings: Settings, png: bytes) -> None:
+def test_route_labels_are_the_same_below_a_mount(settings: Settings, png: bytes) -> None:
     app = create_app(settings)
 
     @asynccontextmanager
@@ -294,7 +294,7 @@ def parse(header: str) -> dict[str, float]:
 @pytest.mark.parametrize("path", ["/predict", "/predict?resize=crop"])
 @pytest.mark.parametrize("large", [False, True])
 def test_server_timing_explains_the_answer(client: TestClient, png: bytes, path: str, large: bool) -> None:
-    resized = noise(200, 200) if "resize" in path else noise(32, 32) + bytes(100_000)  # what follows is not looked at
+    resized = noise(200, 200) if "resize" in path else noise(32, 32) + bytes(100_000)  # trailing bytes are ignored
     body = resized if large else png
     response = client.post(path, content=body, headers=PNG)
     assert response.status_code == 200
@@ -336,14 +336,14 @@ def test_answers_for_several_pictures_have_a_timing(client: TestClient, png: byt
     assert "server-timing" not in client.post("/predict/batch", files={"files": b"no picture"}).headers
 
 
-def test_no_answer_no_timing(client: TestClient) -> None:
+def test_responses_without_a_prediction_have_no_server_timing(client: TestClient) -> None:
     for response in (client.post("/predict", content=b"abc", headers=PNG), client.get("/healthz")):
         assert "server-timing" not in response.headers
 
 
 @pytest.mark.anyio
-async def test_the_parts_are_those_of_the_item(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a clock that ticks once for every look at it, so that the parts can be told apart."""
+async def test_timing_parts_are_measured_per_item(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that ticks each time it is read, so that the parts can be told apart."""
     ticks = iter(range(1000))
     for module in ("batching", "entries"):
         monkeypatch.setattr(f"app.{module}.monotonic", lambda: float(next(ticks)))
@@ -366,7 +366,7 @@ async def test_the_parts_are_those_of_the_item(monkeypatch: pytest.MonkeyPatch) 
     assert (statistics.queue.sum, statistics.prepare.sum, statistics.run.sum) == future.timing
 
 
-def test_a_histogram_counts_a_bound_as_within() -> None:
+def test_histogram_bounds_are_inclusive() -> None:
     histogram = Histogram((1.0, 2.0))
     histogram.extend([0.5, 1.0, 1.5, 2.0])
     histogram.add(7.0)

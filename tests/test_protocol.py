@@ -1,5 +1,5 @@
-"""Below the application: refusals in turn, after the whole body, and the connection left as the client wants it; a
-wave of requests let in bit by bit."""
+"""Below the application: refusals in turn, after the whole body, the connection kept or closed as the client wants;
+a wave of requests admitted gradually."""
 
 import asyncio
 import socket
@@ -69,7 +69,7 @@ Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 async def listening(
     application: Application, patience: float = SECONDS
 ) -> AsyncIterator[tuple[Callable[[], Awaitable[Connection]], ServerState]]:
-    """What connects a client, and what the server knows of them."""
+    """How to connect a client, and the server's state."""
     config = uvicorn.Config(application, http=Protocol, log_config=None, proxy_headers=False, lifespan="off", ws="none")
     config.timeout_keep_alive = patience  # type: ignore[assignment]
     config.load()
@@ -134,7 +134,7 @@ async def test_a_refusal_waits_for_the_whole_body() -> None:
     assert application.called == 0
 
 
-async def test_a_client_that_wants_no_more_is_let_go() -> None:
+async def test_connection_close_is_honoured_after_a_refusal() -> None:
     application = Application()
     application.full = True
     async with connected(application) as (reader, writer):
@@ -145,7 +145,7 @@ async def test_a_client_that_wants_no_more_is_let_go() -> None:
         assert await asyncio.wait_for(reader.read(), SECONDS) == b""
 
 
-async def test_a_head_without_end_is_refused() -> None:
+async def test_an_overlong_head_is_refused() -> None:
     application = Application()
     async with connected(application) as (reader, writer):
         writer.write(b"GET / HTTP/1.1\r\nhost: test\r\n")
@@ -161,7 +161,7 @@ async def test_a_head_without_end_is_refused() -> None:
 
 
 @pytest.mark.parametrize("before", [b"", POST % (b"7", b"")], ids=["the first request", "a later one"])
-async def test_a_head_that_comes_a_byte_at_a_time_is_not_waited_for(before: bytes) -> None:
+async def test_a_head_sent_a_byte_at_a_time_times_out_with_408(before: bytes) -> None:
     application = Application()
     async with listening(application, patience=0.2) as (connect, state):
         reader, writer = await connect()
@@ -182,12 +182,12 @@ async def test_a_head_that_comes_a_byte_at_a_time_is_not_waited_for(before: byte
     assert application.called == bool(before)
 
 
-async def test_a_connection_that_asks_nothing_is_closed() -> None:
+async def test_an_idle_connection_is_closed() -> None:
     async with connected(Application(), patience=0.05) as (reader, _):
         assert await asyncio.wait_for(reader.read(), SECONDS) == b""
 
 
-async def test_a_slow_body_or_answer_is_not_a_slow_head() -> None:
+async def test_the_head_timeout_does_not_cover_slow_bodies_or_answers() -> None:
     application = Application()
     async with connected(application, patience=0.05) as (reader, writer):
         writer.write((POST % (b"7", b""))[:-5])
@@ -209,7 +209,7 @@ async def send_in_pieces(writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(0.02)
 
 
-async def test_no_clock_of_a_refused_request_runs_on() -> None:
+async def test_a_refused_request_leaves_no_timeout_running() -> None:
     application = Application()
     application.full = True
     async with connected(application, patience=0.4) as (reader, writer):
@@ -224,13 +224,13 @@ async def test_no_clock_of_a_refused_request_runs_on() -> None:
 
 
 @pytest.mark.parametrize("full", [True, False])
-async def test_the_last_chunk_of_a_body_is_no_head(full: bool) -> None:
+async def test_the_last_chunk_of_a_body_is_not_taken_for_a_head(full: bool) -> None:
     application = Application()
     application.full = full
     async with connected(application, patience=0.2) as (reader, writer):
         await send_in_pieces(writer)
         assert (await answer(reader))[0] == (429 if full else 200)
-        assert await asyncio.wait_for(reader.read(), SECONDS) == b""  # nothing is said of a head
+        assert await asyncio.wait_for(reader.read(), SECONDS) == b""  # no error about a head
 
 
 @pytest.mark.parametrize(
@@ -244,14 +244,14 @@ async def test_the_last_chunk_of_a_body_is_no_head(full: bool) -> None:
         (b"GET / HTTP/1.1\r\nupgrade: h2c\r\nconnection: upgrade\r\n\r\n", 400),
     ],
 )
-async def test_a_request_has_one_host(head: bytes, status: int) -> None:
+async def test_a_request_must_have_exactly_one_host(head: bytes, status: int) -> None:
     """RFC 9112, section 3.2; before HTTP/1.1 it may have none."""
     async with connected(Application()) as (reader, writer):
         writer.write(head)
         assert (await answer(reader))[0] == status
 
 
-async def test_white_space_behind_a_header_is_no_part_of_its_value() -> None:
+async def test_trailing_white_space_is_stripped_from_header_values() -> None:
     """RFC 9110, section 5.5; the parser strips only the white space in front."""
     application = Application()
     application.full = True
@@ -265,7 +265,7 @@ async def test_white_space_behind_a_header_is_no_part_of_its_value() -> None:
         assert (await answer(reader))[0] == 200
 
 
-async def test_what_is_no_request_is_not_answered_before_the_request_that_it_follows() -> None:
+async def test_invalid_bytes_close_the_connection_only_after_earlier_answers() -> None:
     application = Application()
     application.gate.clear()
     async with connected(application) as (reader, writer):
@@ -278,7 +278,7 @@ async def test_what_is_no_request_is_not_answered_before_the_request_that_it_fol
         assert await asyncio.wait_for(reader.read(), SECONDS) == b""
 
 
-async def test_nothing_more_is_read_from_who_has_sent_what_is_no_request() -> None:
+async def test_reading_stops_after_invalid_bytes() -> None:
     application = Application()
     application.gate.clear()
     async with listening(application) as (connect, state):
@@ -297,7 +297,7 @@ async def test_nothing_more_is_read_from_who_has_sent_what_is_no_request() -> No
 
 
 @pytest.mark.parametrize("before", [1, 2])
-async def test_a_broken_body_takes_no_answer_from_the_requests_before_it(before: int) -> None:
+async def test_a_broken_body_does_not_affect_answers_to_earlier_requests(before: int) -> None:
     application = Application()
     application.gate.clear()
     async with connected(application) as (reader, writer):
@@ -332,7 +332,7 @@ class Waiting(Application):
 
 
 @pytest.mark.parametrize(("answered", "requests"), [(0, 1), (0, 3), (1, 3)])
-async def test_who_leaves_ends_all_that_he_asked(
+async def test_a_disconnect_ends_the_running_request_and_drops_queued_ones(
     answered: int, requests: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     application = Waiting(answered)
@@ -349,7 +349,7 @@ async def test_who_leaves_ends_all_that_he_asked(
 
 
 class Generous(Application):
-    """Answers with more than the system takes for a client that does not read."""
+    """Answers with more than the system buffers if the client does not read."""
 
     BODY = bytes(2**26)
 
@@ -360,7 +360,7 @@ class Generous(Application):
         self.called += 1
 
 
-async def test_an_answer_is_not_kept_for_ever_for_who_does_not_read_it() -> None:
+async def test_a_connection_whose_client_does_not_read_is_closed() -> None:
     application = Generous()
     async with listening(application, patience=0.1) as (connect, state):
         await connect()
@@ -371,7 +371,7 @@ async def test_an_answer_is_not_kept_for_ever_for_who_does_not_read_it() -> None
                 await asyncio.sleep(0.01)
 
 
-async def test_nothing_is_written_to_a_client_that_has_left_since() -> None:
+async def test_nothing_is_written_to_a_closing_transport() -> None:
     class Transport(asyncio.Transport):
         closing = False
         written = b""
@@ -391,8 +391,8 @@ async def test_nothing_is_written_to_a_client_that_has_left_since() -> None:
         assert transport.written == b"answer"
 
 
-async def test_what_follows_a_body_is_no_header() -> None:
-    """At once, as later: the application has the very list that the parser fills."""
+async def test_trailers_are_not_added_to_the_headers() -> None:
+    """The application holds the very list that the parser fills."""
     seen = []
 
     class Looking(Application):
@@ -414,8 +414,8 @@ class Hasty(Application):
         await send({"type": "http.response.body", "body": b"hi"})
 
 
-@pytest.mark.parametrize("full", [True, False], ids=["of a refused request", "of an answered one"])
-async def test_a_body_that_nobody_reads_and_that_does_not_come_is_not_waited_for(full: bool) -> None:
+@pytest.mark.parametrize("full", [True, False], ids=["refused", "answered"])
+async def test_an_incomplete_unread_body_is_not_waited_for(full: bool) -> None:
     application = Hasty()
     application.full = full
     async with connected(application, patience=0.1) as (reader, writer):
@@ -426,7 +426,7 @@ async def test_a_body_that_nobody_reads_and_that_does_not_come_is_not_waited_for
         assert await asyncio.wait_for(reader.read(), SECONDS) == b""
 
 
-async def test_a_connection_that_was_reset_leaves_no_clock_behind() -> None:
+async def test_a_reset_connection_leaves_no_timer_running() -> None:
     async with listening(Application()) as (connect, state):
         _, writer = await connect()
         while not state.connections:
@@ -441,7 +441,7 @@ async def test_a_connection_that_was_reset_leaves_no_clock_behind() -> None:
         assert clock.cancelled()
 
 
-async def test_many_short_requests_in_a_row_are_no_long_head() -> None:
+async def test_many_short_requests_do_not_count_as_one_long_head() -> None:
     async with connected(Application()) as (reader, writer):
         for number in range(40):
             writer.write(POST % (b"x" * 2048, b""))
@@ -449,7 +449,7 @@ async def test_many_short_requests_in_a_row_are_no_long_head() -> None:
             assert (number, status, body) == (number, 200, b"5")
 
 
-async def test_what_comes_behind_a_request_that_runs_is_answered_behind_it() -> None:
+async def test_a_pipelined_request_is_answered_after_the_running_one() -> None:
     application = Application()
     application.gate.clear()
     async with connected(application) as (reader, writer):
@@ -465,8 +465,8 @@ async def test_what_comes_behind_a_request_that_runs_is_answered_behind_it() -> 
 
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("offered", [b"h2c", b"websocket"])
-async def test_an_offer_of_another_protocol_is_not_taken_up(offered: bytes, full: bool) -> None:
-    """Java's own client and `curl --http2` offer HTTP/2 with their first request. It and what follows stay whole."""
+async def test_a_protocol_upgrade_offer_is_ignored(offered: bytes, full: bool) -> None:
+    """Java's own client and `curl --http2` offer HTTP/2 with their first request. It and the next stay intact."""
     application = Application()
     application.full = full
     offer = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: %b\r\nhttp2-settings: AAMAAABk\r\n" % offered
@@ -485,7 +485,7 @@ async def test_an_offer_of_another_protocol_is_not_taken_up(offered: bytes, full
 
 @pytest.mark.parametrize("version", [b"1.0", b"1.1"])
 @pytest.mark.parametrize("connection", [b"Upgrade, close", b"close\r\nconnection: upgrade"])
-async def test_an_offer_of_who_wants_no_more_is_answered_and_he_is_let_go(connection: bytes, version: bytes) -> None:
+async def test_an_upgrade_offer_with_connection_close_is_answered_and_closed(connection: bytes, version: bytes) -> None:
     async with connected(Application()) as (reader, writer):
         offer = b"connection: %b\r\nupgrade: h2c\r\n" % connection
         writer.write((POST % (b"7", offer)).replace(b"1.1", version))
@@ -495,15 +495,15 @@ async def test_an_offer_of_who_wants_no_more_is_answered_and_he_is_let_go(connec
         assert await asyncio.wait_for(reader.read(), SECONDS) == b""
 
 
-async def test_many_offers_at_once_are_answered_one_by_one() -> None:
+async def test_many_pipelined_upgrade_offers_are_all_answered() -> None:
     count = MAX_PIPELINED
     async with connected(Application()) as (reader, writer):
         writer.write(b"GET / HTTP/1.1\r\nhost: test\r\nconnection: upgrade\r\nupgrade: a\r\n\r\n" * count)
         assert {(await answer(reader))[0] for _ in range(count)} == {200}
 
 
-@pytest.mark.parametrize("offer", [b"", b"connection: upgrade\r\nupgrade: a\r\n"], ids=["", "with an offer"])
-async def test_of_too_many_requests_at_once_the_first_ones_are_answered(offer: bytes) -> None:
+@pytest.mark.parametrize("offer", [b"", b"connection: upgrade\r\nupgrade: a\r\n"], ids=["plain", "upgrade"])
+async def test_only_the_first_of_too_many_pipelined_requests_are_answered(offer: bytes) -> None:
     application = Application()
     application.gate.clear()
     async with connected(application) as (reader, writer):
@@ -516,15 +516,15 @@ async def test_of_too_many_requests_at_once_the_first_ones_are_answered(offer: b
     assert application.called == 1 + MAX_PIPELINED
 
 
-async def test_a_tunnel_is_not_dug(caplog: pytest.LogCaptureFixture) -> None:
+async def test_connect_is_treated_as_an_ordinary_request(caplog: pytest.LogCaptureFixture) -> None:
     async with connected(Application()) as (reader, writer):
         writer.write(b"CONNECT /other HTTP/1.1\r\nhost: test\r\n\r\n")
-        assert (await answer(reader))[0] == 200  # as the application has it
+        assert (await answer(reader))[0] == 200  # from the application
     assert not caplog.records
 
 
-async def test_a_client_of_before_is_let_go_after_a_refusal() -> None:
-    """HTTP/1.0: what it was told ends where the connection does."""
+async def test_an_http_1_0_connection_closes_after_a_refusal() -> None:
+    """HTTP/1.0: the answer ends where the connection does."""
     application = Application()
     application.full = True
     async with connected(application) as (reader, writer):
@@ -534,7 +534,7 @@ async def test_a_client_of_before_is_let_go_after_a_refusal() -> None:
     assert b"connection: close" in head
 
 
-async def test_who_asks_before_sending_is_told_by_the_application() -> None:
+async def test_expect_100_continue_bypasses_the_early_refusal() -> None:
     application = Application()
     application.full = True
     async with connected(application) as (reader, writer):
@@ -547,20 +547,20 @@ async def test_who_asks_before_sending_is_told_by_the_application() -> None:
 WAVE = 2 * Turnstile.PER_TURN + 5
 
 
-async def test_a_turn_lets_in_so_many_and_the_next_ones_the_others_in_their_order() -> None:
+async def test_the_turnstile_admits_a_limited_number_per_turn_in_order() -> None:
     turnstile, room = Turnstile(), Turnstile.PER_TURN
     come_in: list[int] = []
     let_in = [turnstile.enter(partial(come_in.append, index)) for index in range(WAVE)]
     assert let_in == [True] * room + [False] * (WAVE - room)
     await asyncio.sleep(0)
     assert come_in == list(range(room, 2 * room))
-    assert not turnstile.enter(partial(come_in.append, WAVE))  # nobody overtakes who waits
+    assert not turnstile.enter(partial(come_in.append, WAVE))  # no overtaking
     await asyncio.sleep(0)
     assert come_in == list(range(room, WAVE + 1))
     assert turnstile.enter(lambda: None)
 
 
-async def test_while_nobody_comes_nothing_turns() -> None:
+async def test_an_idle_turnstile_schedules_no_turns() -> None:
     class Counting(Turnstile):
         turns = 0
 
@@ -581,9 +581,9 @@ async def test_while_nobody_comes_nothing_turns() -> None:
         b"GET /other HTTP/1.1\r\nhost: test\r\n\r\n",
         b"POST /other HTTP/1.1\r\nhost: test\r\ncontent-length: %d\r\n\r\n" % LIGHT_BYTES + bytes(LIGHT_BYTES),
     ],
-    ids=["a question", "what the event loop does not decode"],
+    ids=["GET", "light body"],
 )
-async def test_what_is_little_work_overtakes_a_wave_of_requests(light: bytes) -> None:
+async def test_light_requests_overtake_a_burst_of_others(light: bytes) -> None:
     application = Application()
     async with listening(application) as (connect, _):
         clients = [await connect() for _ in range(WAVE)]
@@ -598,7 +598,7 @@ async def test_what_is_little_work_overtakes_a_wave_of_requests(light: bytes) ->
 
 
 async def wave(application: Application, connect: Callable[[], Awaitable[Connection]]) -> list[Connection]:
-    """Of requests at once, some of which have come in."""
+    """A burst of requests, some already admitted."""
     clients = [await connect() for _ in range(WAVE)]
     for _, writer in clients:
         writer.write(POST % (b"7", b""))
@@ -607,7 +607,7 @@ async def wave(application: Application, connect: Callable[[], Awaitable[Connect
     return clients
 
 
-async def test_the_clock_does_not_end_what_waits_to_come_in() -> None:
+async def test_the_keep_alive_timeout_does_not_end_requests_waiting_for_admission() -> None:
     application = Application()
     async with listening(application) as (connect, state):
         clients = await wave(application, connect)
@@ -618,7 +618,7 @@ async def test_the_clock_does_not_end_what_waits_to_come_in() -> None:
         assert {(await answer(reader))[2] for reader, _ in clients} == {b"5"}
 
 
-async def test_what_waits_to_come_in_is_answered_before_the_server_stops() -> None:
+async def test_requests_waiting_for_admission_are_answered_before_shutdown() -> None:
     application = Application()
     async with listening(application) as (connect, state):
         clients = await wave(application, connect)

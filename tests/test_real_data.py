@@ -95,7 +95,7 @@ def test_every_engine_agrees_with_float32_on_the_test_file(
 
 
 @pytest.mark.skipif(choose_dtype(CPU) is torch.bfloat16, reason="here the test above computes in bfloat16")
-def test_bfloat16_agrees_with_float32_as_torch_emulates_it(
+def test_emulated_bfloat16_agrees_with_float32(
     trained: Checkpoint,
     expected_NK: Tensor,
     splits: tuple[data.Split, data.Split],

@@ -31,7 +31,7 @@ HEADERS = {"authorization": f"Bearer {KEY}"}
 
 
 def other_weights(path: Path, **changes: Any) -> str:
-    """Write weights that answer differently; the first digits of their sha256."""
+    """Write weights that answer differently; return their short sha256."""
     given = random_checkpoint()
     given.state_dict["fc3.bias"] = torch.linspace(-3, 3, 10)
     return checkpoint.save(dataclasses.replace(given, **changes), path)[:12]
@@ -151,7 +151,7 @@ def test_a_file_that_cannot_be_used_leaves_the_old_weights_serving(
     "headers",
     [{}, {"authorization": "Bearer wrong"}, {"authorization": f"Basic {KEY}"}, {"authorization": f"Bearer {KEY}{KEY}"}],
 )
-def test_without_the_key_it_is_401_and_nothing_happens(
+def test_a_missing_or_wrong_key_gives_401_and_changes_nothing(
     client: TestClient, settings: Settings, old: str, png: bytes, headers: dict[str, str]
 ) -> None:
     other_weights(settings.weights)
@@ -162,7 +162,7 @@ def test_without_the_key_it_is_401_and_nothing_happens(
     assert served(client, png) == old
 
 
-def test_without_a_key_in_the_settings_there_is_no_such_page(settings: Settings) -> None:
+def test_the_reload_route_does_not_exist_without_an_admin_key(settings: Settings) -> None:
     with TestClient(create_app(dataclasses.replace(settings, admin_key=None))) as client:
         assert reload(client).status_code == 404
         assert "/admin/reload" not in client.get("/openapi.json").json()["paths"]
@@ -175,7 +175,7 @@ def test_the_page_is_documented_where_it_exists(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("key", ["short", "with a space in it", "sixteen letters and möre"])
-def test_a_key_that_is_easily_guessed_or_mangled_is_refused(key: str) -> None:
+def test_a_short_or_malformed_key_is_refused(key: str) -> None:
     with pytest.raises(SettingsError, match="accepted is at least 16 letters, digits or signs, without spaces"):
         parse_settings([], {"CIFAR_ADMIN_KEY": key})
 
@@ -186,7 +186,7 @@ def test_the_key_is_not_shown() -> None:
     assert KEY not in repr(settings)
 
 
-def test_a_request_that_waits_is_answered_by_the_weights_it_was_admitted_to(
+def test_a_waiting_request_is_answered_by_the_weights_it_was_admitted_under(
     client: TestClient, settings: Settings, old: str, monkeypatch: pytest.MonkeyPatch, png: bytes
 ) -> None:
     service: Service = client.app.service  # type: ignore[attr-defined]
@@ -284,7 +284,7 @@ def test_an_evaluation_that_is_not_finished_starts_anew_with_the_new_weights(
 
 
 @pytest.mark.anyio
-async def test_a_service_that_is_stopping_takes_no_new_weights(settings: Settings) -> None:
+async def test_a_stopped_service_refuses_to_reload(settings: Settings) -> None:
     service: Service = create_app(settings).service
     await service.start()
     other_weights(settings.weights)
@@ -294,7 +294,7 @@ async def test_a_service_that_is_stopping_takes_no_new_weights(settings: Setting
 
 
 @pytest.mark.anyio
-async def test_a_refusal_within_the_service_is_of_one_class(settings: Settings) -> None:
+async def test_a_failed_reload_raises_weights_refused(settings: Settings) -> None:
     service: Service = create_app(settings).service
     await service.start()
     settings.weights.unlink()
@@ -310,7 +310,7 @@ def test_an_engine_that_computes_wrongly_is_refused_and_the_old_weights_go_on(
     fold = model.fold
 
     def fold_wrongly(network: model.Normalized) -> model.Normalized:
-        """As a translation might that mixes up the channels of one layer."""
+        """As a conversion that mixes up a layer's channels would."""
         folded = fold(network)
         layer = [layer for layer in folded.modules() if isinstance(layer, nn.Conv2d)][2]
         layer.weight = nn.Parameter(layer.weight.flip(0))
@@ -361,12 +361,12 @@ def test_the_self_test_allows_for_rounding_and_for_nothing_more() -> None:
         self_test.check(lambda pixels_NCHW: expected_NK[: len(pixels_NCHW)] + 0.06, expected_NK)
 
 
-def test_the_self_test_wants_numbers() -> None:
+def test_the_self_test_refuses_values_that_are_not_finite() -> None:
     with pytest.raises(CheckpointError, match="not finite"):
         self_test.check(lambda pixels_NCHW: torch.full((len(pixels_NCHW), 10), float("nan")))
 
 
-def test_the_self_test_wants_answers_that_do_not_depend_on_neighbours() -> None:
+def test_the_self_test_refuses_answers_that_depend_on_the_batch() -> None:
     def centred(pixels_NCHW: torch.Tensor) -> torch.Tensor:
         """As a network in training mode does, by the statistics of the batch."""
         values_NK = pixels_NCHW.float().mean(dim=(2, 3))

@@ -88,7 +88,7 @@ def test_calibration_error_weighs_bins_by_their_images() -> None:
     assert calibration_error(probabilities_NK, labels_N, bins=2) == pytest.approx(expected)
 
 
-def test_calibration_error_ends() -> None:
+def test_calibration_error_of_fully_certain_answers_is_0_or_1() -> None:
     sure_NK = torch.eye(2).repeat(50, 1)
     labels_N = torch.tensor([0, 1]).repeat(50)
     assert calibration_error(sure_NK, labels_N) == 0
@@ -112,7 +112,7 @@ def test_scores_by_hand() -> None:
     assert figures.bins_B3.tolist() == [[1, 0.5, 1], [1, 0.8, 1], [1, 1, 1]]  # more bins than images: one each
 
 
-def test_a_certain_and_wrong_answer_costs_much_but_not_infinitely() -> None:
+def test_a_certain_but_wrong_answer_has_a_large_but_finite_loss() -> None:
     figures = evaluate_probabilities(
         torch.tensor([[0.0, 1.0]]), torch.tensor([0]), dataset="d", digest="x", evaluated_at="now"
     )
@@ -120,7 +120,7 @@ def test_a_certain_and_wrong_answer_costs_much_but_not_infinitely() -> None:
     assert figures.brier == 2
 
 
-def test_report_has_the_whole_in_plain_types() -> None:
+def test_the_report_is_complete_and_of_plain_types() -> None:
     probabilities_NK = torch.eye(3)[torch.tensor([0, 0, 0, 1, 1, 0, 1, 1, 2, 0])]
     labels_N = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, 1, 2])
     figures = evaluate_probabilities(

@@ -69,7 +69,7 @@ def test_a_shift_moves_the_picture_and_repeats_its_border() -> None:
     assert (right[0] == 9).all()
 
 
-def test_shifts_of_a_row_go_in_four_directions(photos_NCHW: Tensor) -> None:
+def test_a_shift_row_covers_all_four_directions(photos_NCHW: Tensor) -> None:
     left, right, up, down = (shift(rows, columns, photos_NCHW) for rows, columns in ((0, -2), (0, 2), (-2, 0), (2, 0)))
     moved = [variant(photos_NCHW) for variant in corruptions()["shifted by 2 pixels"]]
     assert len(moved) == 4
@@ -85,7 +85,7 @@ def test_brightness_scales_rounds_and_clips() -> None:
     assert brightness(0.5, values)[0, 0, 0].tolist() == [0, 0, 50, 100, 128]
 
 
-def test_contrast_spreads_around_each_pictures_own_grey(photos_NCHW: Tensor) -> None:
+def test_contrast_scales_around_each_pictures_mean_grey(photos_NCHW: Tensor) -> None:
     two_greys = torch.tensor([100, 140], dtype=torch.uint8).repeat(16).expand(1, 3, 32, 32)
     pixels_NCHW = torch.cat([two_greys, two_greys - 60])
     assert contrast(1.5, pixels_NCHW)[:, 0, 0, :2].tolist() == [[90, 150], [30, 90]]
@@ -113,7 +113,7 @@ def test_enlarging_goes_through_the_services_own_path(photos_NCHW: Tensor, monke
     assert sizes == [((256, 256), "PNG", "stretch")] * 8
 
 
-def test_the_rows_count_what_is_right(photos_NCHW: Tensor) -> None:
+def test_the_rows_report_accuracy_and_its_fall(photos_NCHW: Tensor) -> None:
     checkpoint = random_checkpoint()
     network = checkpoint.network()
     labels_N = network(photos_NCHW).argmax(dim=1)  # as they are, every answer is right

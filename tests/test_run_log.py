@@ -1,4 +1,4 @@
-"""What a run leaves to read."""
+"""The log that a run leaves."""
 
 import errno
 import os
@@ -41,7 +41,9 @@ def test_where_tensorboard_is_installed_it_gets_the_figures_of_each_epoch(
     assert written == [(name, value, row["epoch"]) for row in ROWS for name, value in row.items()]
 
 
-def test_without_it_a_run_has_its_log_and_its_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_without_tensorboard_still_has_its_log_and_curves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     log = RunLog(tmp_path / "run", resume=False)
     log.epoch(ROWS)
@@ -57,7 +59,7 @@ def test_an_epoch_of_a_run_with_validation_says_what_it_measured(
 
 
 def test_two_processes_do_not_write_one_run(tmp_path: Path) -> None:
-    """As of `make train` in two terminals. What ended before its first epoch did has left nothing to resume."""
+    """As with `make train` in two terminals. A run that ended before its first epoch can only start anew."""
     going_on = RunLog(tmp_path, resume=False)
     for resume in (False, True):
         with pytest.raises(ValueError, match="going on in another process"):
@@ -67,7 +69,7 @@ def test_two_processes_do_not_write_one_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "trains"), [(errno.ENOLCK, True), (errno.EACCES, False)])
-def test_a_file_system_without_locks_is_no_obstacle(
+def test_a_file_system_without_locks_is_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, trains: bool
 ) -> None:
     def acquire(_lock: FileLock, **_options: bool) -> None:
@@ -78,13 +80,13 @@ def test_a_file_system_without_locks_is_no_obstacle(
         RunLog(tmp_path, resume=False)
 
 
-def test_a_run_is_not_begun_again(tmp_path: Path) -> None:
+def test_an_existing_run_is_not_started_again(tmp_path: Path) -> None:
     (tmp_path / "state.pt").touch()
     with pytest.raises(ValueError, match="already holds a run"):
         RunLog(tmp_path, resume=False)
 
 
-def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path) -> None:
+def test_temporary_files_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     left, state = tmp_path / ".state.pt.x7", tmp_path / "state.pt"
     left.touch()
     state.touch()

@@ -1,4 +1,4 @@
-"""How a server stops, and what it needs to be started with; in this process, where a test can come in between."""
+"""How a server stops, and what it needs to start; in this process, where a test can intervene."""
 
 import asyncio
 import gc
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture(autouse=True)
 def garbage() -> Iterator[None]:
-    """A server sets the garbage collector up for its process, and what SIGHUP does after it."""
+    """Undo what a server sets for its process: garbage collector and SIGHUP."""
     threshold, handler = gc.get_threshold(), signal.getsignal(signal.SIGHUP)
     yield
     gc.unfreeze()
@@ -45,7 +45,7 @@ def server_of(app: Application) -> Server:
     return running
 
 
-async def test_what_waits_to_be_accepted_when_the_socket_closes_is_answered(settings: Settings, png: bytes) -> None:
+async def test_connections_not_yet_accepted_when_the_socket_closes_are_answered(settings: Settings, png: bytes) -> None:
     running = server_of(create_app(settings))
     listener = socket.create_server(("127.0.0.1", 0))
     await running.startup([listener])
@@ -68,7 +68,7 @@ async def test_what_waits_to_be_accepted_when_the_socket_closes_is_answered(sett
         socket.create_connection((host, port))
 
 
-async def test_a_signal_during_the_start_ends_what_has_begun(settings: Settings) -> None:
+async def test_a_signal_during_startup_stops_the_service(settings: Settings) -> None:
     """A thread that computes while the interpreter ends aborts the process."""
     app = create_app(settings)
     running = server_of(app)
@@ -78,7 +78,7 @@ async def test_a_signal_during_the_start_ends_what_has_begun(settings: Settings)
     assert not app.service.running
 
 
-async def test_clients_are_told_to_take_another_connection_for_as_long_as_it_drains(settings: Settings) -> None:
+async def test_responses_carry_connection_close_while_draining(settings: Settings) -> None:
     running = server_of(create_app(settings))
     running.started = True
     running.handle_exit(signal.SIGTERM, None)
@@ -87,7 +87,7 @@ async def test_clients_are_told_to_take_another_connection_for_as_long_as_it_dra
         assert (b"connection", b"close") in running.server_state.default_headers
 
 
-def test_what_cannot_be_said_is_no_reason_not_to_serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_failing_stdout_does_not_prevent_serving(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     class Full:
         def write(self, _text: str) -> int:
             raise OSError(28, "No space left on device")

@@ -70,7 +70,7 @@ def test_the_environment_beats_the_default_and_a_flag_beats_the_environment() ->
     assert (settings.port, settings.max_batch, settings.data) == (9001, 3, Path("/pictures"))
 
 
-def test_an_empty_variable_counts_as_none() -> None:
+def test_an_empty_variable_counts_as_unset() -> None:
     """As `docker run -e CIFAR_DATA=` and compose's ${CIFAR_DATA:-} leave it."""
     assert parse_settings([], {f"CIFAR_{name.upper()}": "" for name in KNOWN}) == parse_settings([], {})
 
@@ -113,7 +113,7 @@ def test_a_bad_value_is_refused_by_a_sentence(arguments: list[str], environment:
     assert sentence in str(refusal.value)
 
 
-def test_what_kubernetes_says_of_a_service_is_no_setting() -> None:
+def test_kubernetes_service_variables_are_not_taken_as_settings() -> None:
     said = {
         "CIFAR_PORT": "tcp://10.0.0.1:8000",
         "CIFAR_PORT_8000_TCP": "tcp://10.0.0.1:8000",
@@ -134,7 +134,7 @@ def test_devices_by_name(device: str) -> None:
 
 
 @pytest.mark.parametrize(("memory", "processes"), [(2e8, 1), (1.9 * 2**30, 1), (3e9, 2), (1e11, 4)])
-def test_no_more_processes_than_there_is_memory_for(
+def test_available_memory_limits_the_default_number_of_processes(
     memory: float, processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel would kill them one after the other."""
@@ -146,7 +146,7 @@ def test_no_more_processes_than_there_is_memory_for(
 
 
 @pytest.mark.parametrize(("cores", "processes"), [(1, 1), (2, 1), (5, 2), (64, 4)])
-def test_a_process_for_every_two_cores_up_to_four_where_they_can_share_an_address(
+def test_default_is_one_process_per_two_cores_up_to_four_where_addresses_can_be_shared(
     cores: int, processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("app.settings.available_cpus", lambda: cores)

@@ -25,7 +25,7 @@ ALONE = pytest.mark.skipif(sys.platform != "linux", reason="several processes ca
 TWO = pytest.param("2", marks=ALONE)
 
 
-def test_it_serves_says_so_and_ends_cleanly(weights: Path, png: bytes) -> None:
+def test_the_service_announces_itself_serves_and_ends_cleanly(weights: Path, png: bytes) -> None:
     with serving("--drain-seconds", "0", CIFAR_WEIGHTS=str(weights)) as (process, url, line):
         sha256 = checkpoint.load(weights).sha256[:12]
         numbers = r"(bfloat16|float32) with torch on .*, 1 threads"
@@ -41,7 +41,7 @@ def test_it_serves_says_so_and_ends_cleanly(weights: Path, png: bytes) -> None:
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_during_the_start_ends_it_cleanly(weights: Path, sent: signal.Signals) -> None:
+def test_a_signal_during_startup_ends_the_service_cleanly(weights: Path, sent: signal.Signals) -> None:
     """As soon as the server has taken over the signals, which is before the network is built."""
     process = subprocess.Popen(
         [sys.executable, "-c", STOPPED_AT_THE_START, sent.name],
@@ -61,9 +61,9 @@ def test_a_signal_during_the_start_ends_it_cleanly(weights: Path, sent: signal.S
     assert (process.returncode, out, err) == (0, "", "")
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not tell what a process catches")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not show what a process catches")
 @pytest.mark.parametrize(("sent", "exit_codes"), [(signal.SIGTERM, {0}), (signal.SIGINT, {0, 130})])
-def test_a_signal_while_torch_is_imported_ends_it_without_a_word(
+def test_a_signal_while_torch_is_imported_ends_the_service_silently(
     weights: Path, sent: signal.Signals, exit_codes: set[int]
 ) -> None:
     """The kernel ignores SIGTERM for the first process of a container that does not catch it."""
@@ -92,9 +92,9 @@ runpy.run_module("app", run_name="__main__")
 
 
 @pytest.mark.skipif(
-    not Path("/proc/self/limits").exists(), reason="this system does not tell limits of other processes"
+    not Path("/proc/self/limits").exists(), reason="this system does not show limits of other processes"
 )
-def test_there_may_be_more_connections_than_the_usual_limit_on_open_files(weights: Path) -> None:
+def test_the_limit_on_open_files_is_raised_at_startup(weights: Path) -> None:
     arguments = ("--drain-seconds", "0", "--weights", str(weights))
     with serving(*arguments, program=("-c", FEW_FILES)) as (process, _, _):
         limits = Path(f"/proc/{process.pid}/limits").read_text()
@@ -111,7 +111,7 @@ def test_a_name_that_stdout_cannot_express_is_escaped(weights: Path, tmp_path: P
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no such device")
-def test_a_full_disk_for_stdout_is_no_reason_not_to_serve(weights: Path) -> None:
+def test_a_full_disk_behind_stdout_does_not_prevent_serving(weights: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with open("/dev/full", "w") as full:
@@ -135,7 +135,7 @@ def test_a_full_disk_for_stdout_is_no_reason_not_to_serve(weights: Path) -> None
 
 
 @pytest.mark.parametrize("processes", ["1", TWO])
-def test_closed_streams_are_no_reason_not_to_serve(weights: Path, processes: str) -> None:
+def test_closed_standard_streams_do_not_prevent_serving(weights: Path, processes: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     started = shlex.join(command("--drain-seconds", "0", "--weights", str(weights), "--port", str(port)))
@@ -172,7 +172,7 @@ sys.exit(command.main([], os.environ))
 """
 
 
-def test_after_sigterm_it_is_not_ready_but_serves_and_a_second_signal_ends_it(weights: Path, png: bytes) -> None:
+def test_after_sigterm_the_service_is_unready_but_serves_until_a_second_signal(weights: Path, png: bytes) -> None:
     with serving("--drain-seconds", "600", "--weights", str(weights)) as (process, url, _):
         process.send_signal(signal.SIGTERM)
         eventually(lambda: get(f"{url}/readyz")[0] == 503)
@@ -192,8 +192,8 @@ def test_ctrl_c_ends_it_at_once_and_cleanly(weights: Path) -> None:
         assert says_only_that_it_stops(err)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not tell what a process ignores")
-def test_a_hang_up_before_the_port_is_open_does_not_end_it(weights: Path) -> None:
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not show what a process ignores")
+def test_sighup_before_the_port_is_open_does_not_end_the_service(weights: Path) -> None:
     process = subprocess.Popen(
         command("--drain-seconds", "0", "--weights", str(weights)),
         cwd=ROOT,
@@ -219,13 +219,13 @@ def signals(pid: int, kind: str, of: signal.Signals) -> bool:
     return bool(int(line.split()[1], 16) & 1 << of - 1)
 
 
-def test_weights_that_are_missing(tmp_path: Path) -> None:
+def test_missing_weights_are_refused(tmp_path: Path) -> None:
     sentence = refusal(CIFAR_WEIGHTS=str(tmp_path / "none.pth"))
     assert sentence.startswith(f"There is no weights file {tmp_path / 'none.pth'}.")
     assert "python -m training train" in sentence
 
 
-def test_weights_that_cannot_be_used(tmp_path: Path) -> None:
+def test_unusable_weights_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "bad.pth"
     path.write_bytes(pickle.dumps(Hostile(tmp_path / "trap")))
     sentence = refusal("--weights", str(path))
@@ -234,7 +234,7 @@ def test_weights_that_cannot_be_used(tmp_path: Path) -> None:
     assert not (tmp_path / "trap").exists()
 
 
-def test_weights_that_compute_something_else_here_than_where_they_were_trained(tmp_path: Path) -> None:
+def test_weights_that_compute_differently_than_when_trained_are_refused(tmp_path: Path) -> None:
     given = random_checkpoint()
     drawn_NK = given.network()(self_test.drawings()).softmax(dim=1)
     checkpoint.save(dataclasses.replace(given, self_test_NK=drawn_NK), tmp_path / "good.pth")
@@ -258,12 +258,12 @@ def is_foreign(address: str) -> bool:
     return False
 
 
-def test_settings_that_are_not_accepted() -> None:
+def test_invalid_settings_are_refused() -> None:
     assert refusal(CIFAR_PORTS="1") == "There is no setting CIFAR_PORTS. Did you mean CIFAR_PORT?"
     for name in (
         "a..b",
         *filter(is_foreign, ("192.0.2.1", "198.51.100.1")),
-    ):  # one that cannot be, and others' (RFC 5737)
+    ):  # impossible, and reserved (RFC 5737)
         sentence = refusal("--host", name)
         assert sentence.startswith(f"The service cannot listen on {name}, port 0: ")
         assert sentence.endswith(" Name an address of this machine with --host or CIFAR_HOST.")
@@ -271,12 +271,12 @@ def test_settings_that_are_not_accepted() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device that the test must miss")
-def test_a_device_that_is_not_there(weights: Path) -> None:
+def test_an_unavailable_device_is_refused(weights: Path) -> None:
     sentence = refusal("--device", "cuda", "--weights", str(weights))
     assert sentence.startswith("The device 'cuda' is not available on this machine; it has:")
 
 
-def test_a_port_that_is_taken(weights: Path) -> None:
+def test_a_port_already_in_use_is_refused(weights: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         sentence = refusal("--port", str(port), "--weights", str(weights))
@@ -294,7 +294,7 @@ sys.exit(main(sys.argv[1:], os.environ))
 """
 
 
-def test_a_process_whose_engine_has_failed_for_good_ends(weights: Path, png: bytes) -> None:
+def test_a_process_ends_when_its_engine_is_broken(weights: Path, png: bytes) -> None:
     with serving("--weights", str(weights), program=["-c", BROKEN_ENGINE]) as (process, url, _):
         assert [get(f"{url}/predict", png)[0] for _ in range(BROKEN_BATCHES)] == [500] * BROKEN_BATCHES
         _, err = process.communicate(timeout=SECONDS)
@@ -318,7 +318,7 @@ sys.exit(serve(Settings(weights=Path(sys.argv[1]), device="cpu", engine="torch",
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere two sockets cannot be bound to one address like this")
-def test_a_port_that_another_program_takes_during_the_start(weights: Path) -> None:
+def test_a_port_taken_by_another_program_during_startup_is_reported(weights: Path) -> None:
     program = [sys.executable, "-c", TAKEN_MEANWHILE, str(weights)]
     ran = subprocess.run(program, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=SECONDS)
     assert ran.returncode == 1
@@ -343,7 +343,7 @@ sys.exit(code)
 """
 
 
-def test_weights_that_were_exchanged_during_the_start_are_served_and_a_late_signal_changes_nothing(
+def test_weights_exchanged_during_startup_are_served_and_a_late_sighup_is_harmless(
     weights: Path, tmp_path: Path, png: bytes
 ) -> None:
     """The file has been read already when SIGHUP comes; and it comes again when the event loop is gone."""

@@ -112,7 +112,7 @@ def test_held_out_images_replace_the_test_images(
     assert rows[-1]["validation_accuracy"] == checkpoint.evaluation.confusion_KK.diagonal().sum().item() / 12
     calibration = checkpoint.calibration
     fitted = (
-        f": temperature {calibration.temperature:.4f}, curvature {calibration.curvature:.4f}; so few images promise"
+        f": temperature {calibration.temperature:.4f}, curvature {calibration.curvature:.4f}; so few images guarantee"
     )
     assert fitted in capsys.readouterr().out
     assert calibration.temperature != 1.0
@@ -126,8 +126,8 @@ def test_held_out_images_replace_the_test_images(
 @pytest.mark.parametrize(
     ("seen", "named"),
     [
-        (6, "4 without an image to train on, of those that are not held out: frog, horse, ship, truck."),
-        (4, "6 without an image to train on, of those that are not held out: deer, dog, frog, horse, ship, ..."),
+        (6, "for 4 of 10 classes: frog, horse, ship, truck."),
+        (4, "for 6 of 10 classes: deer, dog, frog, horse, ship, ..."),
     ],
 )
 def test_classes_that_are_held_out_altogether_are_named(
@@ -140,9 +140,9 @@ def test_classes_that_are_held_out_altogether_are_named(
     first.write_bytes(records)
     train = ["train", "--recipe", "debug", "--data", ".", "--validation"]
     assert cli.main([*train, "0.9", "--name", "few"]) == 0
-    assert f"Of 10 classes, {named}\n" in capsys.readouterr().out
+    assert f"No image to train on, among those not held out, {named}\n" in capsys.readouterr().out
     assert cli.main([*train, "0.1", "--name", "enough"]) == 0
-    assert "without an image to train on" not in capsys.readouterr().out
+    assert "No image to train on" not in capsys.readouterr().out
 
 
 def test_a_run_on_all_images_takes_over_the_calibration_of_one_with_held_out_images(
@@ -167,14 +167,17 @@ def test_a_run_on_all_images_takes_over_the_calibration_of_one_with_held_out_ima
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--network", "cifar_net"], "is of a network net for the classes plane, car"),
-        (["--epochs", "3", "--cutout", "2"], "is of a run with different values of: cutout, epochs. Name one"),
+        (["--network", "cifar_net"], "is for the network net and the classes plane, car"),
+        (["--epochs", "3", "--cutout", "2"], "is from a run that differs in: cutout, epochs. Name one"),
         (
             ["--distillation", "0.5", "--teacher", "runs/plain/cifar_net.pth"],
-            "is of a run with different values of: distillation, teachers. Name one",
+            "is from a run that differs in: distillation, teachers. Name one",
         ),
         (["--validation", "0.1"], "A run with --validation makes its own calibration"),
-        (["--calibration", "runs/plain/cifar_net.pth"], "has no calibration; name one that a run with --validation"),
+        (
+            ["--calibration", "runs/plain/cifar_net.pth"],
+            "has no calibration; name one written by a run with --validation",
+        ),
         (["--out", "runs"], "runs is a folder; --out takes a file, for example runs/result."),
         (["--out", os.devnull], f"{os.devnull} is a device or a pipe, which would be replaced; --out takes a regular"),
     ],
@@ -237,7 +240,7 @@ def test_a_teacher_that_does_not_fit_is_refused_before_the_training(
     assert not Path("runs/student").exists()
 
 
-def test_a_calibration_is_taken_over_from_who_found_it(
+def test_a_calibration_is_reused_only_from_the_run_that_made_it(
     finished_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(finished_folder)
@@ -246,7 +249,7 @@ def test_a_calibration_is_taken_over_from_who_found_it(
     assert cli.main([*final, "runs/held/cifar_net.pth", "--name", "final", "--out", "new/net.pth", *other]) == 0
     assert "[1,     3] loss: " in capsys.readouterr().out
     assert cli.main([*final, "runs/final/cifar_net.pth"]) == 2
-    assert "has the calibration of another run; name one that a run with --validation" in capsys.readouterr().err
+    assert "has the calibration of another run; name one written by a run with --validation" in capsys.readouterr().err
     beside = [Path("new/net").with_suffix(kind) for kind in (".log.jsonl", ".validation.log.jsonl", ".robustness.json")]
     beside[-1].write_text("{}")
     evaluate = ["evaluate", "--data", ".", "--out", "new/net.pth", "--weights"]
@@ -255,7 +258,7 @@ def test_a_calibration_is_taken_over_from_who_found_it(
         assert [file.exists() for file in beside] == 3 * [left]
 
 
-def test_weights_of_other_images_may_have_seen_those_that_are_held_out(
+def test_weights_trained_on_other_images_are_refused_with_held_out_images(
     finished_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(finished_folder)
@@ -270,7 +273,7 @@ def test_weights_of_other_images_may_have_seen_those_that_are_held_out(
     assert cli.main([*train, "--distillation", "0.5", "--teacher", held, "--validation", "0.1"]) == 2
     assert "may have seen images that this run holds out" in capsys.readouterr().err
     assert cli.main([*train, "--calibration", held]) == 2
-    assert "is of a run with different values of: data_sha256. Name one" in capsys.readouterr().err
+    assert "is from a run that differs in: data_sha256. Name one" in capsys.readouterr().err
 
 
 def test_two_processes_reach_the_loss_of_one(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,13 +311,13 @@ def test_a_finished_run_is_not_overwritten_even_without_its_state(
     weights = Path("runs/kept/cifar_net.pth").read_bytes()
     Path("runs/kept/state.pt").unlink()
     Path("runs/kept/log.jsonl").unlink()
-    for flags, sentence in (([], "already holds a run"), (["--resume"], "without the state.pt to go on from")):
+    for flags, sentence in (([], "already holds a run"), (["--resume"], "without a state.pt to resume from")):
         assert cli.main([*train, *flags]) == 2
         assert sentence in capsys.readouterr().err
     assert Path("runs/kept/cifar_net.pth").read_bytes() == weights
 
 
-def test_where_nothing_can_be_written_is_known_before_the_training(
+def test_an_unwritable_output_is_refused_before_training(
     data_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(data_folder)
@@ -341,7 +344,7 @@ runpy.run_module("training", run_name="__main__")
 
 
 @pytest.mark.usefixtures("heeding_interrupts")
-def test_interrupting_the_import_of_torch_ends_it_without_a_word() -> None:
+def test_interrupting_the_import_of_torch_ends_the_command_silently() -> None:
     command = [sys.executable, "-c", INTERRUPTED_AT_THE_START]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
@@ -363,7 +366,7 @@ def test_interrupting_leaves_no_half_written_file(data_folder: Path, sent: signa
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors.decode()
     assert b"Traceback" not in errors
-    assert b"goes on from there with the same command and --resume --name NAME" in errors
+    assert b"repeat its command with --resume --name NAME" in errors
     left = {path.name for path in state_file.parent.iterdir() if "tfevents" not in path.name}
     assert left <= {".lock", "state.pt", "log.jsonl", "curves.png"}
     assert len(torch.load(state_file, weights_only=True)["rows"]) >= 1
@@ -375,7 +378,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
     monkeypatch.chdir(data_folder)
     train = ["train", "--recipe", "debug", "--data", ".", "--epochs", "4", "--resume", "--name"]
     assert cli.main([*train, "whole"]) == 0
-    assert "runs/whole has no finished epoch yet; this run begins at the beginning" in capsys.readouterr().out
+    assert "runs/whole has no finished epoch yet; starting from the beginning" in capsys.readouterr().out
     write = RunLog.epoch
 
     def interrupt(log: RunLog, rows: list[dict[str, float]]) -> None:
@@ -474,7 +477,7 @@ def test_evaluate_agrees_with_the_file_and_prints_only_json(
     assert figures["calibration"]["nll"] == pytest.approx(evaluation.nll, rel=1e-4)
 
 
-def test_what_cannot_be_written_is_a_sentence_after_the_figures(
+def test_a_write_failure_is_reported_in_one_sentence_after_the_figures(
     finished_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fsync(_descriptor: int) -> None:
@@ -490,7 +493,7 @@ def test_what_cannot_be_written_is_a_sentence_after_the_figures(
         assert re.fullmatch(r"\S+ cannot be read or written: .+\.\n", said.err)
 
 
-def test_resuming_by_another_recipe_says_so_before_it_misses_teachers(
+def test_resuming_with_another_recipe_is_reported_before_missing_teachers(
     finished_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(finished_folder)
@@ -501,7 +504,9 @@ def test_resuming_by_another_recipe_says_so_before_it_misses_teachers(
 
 
 @pytest.mark.parametrize(("command", "unknown"), [("train", "--lr"), ("evaluate", "weights.pth")])
-def test_a_flag_that_a_command_does_not_have(command: str, unknown: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_flag_that_the_command_does_not_take_is_refused(
+    command: str, unknown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([command, unknown, "0.1"])
     assert ended.value.code == 2
@@ -521,7 +526,7 @@ def test_counts_have_bounds(command: list[str], most: str, count: str, capsys: p
 
 
 @pytest.mark.parametrize("command", [["train"], ["ablate", "--epochs", "1", "--seeds", "0"]], ids=lambda each: each[0])
-def test_a_run_computes_in_as_many_threads_as_it_is_told(
+def test_a_run_uses_the_requested_number_of_threads(
     data_folder: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
 ) -> None:
     monkeypatch.chdir(data_folder)
@@ -542,7 +547,7 @@ def test_seeds_have_the_bounds_of_the_recipes(
     parser().parse_args([*command, "1000000000"])
 
 
-def test_a_command_line_that_is_no_text_is_recorded_with_marks_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_line_that_is_not_utf8_is_recorded_with_question_marks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["training", "train", "--data", os.fsdecode(b"caf\xe9")])
     train = Split(name="none", classes=("a",), pixels_NCHW=torch.zeros(0), labels_N=torch.zeros(0))
     found = provenance("debug", RECIPES["debug"], train, [])
@@ -570,7 +575,9 @@ def test_each_process_of_torchrun_takes_the_gpu_of_its_rank(
     assert cli._local_gpu(asked) == taken
 
 
-def test_the_commands_leave_what_the_card_is_made_of(finished_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_write_the_files_the_card_is_made_from(
+    finished_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(finished_folder)
     train, held_out = ["train", "--recipe", "debug", "--data", "."], ["--validation", "0.1"]
     held = "runs/held/cifar_net.pth"
@@ -597,7 +604,7 @@ def test_the_commands_leave_what_the_card_is_made_of(finished_folder: Path, monk
     assert f"fitted on {both}, sha256 `{evaluation.digest[:12]}`" in text
 
 
-def test_robustness_begins_with_what_evaluate_says(
+def test_the_first_row_of_robustness_agrees_with_evaluate(
     finished_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(finished_folder)
@@ -653,7 +660,7 @@ def test_pictures_are_written(
         assert Path(name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_reader_that_has_seen_enough_gets_no_traceback() -> None:
+def test_a_closed_output_pipe_gives_no_traceback() -> None:
     ran = subprocess.Popen(
         [sys.executable, "-m", "training", "summary"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

@@ -17,7 +17,7 @@ from tritonclient.http import aio
 from tritonclient.utils import InferenceServerException
 
 COUNT = 40
-"""Pictures whose probabilities are worth compressing."""
+"""Enough pictures for compression to pay."""
 PICTURES = [drawing().rotate(9 * number) for number in range(COUNT)]
 PIXELS = np.stack([np.asarray(picture) for picture in PICTURES])
 ENCODED = np.array([encode(picture) for picture in PICTURES], dtype=np.object_)
@@ -77,7 +77,9 @@ def test_health_and_metadata(client: http.InferenceServerClient) -> None:
 
 
 @pytest.mark.parametrize(("name", "version"), [("resnet", ""), ("cifar", "99")])
-def test_an_unknown_model_has_a_sentence(client: http.InferenceServerClient, name: str, version: str) -> None:
+def test_an_unknown_model_gives_404_with_a_sentence(
+    client: http.InferenceServerClient, name: str, version: str
+) -> None:
     with pytest.raises(InferenceServerException, match=r"\[404\] There is nothing at /v2/models/"):
         client.get_model_metadata(name, version)
     with pytest.raises(InferenceServerException, match=r"\[404\] There is nothing at /v2/models/"):
@@ -86,20 +88,20 @@ def test_an_unknown_model_has_a_sentence(client: http.InferenceServerClient, nam
 
 @pytest.mark.parametrize("binary", [True, False])
 def test_pixels(client: http.InferenceServerClient, binary: bool) -> None:
-    """As the client does by itself, all outputs in binary."""
+    """By the client's default, all outputs are binary."""
     result = client.infer("cifar", [pixels(PIXELS[:2], binary=binary)], request_id="42")
     check(result, 2)
     assert result.get_response()["id"] == "42"
     assert all("binary_data_size" in output["parameters"] for output in result.get_response()["outputs"])
 
 
-def test_encoded_pictures_answer_as_their_pixels(client: http.InferenceServerClient) -> None:
+def test_encoded_pictures_get_the_same_answers_as_their_pixels(client: http.InferenceServerClient) -> None:
     from_image, from_pixels = client.infer("cifar", [image()]), client.infer("cifar", [pixels()])
     check(from_image)
     assert from_image.as_numpy("probabilities") == pytest.approx(from_pixels.as_numpy("probabilities"), abs=0.003)
 
 
-def test_one_picture_alone_answers_as_among_others(client: http.InferenceServerClient) -> None:
+def test_a_picture_gets_the_same_answer_alone_as_in_a_batch(client: http.InferenceServerClient) -> None:
     together = client.infer("cifar", [pixels()]).as_numpy("probabilities")
     for index in (0, COUNT - 1):
         alone = client.infer("cifar", [pixels(PIXELS[index : index + 1])]).as_numpy("probabilities")
@@ -145,7 +147,7 @@ def test_an_error_reaches_the_caller_as_a_sentence(client: http.InferenceServerC
         client.get_system_shared_memory_status()
 
 
-def test_another_size_is_resized_if_the_query_says_so(client: http.InferenceServerClient) -> None:
+def test_a_picture_of_another_size_is_resized_on_request(client: http.InferenceServerClient) -> None:
     large = np.array([encode(drawing(64, 48))], dtype=np.object_)
     with pytest.raises(InferenceServerException, match=r"\[400\] Input 'image', element 0: The picture is 64 x 48"):
         client.infer("cifar", [image(large)])

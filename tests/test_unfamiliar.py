@@ -40,7 +40,7 @@ def red_detector() -> Checkpoint:
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_source_makes_as_many_pictures_as_asked_the_same_each_time_and_all_different(name: str) -> None:
+def test_a_source_makes_distinct_pictures_reproducibly(name: str) -> None:
     first, again, other = (SOURCES[name](8, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
     assert (first.dtype, tuple(first.shape)) == (torch.uint8, (8, 3, 32, 32))
     assert torch.equal(first, again)
@@ -55,7 +55,7 @@ def test_auroc_by_hand() -> None:
     assert auroc(torch.tensor([2.0, 3.0]), torch.tensor([2.0, 2.0, 1.0])) == pytest.approx((2 + 3) / 6)
 
 
-def test_scores_by_features_are_higher_for_what_was_trained_on_than_for_noise() -> None:
+def test_feature_scores_are_higher_for_pictures_like_those_trained_on_than_for_noise() -> None:
     body, head = model.split(random_checkpoint().network())
     train, held_out = reds(200, seed=0), reds(60, seed=1)
     known_ND = forward(body, train.pixels_NCHW)
@@ -92,7 +92,7 @@ def test_the_comparison_has_a_row_for_each_source_and_flags_few_of_the_held_out(
     assert len({len(line) for line in text.splitlines()[2:]}) == 1
 
 
-def test_weights_that_do_not_know_what_is_familiar_are_refused(
+def test_weights_without_a_familiarity_calibration_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train, test = reds(200, seed=0), reds(20, seed=1)
@@ -100,7 +100,7 @@ def test_weights_that_do_not_know_what_is_familiar_are_refused(
     monkeypatch.setattr(data, "read_test", lambda _folder: test)
     save(random_checkpoint(), tmp_path / "bare.pth")
     assert cli.main(["unfamiliar", "--weights", str(tmp_path / "bare.pth")]) == 2
-    assert "have no familiarity; name those of a run with --validation 0.1" in capsys.readouterr().err
+    assert "do not know what is familiar; name those of a run with --validation 0.1" in capsys.readouterr().err
     whole, out = tmp_path / "whole.pth", tmp_path / "out.json"
     sha256 = save(complete(random_checkpoint(), test, None), whole)
     assert cli.main(["unfamiliar", "--weights", str(whole), "--count", "2", "--json", "--out", str(out)]) == 0

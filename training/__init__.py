@@ -2,6 +2,6 @@
 
 import os
 
-# Pictures are drawn without any of Matplotlib's backends, and importing it fails if the one that a notebook has chosen
+# Drawing does not use Matplotlib's configured backend, yet importing Matplotlib fails if the one that a notebook sets
 # for its commands is not installed.
 os.environ.pop("MPLBACKEND", None)

@@ -5,14 +5,14 @@ import signal
 import sys
 
 if __name__ == "__main__":
-    heeds_interrupts = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN  # a job in a script's background does not
-    if heeds_interrupts:  # while torch is imported, which takes seconds: Python would print a traceback of that
+    heeds_interrupts = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN  # a script's background job does not
+    if heeds_interrupts:  # importing torch takes seconds, and Python would answer a Ctrl-C with a traceback
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     from app.logs import escape_unprintable
     from training.commands import main
 
     if heeds_interrupts:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C; sent by whoever takes the machine back
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C; sent when the machine is taken back
     escape_unprintable(sys.stdout)
     sys.exit(main())

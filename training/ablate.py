@@ -1,7 +1,7 @@
-"""What each ingredient of a recipe brings: the same short schedule, with one of them taken out at a time.
+"""What each ingredient of a recipe contributes: the same short schedule, with one removed at a time.
 
-An ingredient is a field whose value in the recipe differs from its default, which is the plainest choice. Nothing else
-is tuned again: a row says what leaving an ingredient out costs, not what the best recipe without it would reach.
+An ingredient is a field whose value in the recipe differs from its default, which is the plainest choice. Nothing is
+retuned: a row says what removing an ingredient costs, not what the best recipe without it would reach.
 """
 
 import dataclasses
@@ -32,13 +32,13 @@ NO_INGREDIENTS = {
     *("network", "seed", "validation", "epochs", "batch_size", "precision", "report_every"),
     *("optimizer", "learning_rate", "muon_learning_rate", "bias_learning_rate", "momentum"),
 }
-"""What is trained, on what and for how long; and fields that have no plain choice, or make sense only together."""
+"""Fields that say what is trained, on what and how long, have no plain choice, or only make sense together."""
 
 Row = dict[str, Any]
 
 
 def settings(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """The fields to change, by the name of the ingredient that this takes out; "" is the recipe as it is."""
+    """For each ingredient, by name, the fields to change to remove it; "" is the recipe unchanged."""
     plain = Recipe()
     names = [field.name for field in dataclasses.fields(Recipe) if field.name not in NO_INGREDIENTS]
     kept = [name for name in names if getattr(recipe, name) != getattr(plain, name)]
@@ -55,15 +55,15 @@ def ablate(
     teachers: Sequence[Checkpoint] = (),
     on_row: Callable[[Row], None] | None = None,
 ) -> list[Row]:
-    """Train with and without each ingredient under each seed, and measure on the last tenth of the training `images`.
+    """Train with and without each ingredient, with each seed, and measure on the last tenth of the training `images`.
 
-    Each finished run becomes a line of `file`; runs on this device that are already there are not repeated.
+    Each finished run becomes a line of `file`; runs on this device that it already has are not repeated.
 
     Args:
-        teachers: For a recipe with distillation. They must not have seen that tenth.
+        teachers: For a recipe with distillation; they must not have seen that tenth.
 
     Returns:
-        All rows of the file: `ingredient`, `setting`, `seed`, `epochs`, `validation_accuracy` and `jpeg_accuracy` (of
+        All rows of the file: `ingredient`, `setting`, `seed`, `epochs`, `validation_accuracy` and `jpeg_accuracy` (on
         the same images as JPEG of quality 75) in [0, 1], `device` and `teachers` in words, and `common`, a digest.
 
     Raises:
@@ -75,8 +75,8 @@ def ablate(
     rows = read_rows(file)
     if any(row.get("common") != common for row in rows):
         raise ValueError(
-            f"{file} has runs of another recipe, on other images or with other teachers; name another file with --out, "
-            "or remove this one."
+            f"{file} has runs of another recipe, on other images or with other teachers; choose another file with "
+            "--out, or remove this one."
         )
     here = describe(device)
     finished = {(row["setting"], row["seed"], row["epochs"], row["device"]) for row in rows}

@@ -1,7 +1,7 @@
-"""Augmentation as batched tensor work on the device, uint8 in, uint8 out.
+"""Augmentation as batched tensor operations on the device, uint8 in, uint8 out.
 
 All random choices for an epoch are drawn at once (`Draws`), from a generator that depends only on the seed and the
-epoch. So a resumed run, and a run split over several processes, see exactly the same pictures.
+epoch: a resumed run, or one split over several processes, sees exactly the same pictures.
 Shape letters: N images, C = 3, H = W = 32.
 """
 
@@ -23,22 +23,22 @@ class Draws:
     """What happens to each image of the training set in one epoch."""
 
     shift_N2: Tensor
-    """Rows and columns to move by."""
+    """Shift in rows and columns."""
     flip_N: Tensor
     """Whether to mirror."""
     jpeg_quality_N: Tensor
-    """1 to 100, or 0 to leave the image as it is."""
+    """JPEG quality from 1 to 100, or 0 for no compression."""
     cutout_N2: Tensor
-    """Upper left corner of the square."""
+    """Upper-left corner of the grey square."""
     partner_N: Tensor
-    """The image that another square is taken from."""
+    """Index of the image that the patch is taken from."""
     patch_N2: Tensor
-    """Upper left corner of that square."""
+    """Upper-left corner of the patch."""
     patch_side_N: Tensor
-    """0 for no such square."""
+    """Side of the patch, or 0 for none."""
 
     def patch_share(self, index_N: Tensor) -> Tensor:
-        """The share (N,) of each of these pictures that is taken from its partner."""
+        """The share (N,) of each of these pictures that comes from its partner."""
         return (self.patch_side_N[index_N] / IMAGE_SIZE) ** 2
 
     def to(self, device: torch.device) -> "Draws":
@@ -46,7 +46,7 @@ class Draws:
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    """The only source of randomness of an epoch."""
+    """An epoch's only source of randomness."""
     return torch.Generator().manual_seed(1_000_003 * seed + epoch)
 
 
@@ -59,7 +59,7 @@ def draw(num_images: int, epoch: int, recipe: Recipe, generator: torch.Generator
     cutout_N2 = torch.randint(0, IMAGE_SIZE - recipe.cutout + 1, (num_images, 2), generator=generator)
     partner_N = torch.randperm(num_images, generator=generator)
     mixed_N = torch.rand(num_images, generator=generator) < recipe.cutmix
-    # The square's share of the area is uniformly distributed.
+    # The patch's share of the area is uniformly distributed.
     side_N = (IMAGE_SIZE * torch.rand(num_images, generator=generator).sqrt()).round().long() * mixed_N
     patch_N2 = torch.rand(num_images, 2, generator=generator) * (IMAGE_SIZE + 1 - side_N[:, None])
     return Draws(
@@ -96,12 +96,12 @@ def augment(images_NCHW: Tensor, index_N: Tensor, draws: Draws, recipe: Recipe) 
 
 
 def shrink(pixels_NCHW: Tensor, size: int) -> Tensor:
-    """The same pictures with sides of `size`, in float."""
+    """The pictures resized to `size` x `size`, in float."""
     return F.interpolate(pixels_NCHW.float(), size=(size, size), mode="bilinear", antialias=True)
 
 
 def shift_and_flip(images_NCHW: Tensor, index_N: Tensor, shift_N2: Tensor, flip_N: Tensor) -> Tensor:
-    """Batch selection, shift with reflected border and mirroring: whole rows are picked first, then columns.
+    """Select a batch, shift it with reflected borders and mirror it: pick whole rows first, then columns.
 
     Five times as fast on a CPU as one gather over all four dimensions, which looks up an address for each byte.
     """
@@ -126,7 +126,7 @@ def _square(corner_N2: Tensor, side_N: Tensor) -> Tensor:
     return (inside_N2S[:, 0, :, None] & inside_N2S[:, 1, None, :])[:, None]
 
 
-# JPEG (ITU-T T.81): the example quantisation tables of its annex K, scaled by quality as libjpeg does.
+# JPEG (ITU-T T.81): the example quantisation tables in its annex K, scaled by quality as libjpeg does.
 _LUMA = """16 11 10 16 24 40 51 61 12 12 14 19 26 58 60 55 14 13 16 24 40 57 69 56 14 17 22 29 51 87 80 62
            18 22 37 56 68 109 103 77 24 35 55 64 81 104 113 92 49 64 78 87 103 121 120 101 72 92 95 98 112 100 103 99"""
 _CHROMA = """17 18 24 47 99 99 99 99 18 21 26 66 99 99 99 99 24 26 56 99 99 99 99 99 47 66 99 99 99 99 99 99
@@ -147,9 +147,9 @@ def _constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def simulate_jpeg(pixels_NCHW: Tensor, quality_N: Tensor) -> Tensor:
-    """What a JPEG round trip at `quality_N` (1 to 100, 4:2:0 chroma) leaves of the pixels: uint8 in, uint8 out.
+    """The pixels after a JPEG round trip at `quality_N` (1 to 100, 4:2:0 chroma): uint8 in, uint8 out.
 
-    Entropy coding loses nothing and is left out; chroma is averaged 2x2 and enlarged bilinearly, as libjpeg does.
+    Entropy coding is lossless and therefore left out; chroma is averaged 2x2 and enlarged bilinearly, as libjpeg does.
     """
     to_ycc, to_rgb, basis, tables = _constants(pixels_NCHW.device)
     quality_N = quality_N.float()
@@ -165,7 +165,7 @@ def simulate_jpeg(pixels_NCHW: Tensor, quality_N: Tensor) -> Tensor:
 
 
 def _quantize(plane_NCHW: Tensor, table_N88: Tensor, basis: Tensor) -> Tensor:
-    """Cosine transform of each 8x8 block, rounding to multiples of the table, and back."""
+    """Cosine-transform each 8x8 block, round to multiples of the table, and transform back."""
     n, c, h, w = plane_NCHW.shape
     blocks = plane_NCHW.reshape(n, c, h // 8, 8, w // 8, 8).transpose(3, 4)  # (N, C, H/8, W/8, 8, 8)
     table = table_N88[:, None, None, None]

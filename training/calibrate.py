@@ -1,4 +1,4 @@
-"""What held-out images tell about the probabilities, and about what is familiar.
+"""Calibration: what held-out images tell about the probabilities and about what is familiar.
 
 Shape letters: N images, K classes.
 """
@@ -21,11 +21,11 @@ from training.robustness import jpeg
 JPEG_QUALITY = 75
 """The default of most programs that save JPEGs."""
 USUAL_DISTANCE = 5.0
-"""Of the logits from the highest one of their picture, on average: that of the networks here, more or less."""
+"""Mean distance of logits from the highest of their picture, roughly as in the networks here."""
 LOG_TEMPERATURES = (-5.0, 5.0)
-"""Bounds of the temperature's logarithm, for logits with that distance."""
+"""Bounds on the temperature's logarithm, for logits with that mean distance."""
 QUANTILES = 1001
-"""In steps of a thousandth."""
+"""Number of quantiles, a thousandth apart."""
 
 
 def complete(
@@ -34,11 +34,11 @@ def complete(
     taken_over: Calibration | None,
     device: torch.device | str = "cpu",
 ) -> Checkpoint:
-    """A trained checkpoint with its calibration and the answers for its self-test; the evaluation is still missing.
+    """Add the calibration and the self-test's answers to a trained checkpoint; the evaluation is still missing.
 
     Args:
-        held_out: What to calibrate on.
-        taken_over: Used without such images: the calibration that the same recipe found when it had some.
+        held_out: Images to calibrate on.
+        taken_over: The calibration to use if there are none, from a run of the same recipe that had some.
     """
     known = calibrate(untested, held_out, device) if held_out is not None else taken_over or UNCALIBRATED
     found = dataclasses.replace(untested, calibration=known)
@@ -47,10 +47,10 @@ def complete(
 
 
 def calibrate(checkpoint: Checkpoint, held_out: Split, device: torch.device | str = "cpu") -> Calibration:
-    """Everything that can be told from images that the checkpoint was not trained on.
+    """Calibrate a checkpoint on images that it was not trained on.
 
-    Each image counts twice, as it is and as a JPEG: people post both, and a network errs more on JPEGs, so that what
-    suits the clean images alone would promise too much.
+    Each image counts twice, as it is and as a JPEG: people post both, and a network errs more on JPEGs, so a fit to
+    the clean images alone would promise too much.
     """
     pixels_NCHW = torch.cat([held_out.pixels_NCHW, jpeg(JPEG_QUALITY, held_out.pixels_NCHW)])
     labels_N = held_out.labels_N.repeat(2)
@@ -69,16 +69,16 @@ def calibrate(checkpoint: Checkpoint, held_out: Split, device: torch.device | st
 
 
 def fit_probabilities(logits_NK: Tensor, labels_N: Tensor, views: int = 1) -> Calibration:
-    """The temperature and the curvature that minimise the negative log likelihood.
+    """The temperature and curvature that minimise the negative log likelihood.
 
-    Neither can be negative, so that the order of the classes stays. The target of each of N images gives its true class
+    Neither can be negative, which preserves the order of the classes. With N images, each target gives the true class
     (N + 1) / (N + 2) and the other classes the rest: a few images, all of them right, are no reason to be certain
     (Platt, 1999, section 2.2).
 
     Args:
-        views: How often each image occurs; more views of the same images are no more evidence.
+        views: How often each image occurs; more views of the same images add no evidence.
     """
-    # With logits of another size, the search would begin far from its aim, and might end elsewhere.
+    # On logits of another scale, the search would start far from the minimum and might end elsewhere.
     distance = (logits_NK.amax(dim=1, keepdim=True) - logits_NK).double().mean().item()
     unit = distance / USUAL_DISTANCE or 1.0
     logits_NK = logits_NK.double() / unit
@@ -101,16 +101,16 @@ def fit_probabilities(logits_NK: Tensor, labels_N: Tensor, views: int = 1) -> Ca
 
 
 def set_threshold(probabilities_NK: Tensor, labels_N: Tensor, coverage: float = COVERAGE, views: int = 1) -> float:
-    """The least probability of a class in a prediction set, by split conformal prediction.
+    """The lowest probability that puts a class in a prediction set, by split conformal prediction.
 
-    Among N + 1 exchangeable pictures, the new one is equally likely to take any rank. So the sets hold the true class
+    Among N + 1 exchangeable pictures, the new one is equally likely to have any rank. So the sets hold the true class
     with probability `coverage` or more if they go down to the floor((N + 1) (1 - coverage))-th smallest probability of
     a true class (Vovk, Gammerman and Shafer, 2005; Angelopoulos and Bates, 2021, arXiv:2107.07511, section 1).
-    With too few images for any promise the threshold is 0: all classes.
+    With too few images for any guarantee, the threshold is 0, which admits all classes.
 
     Args:
-        views: How often each picture occurs; more views of the same pictures are no more evidence, so that ranks are
-            counted in groups of so many probabilities, and the least of the group at that rank counts.
+        views: How often each picture occurs; more views of the same pictures add no evidence, so a rank spans `views`
+            probabilities, and the smallest of the group at that rank is the threshold.
     """
     true_N = probabilities_NK.gather(1, labels_N[:, None])[:, 0].sort().values
     pictures = math.floor((len(true_N) // views + 1) * (1 - coverage) + 1e-9)

@@ -1,4 +1,4 @@
-"""What each command of `python -m training` does. Its flags are in `flags`."""
+"""What each command of `python -m training` does; `flags` has their flags."""
 
 import argparse
 import dataclasses
@@ -36,7 +36,7 @@ from training.summary import summarize
 from training.unfamiliar import compare, format_comparison
 
 NAMED_CLASSES = 5
-FLATTERED = "The calibration was fitted to these very images: its own figures, and the sets', flatter it a little."
+FLATTERED = "The calibration was fitted to these very images, which slightly flatters its figures and the sets'."
 
 
 def train_command(options: argparse.Namespace) -> None:
@@ -51,14 +51,14 @@ def train_command(options: argparse.Namespace) -> None:
     torch.manual_seed(recipe.seed)
 
     if options.resume and not options.name:
-        raise ValueError("Which run is to be resumed? Give the --name of its folder under runs/.")
-    # With the process id: a script may start several in one second.
+        raise ValueError("Which run should be resumed? Give its --name, the folder under runs/.")
+    # With the process id, because a script may start several runs in one second.
     run = RUNS / (options.name or f"{options.recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     if options.resume and (run / "state.pt").exists():
         check_same_recipe(run / "state.pt", recipe)
     images, test = data.read(find(options.data, os.environ))
     if options.calibration and recipe.validation:
-        raise ValueError("A run with --validation makes its own calibration; leave out --calibration, or --validation.")
+        raise ValueError("A run with --validation makes its own calibration; leave out --calibration or --validation.")
     teachers = load_teachers(options.teacher, recipe, images)
     if options.calibration and options.calibration.exists():  # refuse before the training, not after it
         take_over_calibration(options.calibration, recipe, images, teachers)
@@ -69,7 +69,7 @@ def train_command(options: argparse.Namespace) -> None:
     log = RunLog(run, resume=options.resume) if workers.is_first else None
     if log:
         if options.resume and not (run / "state.pt").exists():
-            log.say(f"{run} has no finished epoch yet; this run begins at the beginning.")
+            log.say(f"{run} has no finished epoch yet; starting from the beginning.")
         _announce(log, options.recipe, recipe, train)
         log.say(f"{len(train):,} images of {train.name} on {describe(device)}, {str(dtype).removeprefix('torch.')}")
 
@@ -109,7 +109,7 @@ def train_command(options: argparse.Namespace) -> None:
     taken_over = take_over_calibration(options.calibration, recipe, images, teachers) if options.calibration else None
     calibrated = complete(untested, held_out, taken_over, device)
     log.say(_describe(calibrated.calibration))
-    # The only use of the test images, after everything is decided; none at all when images were held out.
+    # The only use of the test images, once everything is decided; they stay unused if images were held out.
     evaluation = evaluate(calibrated, test if held_out is None else held_out, device)
     checkpoint = dataclasses.replace(calibrated, evaluation=evaluation)
     weights = options.out or run / "cifar_net.pth"
@@ -130,14 +130,14 @@ def _announce(log: RunLog, name: str, recipe: Recipe, train: Split) -> None:
     seen = set(train.labels_N.tolist())
     if unseen := [each for label, each in enumerate(train.classes) if label not in seen]:
         log.say(
-            f"Of {len(train.classes)} classes, {len(unseen)} without an image to train on, of those that are not "
-            f"held out: {', '.join(unseen[:NAMED_CLASSES])}{', ...' if len(unseen) > NAMED_CLASSES else '.'}"
+            f"No image to train on, among those not held out, for {len(unseen)} of {len(train.classes)} classes: "
+            f"{', '.join(unseen[:NAMED_CLASSES])}{', ...' if len(unseen) > NAMED_CLASSES else '.'}"
         )
 
 
 def _publish(checkpoint: Checkpoint, weights: Path, rows: list[Row], calibration: Path | None) -> None:
-    """Write the weights and, beside them, what the model card reads: the log of their run, and that of the run which
-    the calibration is from. Nothing that belongs to earlier weights may stay."""
+    """Write the weights and, beside them, what the model card reads: the log of their run and that of the run that
+    the calibration comes from. Files that belong to earlier weights are removed."""
     save(checkpoint, weights)
     _forget_others(weights)
     write_rows(weights.with_suffix(".log.jsonl"), rows)
@@ -146,17 +146,17 @@ def _publish(checkpoint: Checkpoint, weights: Path, rows: list[Row], calibration
 
 
 def _forget_others(weights: Path) -> None:
-    """Remove the files beside `weights` that belong to the weights that were there before."""
+    """Remove the files beside `weights` that belong to earlier weights."""
     for kind in (".log.jsonl", ".validation.log.jsonl", ".robustness.json", ".unfamiliar.json"):
         weights.with_suffix(kind).unlink(missing_ok=True)
 
 
 def _describe(calibration: Calibration) -> str:
     if calibration.set_threshold is None:
-        return "Without held-out images (--validation) or their --calibration the probabilities are as they come."
-    sets = f"a class of at least {calibration.set_threshold:.4f} is in the prediction set."
+        return "Neither held-out images (--validation) nor a --calibration: the probabilities are uncalibrated."
+    sets = f"prediction sets hold the classes with a probability of {calibration.set_threshold:.4f} or more."
     if not calibration.set_threshold:
-        sets = "so few images promise nothing, and the prediction sets name all classes."
+        sets = "so few images guarantee nothing, so the prediction sets hold all classes."
     return (
         f"Calibrated on {calibration.images}: temperature {calibration.temperature:.4f}, curvature "
         f"{calibration.curvature:.4f}; {sets}"
@@ -164,14 +164,14 @@ def _describe(calibration: Calibration) -> str:
 
 
 def _local_gpu(asked: str | None) -> str | None:
-    """Under torchrun each process takes the GPU of its local rank, unless another device is asked for."""
+    """Under torchrun, each process takes the GPU of its local rank unless another device is asked for."""
     local_rank = os.environ.get("LOCAL_RANK")
     ours = local_rank and asked in (None, "cuda") and torch.cuda.is_available()
     return f"cuda:{local_rank}" if ours else asked
 
 
 def _split(options: argparse.Namespace, weights: Checkpoint | None = None) -> Split:
-    """The images to measure or show: the test images, or with --validation those a run held out.
+    """The images to measure or show: the test images or, with --validation, those that a run held out.
 
     Raises:
         DataError, ValueError: as `hold_out_for`.
@@ -297,10 +297,10 @@ def download_command(options: argparse.Namespace) -> None:
 
 
 def _check_writable(file: Path) -> None:
-    """Check that `file` can be written: before hours of work, not after them.
+    """Check that `file` can be written, before hours of work rather than after.
 
     Raises:
-        ValueError: it is not a regular file, or nothing can be written where it would lie.
+        ValueError: it is not a regular file, or cannot be created.
     """
     if file.is_dir():
         raise ValueError(f"{file} is a folder; --out takes a file, for example {file / 'result'}.")
@@ -326,7 +326,7 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; a user's mistake ends in one sentence, not in a traceback."""
+    """Run one command; a user's mistake ends in one sentence, not a traceback."""
     root = parser()
     options, unknown = root.parse_known_args(arguments)
     if unknown:  # the parser's own message would show the usage of all commands, not of this one
@@ -336,10 +336,10 @@ def main(arguments: list[str] | None = None) -> int:
         if out := getattr(options, "out", None):
             _check_writable(out / "confusion.png" if options.command == "plot" else out)
         COMMANDS[options.command](options)
-        if torch.distributed.is_initialized():  # after a failure it would wait for the others, which wait for this one
+        if torch.distributed.is_initialized():  # not after a failure: the processes would wait for each other
             torch.distributed.destroy_process_group()
         sys.stdout.flush()
-    except BrokenPipeError:  # as from `| head`; flushing the rest at exit would end in a traceback
+    except BrokenPipeError:  # from `| head`, say; flushing the rest at exit would print a traceback
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (AppError, ValueError) as error:
@@ -350,7 +350,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(
-            "Interrupted; what was finished is kept. A training goes on from there with the same command and "
+            "Interrupted; finished work is kept. To go on with a training run, repeat its command with "
             "--resume --name NAME, its folder under runs/.",
             file=sys.stderr,
         )

@@ -12,7 +12,7 @@ LARGEST_SEED = 10**9
 
 
 class Bounds(NamedTuple):
-    """The least and the greatest value that a field accepts."""
+    """The smallest and the largest value that a field accepts."""
 
     low: float
     high: float
@@ -26,11 +26,11 @@ class Recipe:
     """How a network is trained. The defaults are the plainest choice; recipes say what they change and why."""
 
     network: Literal["net", "cifar_net", "wide_cifar_net"] = "cifar_net"
-    """Which network of app/model.py."""
+    """One of the networks in app/model.py."""
     seed: Annotated[int, Bounds(0, LARGEST_SEED)] = 0
     """Seed of the initial weights, the order of the images and their augmentation."""
     validation: Annotated[float, Bounds(0, 0.9)] = 0.0
-    """Share of the training images held out, from their end. Above 0 nothing is measured on the test images."""
+    """Share of the training images held out, from their end. Above 0, nothing is measured on the test images."""
     epochs: Annotated[int, Bounds(1, 100_000)] = 1
     """Passes over the training images."""
     batch_size: Annotated[int, Bounds(1, 1_000_000)] = 512
@@ -38,7 +38,7 @@ class Recipe:
     optimizer: Literal["sgd", "muon"] = "sgd"
     """muon: orthogonalised updates for the weights of hidden layers, sgd for all else."""
     learning_rate: Annotated[float, Bounds(0, 100)] = 0.1
-    """Peak learning rate of what sgd trains."""
+    """Peak learning rate of the parameters that sgd trains."""
     muon_learning_rate: Annotated[float, Bounds(0, 100)] = 0.0
     """Peak learning rate of the hidden layers when the optimizer is muon."""
     muon_momentum: Annotated[float, Bounds(0, 0.9999)] = 0.6
@@ -48,14 +48,14 @@ class Recipe:
     momentum: Annotated[float, Bounds(0, 0.9999)] = 0.9
     """Momentum of sgd."""
     nesterov: bool = True
-    """Nesterov's momentum instead of the classical one."""
+    """Nesterov momentum instead of classical momentum."""
     weight_decay: Share = 0.0
-    """Weight decay of what sgd trains: weights, and biases and batch norms if they have a learning rate of their own.
+    """Weight decay of what sgd trains: weights, plus biases and batch norms if they have their own learning rate.
     muon keeps the norm of its weights fixed."""
     warmup: Annotated[float, Bounds(0, 0.99)] = 0.0
     """Share of the steps in which the learning rate rises linearly from 0."""
     decay: bool = True
-    """Let the learning rate fall linearly to 0 after the warm-up; otherwise it stays constant."""
+    """Linear fall of the learning rate to 0 after the warm-up; without it, the rate stays constant."""
     distillation: Share = 0.0
     """Share of the target that comes from the teachers (`train --teacher`); the rest is the label."""
     label_smoothing: Annotated[float, Bounds(0, 0.99)] = 0.0
@@ -63,44 +63,44 @@ class Recipe:
     normalization: Literal["data", "half"] = "data"
     """data: mean and standard deviation of the training pixels. half: 0.5 and 0.5, as in the tutorial."""
     flip: bool = False
-    """Mirror every image in every second epoch (alternating flips; Jordan 2024, arXiv:2404.00498)."""
+    """Mirroring of every image in every second epoch (alternating flips; Jordan 2024, arXiv:2404.00498)."""
     shift: Annotated[int, Bounds(0, 16)] = 0
-    """Shift by up to this many pixels, with the border reflected."""
+    """Largest shift in pixels; the border is reflected."""
     cutout: Annotated[int, Bounds(0, 32)] = 0
-    """Side of a randomly placed square that is set to mid-grey (DeVries & Taylor 2017, arXiv:1708.04552)."""
+    """Side of a randomly placed square set to mid-grey (DeVries & Taylor 2017, arXiv:1708.04552)."""
     cutmix: Share = 0.0
-    """Share of the images in which a square of random size is replaced by another image's, and the target
+    """Share of the images in which a square of random size is replaced by another image's, with the target
     mixed in the same proportion (Yun et al., 2019, arXiv:1905.04899)."""
     jpeg: Share = 0.0
-    """Share of the images that are compressed as JPEGs of random quality: people post JPEGs."""
+    """Share of the images compressed as JPEGs of random quality, because people post JPEGs."""
     low_resolution: Share = 0.0
-    """Share of the epochs, at the beginning, with pictures shrunk to 20x20 and then to 26x26, for which the network
-    takes two fifths and two thirds of the time (progressive learning; Tan & Le 2021, arXiv:2104.00298)."""
+    """Share of the epochs, at the start, with pictures shrunk to 20x20 and then to 26x26, which take the network
+    two fifths and two thirds of the time (progressive learning; Tan & Le 2021, arXiv:2104.00298)."""
     precision: Literal["auto", "float32"] = "auto"
-    """auto: channels_last, and bfloat16 autocast where the hardware has the instructions. float32: full precision, on
-    NVIDIA's GPUs, too."""
+    """auto: channels_last, and bfloat16 autocast where the hardware has the instructions. float32: full precision, even
+    on NVIDIA GPUs."""
     report_every: Annotated[int, Bounds(0, 10**9)] = 0
-    """Steps between prints of the running loss, as in the tutorial; 0: only once an epoch."""
+    """Steps between prints of the running loss, as in the tutorial; 0: only once per epoch."""
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(Recipe, include_extras=True).items():
             value = getattr(self, name)
             for low, high in getattr(kind, "__metadata__", ()):
                 if not low <= value <= high:
-                    raise ValueError(f"{name} is {value}; accepted is {low} to {high}.")
+                    raise ValueError(f"{name} is {value}; it must be from {low} to {high}.")
             if get_origin(kind) is Literal and value not in get_args(kind):
-                raise ValueError(f"{name} is {value!r}; accepted are {', '.join(get_args(kind))}.")
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(get_args(kind))}.")
         if self.nesterov and not self.momentum:
-            raise ValueError("Nesterov's momentum needs a momentum above 0; give one, or add --no-nesterov.")
+            raise ValueError("Nesterov momentum needs a momentum above 0; set one, or add --no-nesterov.")
         if self.optimizer == "muon" and not self.muon_learning_rate:
             raise ValueError("The optimizer muon needs a muon_learning_rate above 0.")
         if self.network == "net" and self.low_resolution:
-            raise ValueError("The network net takes pictures of 32x32 only; low_resolution has to be 0.")
+            raise ValueError("The network net takes only 32x32 pictures; low_resolution must be 0.")
 
 
 # The alternatives that were tried, with figures, are in training/README.md.
 RECIPES = {
-    # The PyTorch tutorial, choice by choice, so that its 54 % can be seen, not only quoted.
+    # The PyTorch tutorial, choice by choice, so that its 54 % can be reproduced, not only quoted.
     "tutorial": Recipe(
         network="net",
         epochs=2,
@@ -128,8 +128,8 @@ RECIPES = {
         shift=2,
         cutmix=0.2,
     ),
-    # airbench94's recipe (arXiv:2404.00498) for the wide network, in smaller batches, with more augmentation and for
-    # longer: 94.98 % on validation with seed 1, 95.20 % with seed 0 and CutMix 0.3.
+    # airbench94's recipe (arXiv:2404.00498) for the wide network, with smaller batches, more augmentation and a longer
+    # schedule: 94.98 % on validation with seed 1, 95.20 % with seed 0 and CutMix 0.3.
     "teacher": Recipe(
         network="wide_cifar_net",
         validation=0.1,
@@ -147,17 +147,17 @@ RECIPES = {
         cutout=10,
         jpeg=0.2,
     ),
-    # Takes seconds, for tests: the same path through the code.
+    # For tests: the same path through the code, in seconds.
     "debug": Recipe(network="net", epochs=2, batch_size=16, learning_rate=0.01, flip=True, shift=1, jpeg=0.5, cutout=4),
 }
 
-# The teacher's recipe for longer, with what a long schedule needs: harder pictures, and targets that say more than a
+# The teacher's recipe, run longer, with what a long schedule needs: harder pictures, and targets that say more than a
 # label. Taught by both networks above: 95.36 % on validation, 93.12 % on the same images as JPEG of quality 75.
 RECIPES["default"] = replace(
     RECIPES["teacher"], network="cifar_net", validation=0.0, epochs=110, distillation=0.9, cutmix=0.5, jpeg=0.5
 )
 
-# 93.2 % on validation and 86 % on the same as JPEG, in six minutes on two cores and without a teacher: it leaves out
+# 93.2 % on validation and 86 % on the same as JPEG, in six minutes on two cores without a teacher: it leaves out
 # what a long schedule needs, and most of its epochs are at low resolution.
 RECIPES["fast"] = replace(
     RECIPES["teacher"],
@@ -174,7 +174,7 @@ RECIPES["fast"] = replace(
 
 
 def add_flags(parser: argparse._ActionsContainer) -> None:
-    """One flag for each field of `Recipe`, named after it and with its text: `--batch-size 64`, `--no-flip`."""
+    """Add one flag per field of `Recipe`, with its name and text: `--batch-size 64`, `--no-flip`."""
     texts = descriptions()
     for name, kind in get_type_hints(Recipe).items():
         flag, text = "--" + name.replace("_", "-"), texts[name].replace("%", "%%")
@@ -199,9 +199,9 @@ def descriptions() -> dict[str, str]:
 
 
 def override(recipe: Recipe, flags: dict[str, Any]) -> Recipe:
-    """`recipe` with the fields in `flags` that are not None replaced.
+    """`recipe` with the values in `flags` that are not None.
 
     Raises:
-        ValueError: a value is out of bounds; the sentence names its field.
+        ValueError: a value is out of bounds; the message names its field.
     """
     return dataclasses.replace(recipe, **{name: value for name, value in flags.items() if value is not None})

@@ -1,4 +1,4 @@
-"""Where the data is, what is held out of it, and how to fetch it. `app.data` reads it."""
+"""Where the data is, which part is held out, and how to fetch it. `app.data` reads it."""
 
 import sys
 from collections.abc import Mapping
@@ -31,12 +31,12 @@ def find(flag: str | None, environ: Mapping[str, str]) -> Path:
 
 
 def locate(flag: str | None, environ: Mapping[str, str]) -> Path:
-    """The folder of the data set: --data if given, else CIFAR_DATA, else ./data. Whether it exists is not checked."""
+    """The folder of the data set: --data if given, else CIFAR_DATA, else ./data. Its existence is not checked."""
     return Path(flag or environ.get("CIFAR_DATA") or DEFAULT)
 
 
 def hold_out(train: Split, share: float) -> tuple[Split, Split]:
-    """The first images, to train on, and the last `share` of them, to choose by: for CIFAR-10, 0.1 is the last 5,000.
+    """The images in two parts: the first to train on, the last `share` to choose by; 0.1 of CIFAR-10 is the last 5,000.
 
     Raises:
         ValueError: `share` leaves one of the two without an image.
@@ -58,10 +58,10 @@ def hold_out(train: Split, share: float) -> tuple[Split, Split]:
 
 
 def download(folder: Path) -> None:
-    """Fetch CIFAR-10 from its home page into `folder`, about 170 MB, unless it is there already.
+    """Fetch CIFAR-10, about 170 MB, from its home page into `folder` unless it is already there.
 
     Raises:
-        DataError: The network, the server or the disk failed, or what arrived has another checksum.
+        DataError: The network, the server or the disk failed, or the download has the wrong checksum.
     """
     from torchvision.datasets import CIFAR10  # here, because importing it takes two seconds
 

@@ -1,6 +1,6 @@
-"""What a step learns from: the labels, and the teachers' answers for the pictures (Hinton et al., 2015,
-arXiv:1503.02531: both sides are softened by one temperature, so that the network learns to be as sure as its teachers).
+"""What a step learns from: the labels, and the teachers' answers (Hinton et al., 2015, arXiv:1503.02531).
 
+One temperature softens both sides, so that the network learns to be as sure as its teachers.
 Teachers see exactly the pictures that the network sees, shifted, cut, mixed and compressed (Beyer et al., 2022,
 arXiv:2106.05237): about the original images, which they know by heart, they would say little more than the label.
 Shape letters: N images, C = 3, H = W = 32, K classes, T teachers.
@@ -18,7 +18,7 @@ from app.errors import CheckpointError
 from training.config import Recipe
 
 TEMPERATURE = 2.0
-"""Softens both sides: a teacher is all but certain about the pictures that it was trained on."""
+"""Divisor of the logits on both sides: a teacher is all but certain about the pictures it was trained on."""
 
 
 class Teachers(nn.Module):
@@ -28,10 +28,10 @@ class Teachers(nn.Module):
     """The index of each class among each teacher's outputs."""
 
     def __init__(self, checkpoints: Sequence[Checkpoint], classes: tuple[str, ...]) -> None:
-        """Fold the networks; each may have `classes` in an order of its own.
+        """Fold the networks; each may order `classes` in its own way.
 
         Raises:
-            CheckpointError: A teacher has learned other classes.
+            CheckpointError: A teacher has learned different classes.
         """
         super().__init__()
         for checkpoint in checkpoints:
@@ -42,15 +42,15 @@ class Teachers(nn.Module):
                 )
         self.introduction = introduce(checkpoints)
         self.networks = nn.ModuleList(model.fold(checkpoint.network()) for checkpoint in checkpoints)
-        # Teachers are as sure as when they are served; how sure they were in training depends on their recipes. (The
-        # shipped weights were taught with a temperature alone; 8 epochs gave 92.08 % with it and give 92.30 % now.)
+        # Teachers are as sure as when served; how sure they were in training depends on their recipes. (The shipped
+        # weights were taught with a temperature alone; 8 epochs gave 92.08 % that way, and give 92.30 % now.)
         self.calibrations = [checkpoint.calibration for checkpoint in checkpoints]
         places = [[checkpoint.classes.index(name) for name in classes] for checkpoint in checkpoints]
         self.register_buffer("places_TK", torch.tensor(places))
 
     @torch.no_grad()
     def forward(self, pixels_NCHW: Tensor) -> Tensor:
-        """The mean of their softened probabilities (N, K)."""
+        """The mean (N, K) of the teachers' softened probabilities."""
         answers = [
             (calibration.adjust(network(pixels_NCHW).float()) / TEMPERATURE).softmax(dim=1).index_select(1, places_K)
             for network, calibration, places_K in zip(self.networks, self.calibrations, self.places_TK, strict=True)
@@ -73,7 +73,7 @@ def _introduce(teacher: Checkpoint) -> str:
 
 
 def loss(logits_NK: Tensor, labels_NK: Tensor, answers_NK: Tensor | None, recipe: Recipe) -> Tensor:
-    """The cross-entropy to labels and teachers, weighted by the recipe's shares and summed over the images.
+    """The cross-entropy with labels and teachers, weighted by the recipe's shares and summed over the images.
 
     Args:
         answers_NK: The teachers' answers, if and only if the recipe has distillation.

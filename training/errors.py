@@ -1,7 +1,7 @@
-"""How a training run can fail, besides the errors of the service."""
+"""How a training run can fail, besides the service's own errors."""
 
 from app.errors import AppError
 
 
 class TrainingError(AppError):
-    """A run cannot go on; the message says why, and what can be done."""
+    """A run cannot go on; the message says why and what to do."""

@@ -1,4 +1,4 @@
-"""A network's answers for a set of images, the figures that follow from them, and these as a table.
+"""A network's answers for a set of images, the figures computed from them, and a table of those.
 
 Shape letters: N images, C = 3, H = W = 32, K classes.
 """
@@ -16,7 +16,7 @@ from app.report import Evaluation, negative_log_likelihood
 
 BATCH_SIZE = 250
 MOST_NUMBERED_CLASSES = 30
-"""With more classes, the counts of a confusion matrix are too many to read; its picture keeps the colours."""
+"""Most classes for which a confusion matrix shows counts; more are too many to read: its picture keeps the colours."""
 
 
 @torch.inference_mode()
@@ -30,7 +30,7 @@ def forward(
 
     Args:
         network: In evaluation mode; it is moved to `device`.
-        batch_size: Images at a time; need not divide their number. Answers depend on it only through rounding.
+        batch_size: Images at a time; need not divide their number. It affects answers only through rounding.
     """
     assert not network.training, "dropout and batch norm would make an image's answer depend on its batch"
     network.to(device)
@@ -51,7 +51,7 @@ def predict(
     device: torch.device | str = "cpu",
     calibration: Calibration = UNCALIBRATED,
 ) -> Tensor:
-    """Probabilities (N, K), float32 on the CPU, of uint8 pixels (N, C, H, W). The arguments are those of `forward`."""
+    """Probabilities (N, K), float32 on the CPU, for uint8 pixels (N, C, H, W). Arguments as for `forward`."""
     return calibration.probabilities(forward(network, pixels_NCHW, batch_size, device))
 
 
@@ -69,7 +69,7 @@ def evaluate(
 
 
 def validate(network: nn.Module, held_out: Split, device: torch.device) -> dict[str, float]:
-    """Loss, in nats, and accuracy, in [0, 1], of a network on held-out images; it is in evaluation mode afterwards."""
+    """Loss, in nats, and accuracy, in [0, 1], of a network on held-out images; leaves it in evaluation mode."""
     probabilities_NK = predict(network.eval(), held_out.pixels_NCHW, device=device).double()
     right_N = probabilities_NK.argmax(dim=1) == held_out.labels_N
     return {
@@ -111,14 +111,14 @@ def format_report(report: dict[str, Any]) -> str:
     ]
     if (sets := report["prediction_sets"]) is not None:
         lines.append(
-            f"prediction sets             {_percent(sets['coverage'])} hold the true class (meant are "
+            f"prediction sets             {_percent(sets['coverage'])} hold the true class (target "
             f"{sets['target']:.0%}), {sets['mean_size']:.3f} classes on average"
         )
     return "\n".join(lines)
 
 
 def _weights(weights: dict[str, str] | None) -> list[str]:
-    if weights is None:  # those just trained
+    if weights is None:  # just trained
         return []
     return [f"{weights['file']}: sha256 {weights['sha256'][:12]}, trained on {weights['trained_on']}"]
 

@@ -34,12 +34,12 @@ CHANNELS = 3
 WHITENING_IMAGES = 5000
 LOW_RESOLUTIONS = (20, 26)
 AHEAD = {"cuda": 10_000}
-"""How many images are augmented together on a device, in whole batches: a GPU needs that many to be busy. On a CPU, one
-batch at a time: more would not stay in its caches."""
+"""Images to augment together, in whole batches, by device: a GPU needs that many to be busy. Elsewhere it is one batch
+at a time: more would not stay in a CPU's caches."""
 
 
 Row = dict[str, float]
-"""The figures of an epoch: what the log and the learning curves show."""
+"""An epoch's figures, as shown in the log and the learning curves."""
 
 
 @dataclass(frozen=True)
@@ -64,32 +64,33 @@ def join_workers(device: torch.device) -> Workers:
 
 
 def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
-    """The number format in which the networks compute in a step."""
+    """The number format that the networks compute a step in."""
     return choose_dtype(device) if recipe.precision == "auto" else torch.float32
 
 
 def initialize(network: Normalized, recipe: Recipe, pixels_NCHW: Tensor) -> None:
-    """Set what a network takes from its data before it learns: the normalisation, as the recipe says, and whitening."""
+    """Set what a network takes from its data before training: the normalisation, as the recipe says, and whitening."""
     if recipe.normalization == "data":
         for channel in range(CHANNELS):
             std, mean = torch.std_mean(pixels_NCHW[:, channel].double() / 255)  # all channels at once take gigabytes
             network.mean[channel] = mean
-            network.std[channel] = std.clamp_min(1 / 255)  # it is 0 for a channel without content
+            network.std[channel] = std.clamp_min(1 / 255)  # std is 0 for a channel without content
     if isinstance(network, CifarNet):
         network.set_whitening(pixels_NCHW[:WHITENING_IMAGES])
 
 
 def optimizers_for(network: nn.Module, recipe: Recipe) -> list[Optimizer]:
-    """Weights decay; biases and batch norms decay as fast if they have their own learning rate, else not at all.
+    """The optimizers a recipe asks for; each parameter group has its peak learning rate as `peak`.
 
-    With muon, weights of hidden layers have their own optimizer. Each group has its peak learning rate as `peak`.
+    Weights decay; biases and batch norms decay as fast if they have their own learning rate, else not at all. With
+    muon, the weights of hidden layers have their own optimizer.
     """
     biases: dict[str, Any] = {}
     if recipe.bias_learning_rate:
         decay = recipe.weight_decay * recipe.learning_rate / recipe.bias_learning_rate
         biases = {"peak": recipe.bias_learning_rate, "weight_decay": decay}
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    # Neither a layer that sees pixels, nor the last one, whose norm decides how sure the network can be.
+    # Neither layers that see pixels nor the last one, whose norm decides how sure the network can be.
     hidden = [p for p in parameters if p.ndim > 1 and p.shape[1] > CHANNELS][:-1] if recipe.optimizer == "muon" else []
     taken = {id(parameter) for parameter in hidden}
     rest = [parameter for parameter in parameters if id(parameter) not in taken]
@@ -105,7 +106,7 @@ def optimizers_for(network: nn.Module, recipe: Recipe) -> list[Optimizer]:
 
 
 def set_learning_rates(optimizers: list[Optimizer], factor: float, device: torch.device) -> None:
-    """Set each group's rate to `factor` times its peak, in place: a recorded step reads it where it lies in memory."""
+    """Set each group's rate to `factor` times its peak, in place: a recorded step reads it from a fixed address."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             if not isinstance(group["lr"], Tensor):
@@ -114,7 +115,7 @@ def set_learning_rates(optimizers: list[Optimizer], factor: float, device: torch
 
 
 def learning_rate_factor(step: int, total: int, recipe: Recipe) -> float:
-    """From 0 up to 1 during the warm-up, then down to 0 at `total` if the recipe decays."""
+    """The share of the peak: rises from 0 to 1 during the warm-up, then falls to 0 at `total` if the recipe decays."""
     rise = recipe.warmup * total
     if step < rise:
         return (step + 1) / (rise + 1)
@@ -122,7 +123,7 @@ def learning_rate_factor(step: int, total: int, recipe: Recipe) -> float:
 
 
 def resolution(epoch: int, recipe: Recipe) -> int:
-    """The side of the pictures in that epoch: the low resolutions share the recipe's low-resolution epochs equally."""
+    """The side of the pictures in `epoch`; the low resolutions share the recipe's low-resolution epochs equally."""
     for number, size in enumerate(LOW_RESOLUTIONS, start=1):
         if epoch < round(number / len(LOW_RESOLUTIONS) * recipe.low_resolution * recipe.epochs, 6):  # 7.0000001 is 7
             return size
@@ -153,7 +154,7 @@ def fit(
         The figures of each epoch, in the first process.
 
     Raises:
-        TrainingError: the loss is no longer finite, the batch does not divide, or the state file is of another run.
+        TrainingError: the loss is no longer finite, the batch does not divide, or the state file is from another run.
     """
     steps = _steps(train, recipe, workers)
     memory.keep()
@@ -169,13 +170,13 @@ def fit(
         _check_origin(state["origin"], origin)
         rows = _restore(state, network, optimizers)
     _check_same(len(rows), workers)
-    if rows and workers.is_first and on_epoch is not None:  # in case it stopped between state and log
+    if rows and workers.is_first and on_epoch is not None:  # in case the run stopped between writing state and log
         on_epoch(rows)
 
     def learn(shown_NCHW: Tensor, pixels_NCHW: Tensor, labels_NK: Tensor, scale: Tensor) -> Tensor:
         """Learn from `scale` times the loss of a batch, summed over its images; return the unscaled sum.
 
-        The network sees `shown_NCHW`, which may be smaller than `pixels_NCHW`, which the teachers see.
+        The network sees `shown_NCHW`; the teachers see `pixels_NCHW`, which may be larger.
         """
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits_NK = model(shown_NCHW.contiguous(memory_format=memory_format))
@@ -237,10 +238,10 @@ def _steps(train: Split, recipe: Recipe, workers: Workers) -> int:
 
 
 def _place(modules: Iterable[nn.Module], recipe: Recipe, device: torch.device) -> torch.memory_format:
-    """Prepare the device and move the networks to it; returns the memory format that their pictures need."""
+    """Prepare the device and move the networks to it; return the memory format that their pictures need."""
     if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # recorded steps and exchanged gradients use the current one
-    torch.backends.cudnn.benchmark = True  # steps are alike, so trying out NVIDIA's algorithms once pays
+        torch.cuda.set_device(device)  # recorded steps and gradient exchange use the current device
+    torch.backends.cudnn.benchmark = True  # steps are alike, so trying NVIDIA's algorithms once pays off
     torch.backends.cudnn.allow_tf32 = recipe.precision == "auto"
     memory_format = choose_memory_format(device) if recipe.precision == "auto" else torch.contiguous_format
     for module in modules:
@@ -265,7 +266,7 @@ def _augmented(
 
 
 def _check_same(epochs: int, workers: Workers) -> None:
-    """Refuse to train unless all processes go on from the same epoch."""
+    """Refuse to train unless all processes resume from the same epoch."""
     if workers.count == 1:
         return
     counts: list[int] = [0] * workers.count
@@ -273,7 +274,7 @@ def _check_same(epochs: int, workers: Workers) -> None:
     if len(set(counts)) > 1:
         raise TrainingError(
             f"The processes would resume after different epochs ({', '.join(map(str, counts))}): not all of them "
-            "find the state of the run. Have their machines share the folder runs/."
+            "find the run's state. Have their machines share the folder runs/."
         )
 
 
@@ -290,16 +291,16 @@ def _save_state(
 
 
 def check_same_recipe(state_file: Path, recipe: Recipe) -> None:
-    """Check that a run to resume, of which `fit` left this state, has that recipe.
+    """Check that the run to resume, whose state `fit` left in `state_file`, has this recipe.
 
     Raises:
-        TrainingError: it has another one, or the file is damaged.
+        TrainingError: it has another recipe, or the file is damaged.
     """
     _check_origin(_read_state(state_file)["origin"], _fields(recipe))
 
 
 def _fields(recipe: Recipe) -> dict[str, Any]:
-    """Those that make a difference."""
+    """The recipe's fields that affect the result."""
     return {name: value for name, value in vars(recipe).items() if name != "report_every"}
 
 
@@ -332,9 +333,9 @@ def _restore(state: dict[str, Any], network: nn.Module, optimizers: list[Optimiz
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
         for group in optimizer.param_groups:
-            group["lr"] = 0.0  # the one read is on the CPU, and each step sets it anyway
+            group["lr"] = 0.0  # the loaded one is on the CPU, and each step sets it anyway
         for parameter, momentum in optimizer.state.items():
-            for name, value in momentum.items():  # fused sgd takes it for granted that both lie alike in memory
+            for name, value in momentum.items():  # fused sgd assumes the same memory layout for both
                 momentum[name] = torch.empty_like(parameter).copy_(value)
     rows: list[Row] = state["rows"]
     return rows

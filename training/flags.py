@@ -1,4 +1,4 @@
-"""The command line of `python -m training`: commands and flags. What they do is in `commands`."""
+"""The command line of `python -m training`: commands and flags. `commands` says what they do."""
 
 import argparse
 from collections.abc import Callable
@@ -14,7 +14,7 @@ RUNS = Path("runs")
 
 
 def _told(parse: Callable[[str], int]) -> Callable[[str], int]:
-    """The same for argparse, which otherwise keeps what is accepted to itself."""
+    """`parse` for argparse, which would otherwise not say what is accepted."""
 
     def parse_or_tell(text: str) -> int:
         try:
@@ -31,7 +31,7 @@ _threads = _told(KNOWN["threads"].parse)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of all commands and their flags; the attribute `command` will be the command's name."""
+    """The parser for all commands and their flags; it stores the command's name as `command`."""
     root = argparse.ArgumentParser(
         prog="python -m training",
         description="Train networks, look at data, measure: `python -m training COMMAND --help`.",
@@ -39,19 +39,19 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     where = argparse.ArgumentParser(add_help=False)
-    where.add_argument("--data", help="folder of the data set; else CIFAR_DATA, else ./data")
+    where.add_argument("--data", help="folder of the data set (default: CIFAR_DATA, else ./data)")
     compute = argparse.ArgumentParser(add_help=False, parents=[where])
-    compute.add_argument("--device", help="cuda, cuda:1, mps or cpu; the first that works by default")
+    compute.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first that works)")
     held = argparse.ArgumentParser(add_help=False, parents=[compute])
     held.add_argument(
-        "--validation", type=float, default=0.0, help="not the test images but this share of the training images"
+        "--validation", type=float, default=0.0, help="use this share of the training images, not the test images"
     )
     measured = argparse.ArgumentParser(add_help=False, parents=[held])
     measured.add_argument(
-        "--weights", type=Path, default=DEFAULT_WEIGHTS, help="weights to measure; the shipped ones by default"
+        "--weights", type=Path, default=DEFAULT_WEIGHTS, help="weights to measure (default: the shipped ones)"
     )
     result = argparse.ArgumentParser(add_help=False)
-    result.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")
+    result.add_argument("--json", action="store_true", help="print one JSON object, and nothing else, to stdout")
 
     taught = argparse.ArgumentParser(add_help=False, parents=[compute])
     taught.add_argument(
@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
         default="default",
         help="the recipe to start from, in training/config.py (default: %(default)s)",
     )
-    taught.add_argument("--threads", type=_threads, help="CPU threads; torch's choice by default")
+    taught.add_argument("--threads", type=_threads, help="CPU threads (default: torch's choice)")
     taught.add_argument(
         "--teacher",
         type=Path,
@@ -71,16 +71,16 @@ def parser() -> argparse.ArgumentParser:
     )
 
     train = commands.add_parser(
-        "train", parents=[taught], help="train by a recipe: weights, log and learning curves", allow_abbrev=False
+        "train", parents=[taught], help="train by a recipe; write weights, log and learning curves", allow_abbrev=False
     )
-    train.add_argument("--name", help="the folder under runs/; recipe, time and process number by default")
+    train.add_argument("--name", help="folder under runs/ (default: recipe, time and process id)")
     train.add_argument("--resume", action="store_true", help="continue the run of this name where it stopped")
     train.add_argument("--out", type=Path, help="write the weights here as well, e.g. weights/cifar_net.pth")
     train.add_argument(
         "--calibration",
         type=Path,
         metavar="FILE",
-        help="weights of a run with --validation; this run, on all images, reuses their calibration; read at the end",
+        help="weights of a run with --validation, whose calibration this run, on all images, reuses; read at the end",
     )
     add_flags(train.add_argument_group("fields of the recipe", "each overrides the recipe's value"))
 
@@ -105,14 +105,14 @@ def parser() -> argparse.ArgumentParser:
     )
 
     show = commands.add_parser("show", parents=[held], help="a labelled grid of images")
-    show.add_argument("--weights", type=Path, help="also write what these weights predict")
+    show.add_argument("--weights", type=Path, help="also show what these weights predict")
     show.add_argument("--count", type=_positive, default=32, help="number of images (default: %(default)s)")
-    show.add_argument("--seed", type=_seed, default=0, help="seed for choosing them (default: %(default)s)")
+    show.add_argument("--seed", type=_seed, default=0, help="seed for choosing the images (default: %(default)s)")
     show.add_argument(
         "--out",
         type=Path,
-        help="picture to write, as .png, .jpg, .svg or .pdf; by default a window where there is a display, else "
-        "runs/grid.png",
+        help="picture to write, as .png, .jpg, .svg or .pdf (default: a window if there is a display, else "
+        "runs/grid.png)",
     )
 
     plot = commands.add_parser("plot", parents=[measured], help="confusion matrix, per-class bars, reliability diagram")
@@ -121,19 +121,19 @@ def parser() -> argparse.ArgumentParser:
     notice = commands.add_parser(
         "unfamiliar",
         parents=[measured, result],
-        help="do the weights notice pictures that show none of the classes?",
+        help="test whether the weights notice pictures of none of the classes",
     )
     notice.add_argument("--out", type=Path, help="write the JSON here as well, e.g. weights/cifar_net.unfamiliar.json")
-    notice.add_argument("--count", type=_positive, default=500, help="pictures of each source (default: %(default)s)")
+    notice.add_argument("--count", type=_positive, default=500, help="pictures from each source (default: %(default)s)")
 
     summary = commands.add_parser("summary", help="a network, layer by layer")
     summary.add_argument(
-        "--network", choices=model.NETWORKS, default="cifar_net", help="one of app/model.py (default: %(default)s)"
+        "--network", choices=model.NETWORKS, default="cifar_net", help="one in app/model.py (default: %(default)s)"
     )
 
     describe_weights = commands.add_parser("card", help="write the model card of the weights in a folder")
     describe_weights.add_argument(
-        "--folder", type=Path, default=DEFAULT_WEIGHTS.parent, help="of the weights; weights/ by default"
+        "--folder", type=Path, default=DEFAULT_WEIGHTS.parent, help="folder of the weights (default: weights/)"
     )
 
     commands.add_parser("download", parents=[where], help="download CIFAR-10")

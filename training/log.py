@@ -1,4 +1,4 @@
-"""What a run leaves to read: log.jsonl, curves.png, and TensorBoard events where tensorboard is installed."""
+"""What a run leaves to read: log.jsonl, curves.png, and TensorBoard events if tensorboard is installed."""
 
 import errno
 import json
@@ -15,7 +15,7 @@ from training import plots
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The JSON objects in `file`, one a line; no rows if there is no file yet.
+    """The JSON objects in `file`, one per line; no rows if there is no file yet.
 
     Raises:
         ValueError: it holds something else.
@@ -26,49 +26,45 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
             raise ValueError
     except ValueError:
         raise ValueError(
-            f"{file} is not such a log: expected is a JSON object in each line. Name another file, or remove this one."
+            f"{file} is not a log with one JSON object per line. Name another file, or remove this one."
         ) from None
     return rows
 
 
 def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line, the file as a whole or not at all."""
+    """Write one JSON object per line, the file as a whole or not at all."""
     write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 REDRAW_SECONDS = 10.0
-"""Between two drawings of the curves, each of which takes as long as an epoch on a GPU."""
+"""Least time between drawings of the curves, each of which takes as long as an epoch on a GPU."""
 
 
 class RunLog:
-    """Writes into `folder`: one line per finished epoch, in the file and on the terminal."""
+    """Writes one line per finished epoch, to the log file in `folder` and to the terminal."""
 
     def __init__(self, folder: Path, *, resume: bool) -> None:
         """
         Raises:
-            ValueError: the folder has a run and `resume` is not set; or the run is still going on; or it is finished
-                and left no state to resume from.
+            ValueError: the folder has a run and `resume` is not set, the run is still going on, or it is finished
+                without a state to resume from.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(folder / ".lock")  # held as long as this object; that of a killed process is gone, too
+        self._lock = FileLock(folder / ".lock")  # held as long as this object lives; a killed process loses it
         try:
             self._lock.acquire(blocking=False)
         except Timeout:
             raise ValueError(
-                f"The run in {folder} is going on in another process; wait for its end, or choose another --name."
+                f"The run in {folder} is still going on in another process; wait for it to end, or use another --name."
             ) from None
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # of a file system that has no locks
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks
                 raise
         begun, ended = (folder / "state.pt").exists(), (folder / "cifar_net.pth").exists()
         if resume and ended and not begun:
-            raise ValueError(
-                f"{folder} holds a finished run without the state.pt to go on from; choose another --name."
-            )
+            raise ValueError(f"{folder} holds a finished run without a state.pt to resume from; choose another --name.")
         if not resume and (begun or ended):
-            raise ValueError(
-                f"{folder} already holds a run; add --resume to continue it, or choose another one with --name."
-            )
+            raise ValueError(f"{folder} already holds a run; add --resume to continue it, or choose another --name.")
         forget_unfinished(folder / "state.pt")
         self.folder = folder
         self.tensorboard = _tensorboard(folder)
@@ -94,7 +90,7 @@ class RunLog:
         self.say("  ".join(parts))
 
     def draw(self, rows: Sequence[Mapping[str, float]]) -> None:
-        """The learning curves."""
+        """Draw the learning curves."""
         plots.save(plots.learning_curves(rows), self.folder / "curves.png")
         self._drawn_at = monotonic()
 

@@ -12,7 +12,7 @@ from training.errors import TrainingError
 
 
 class Meter:
-    """Adds up the loss of one epoch on the device, and reads it only when it is shown: reading waits for the device."""
+    """Adds up an epoch's loss on the device, and reads it only to show it: reading waits for the device."""
 
     def __init__(self, recipe: Recipe, epoch: int, steps: int, *, show: bool) -> None:
         self.recipe, self.epoch, self.steps, self.show = recipe, epoch, steps, show

@@ -1,4 +1,4 @@
-"""Muon: momentum whose update of a matrix is replaced by the nearest semi-orthogonal one.
+"""Muon: momentum whose update of a matrix is replaced by the nearest semi-orthogonal matrix.
 
 K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024; the form for convolutions follows
 K. Jordan's CIFAR-10 speed runs. torch.optim.Muon takes matrices only, and its decay does not fix the norm.
@@ -32,9 +32,9 @@ def orthogonalize(matrix_MN: Tensor, steps: int = NEWTON_SCHULZ_STEPS, dtype: to
 
 
 class Muon(Optimizer):
-    """For the weights of hidden layers, convolutional and linear.
+    """The optimizer for the weights of hidden layers, convolutional and linear.
 
-    Each step first resets the norm of a weight to sqrt(outputs); the learning rate is then a rotation rate. Where a
+    Each step first resets the norm of a weight to sqrt(outputs), which makes the learning rate a rotation rate. Where a
     batch norm follows, the scale of a weight has no effect on the output anyway; elsewhere the last layer, which has
     another optimizer, can make up for it, because ReLU passes a scale on.
     """

@@ -1,6 +1,6 @@
 """Pictures that show none of CIFAR-10's classes, to see whether a network notices.
 
-Nothing is downloaded: most are drawn, the rest are cut from the samples that matplotlib brings along.
+Nothing is downloaded: most are drawn, the rest come from samples that ship with matplotlib.
 Shape letters: N pictures, C = 3, H = W = 32.
 """
 
@@ -37,7 +37,7 @@ def gaussian_noise(count: int, generator: torch.Generator) -> Tensor:
 
 
 def clouds(count: int, generator: torch.Generator) -> Tensor:
-    """Noise of all scales, the coarser the stronger, as in photographs."""
+    """Noise at all scales, stronger at coarser ones, as in photographs."""
     total = torch.zeros(count, 3, IMAGE_SIZE, IMAGE_SIZE)
     for side in (2, 4, 8, 16, 32):
         noise = torch.randn(count, 3, side, side, generator=generator) / side
@@ -68,7 +68,7 @@ def stripes(count: int, generator: torch.Generator) -> Tensor:
 
 
 def fractals(count: int, generator: torch.Generator) -> Tensor:
-    """Cut-outs of Julia sets in one of matplotlib's colormaps."""
+    """Crops of Julia sets in one of matplotlib's colormaps."""
     angle_N11 = 2 * math.pi * torch.rand(count, 1, 1, generator=generator)
     c_N11 = torch.polar(0.7885 * torch.ones_like(angle_N11), angle_N11)
     side_N11 = 0.1 + 1.2 * torch.rand(count, 1, 1, generator=generator)
@@ -131,23 +131,23 @@ def icons(count: int, generator: torch.Generator) -> Tensor:
 
 
 def presents(count: int, generator: torch.Generator) -> Tensor:
-    """A drawn present, rotated, on a plain background: a thing of none of the classes."""
+    """A drawn present, rotated, on a plain background: an object of none of the classes."""
     return _pasted(count, [_read(_sample("Minduka_Present_Blue_Pack.png"))], generator)
 
 
 def portrait(count: int, generator: torch.Generator) -> Tensor:
-    """Squares of the photograph of a woman in uniform (Grace Hopper)."""
+    """Square crops of a photograph of a woman in uniform (Grace Hopper)."""
     return _cropped(count, _read(_sample("grace_hopper.jpg")).convert("RGB"), generator)
 
 
 def scan(count: int, generator: torch.Generator) -> Tensor:
-    """Squares of an MRI scan of a head."""
+    """Square crops of an MRI scan of a head."""
     values = numpy.frombuffer(gzip.decompress(_sample("s1045.ima.gz").read_bytes()), ">u2").reshape(256, 256)
     return _cropped(count, Image.fromarray((values / values.max() * 255).astype("uint8")).convert("RGB"), generator)
 
 
 def terrain(count: int, generator: torch.Generator) -> Tensor:
-    """Squares of an elevation map in one of matplotlib's colormaps."""
+    """Square crops of an elevation map in one of matplotlib's colormaps."""
     heights = torch.from_numpy(numpy.load(_sample("jacksboro_fault_dem.npz"))["elevation"]).float()
     low, high = heights.aminmax()
     grey = Image.fromarray(((heights - low) / (high - low) * 255).byte().numpy()).convert("RGB")
@@ -175,7 +175,7 @@ SOURCES: dict[str, Callable[[int, torch.Generator], Tensor]] = {
         terrain,
     )
 }
-"""Each makes N pictures, uint8 (N, C, H, W)."""
+"""Functions by name, each of which makes N pictures, uint8 (N, C, H, W)."""
 
 
 def _bytes(values: Tensor) -> Tensor:
@@ -204,7 +204,7 @@ def _slope(count: int, generator: torch.Generator) -> Tensor:
 
 
 def _mix(share_NHW: Tensor, generator: torch.Generator) -> Tensor:
-    """Two random colours for each picture, mixed with this share of the second."""
+    """Two random colours per picture, mixed with this share of the second."""
     first, second = _colours(len(share_NHW), generator), _colours(len(share_NHW), generator)
     return first + (second - first) * share_NHW[:, None]
 
@@ -230,7 +230,7 @@ def _drawn(count: int, draw: Callable[[ImageDraw.ImageDraw], None], generator: t
 
 
 def _pasted(count: int, things: Sequence[Image.Image], generator: torch.Generator) -> Tensor:
-    """For each picture one of `things`, which have transparent surroundings, at various sizes on a plain background."""
+    """In each picture, one of `things`, which have transparent surroundings, at a random size on a plain background."""
     pictures = []
     for _ in range(count):
         thing = things[int(_between(0, len(things), generator))]
@@ -245,7 +245,7 @@ def _pasted(count: int, things: Sequence[Image.Image], generator: torch.Generato
 
 
 def _cropped(count: int, picture: Image.Image, generator: torch.Generator) -> Tensor:
-    """Squares at any place, with sides from an eighth of the picture's shorter side to all of it."""
+    """Square crops at random places, with sides from an eighth of the picture's shorter side to all of it."""
     width, height = picture.size
     pictures = []
     for _ in range(count):

@@ -1,6 +1,6 @@
 """Pictures of data and results. Each function makes a Figure; `save` writes it, `show` opens a window.
 
-Right is blue and wrong is vermilion throughout: colour-blind eyes tell the two apart (Okabe and Ito, 2008).
+Right is blue and wrong is vermilion throughout, which colour-blind readers can tell apart (Okabe and Ito, 2008).
 Shape letters: N images, C = 3, H = W = 32, K classes.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from matplotlib import rcParams
-from matplotlib.backends.backend_agg import FigureCanvasAgg  # not at the first drawing, when a Ctrl-C may come
+from matplotlib.backends.backend_agg import FigureCanvasAgg  # now, not at the first drawing, when a Ctrl-C may come
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image, ImageShow
@@ -34,7 +34,7 @@ BLUE, VERMILION, GREY = "#0072b2", "#d55e00", "#767676"
 DOTS_PER_INCH = 144
 COLUMNS = 8
 MOST_SHOWN = 400
-"""Drawing that many takes a gigabyte."""
+"""Most images in one grid: drawing that many takes a gigabyte."""
 LABEL_PIXELS = 12
 """Room under each image for two lines of text."""
 LONGEST_LABEL = 13
@@ -49,19 +49,19 @@ def save(figure: Figure, path: Path) -> None:
     """Write a file as a whole or not at all, in the format of its suffix (.jpg, .svg, .pdf, ...); without one, as PNG.
 
     Raises:
-        ValueError: Matplotlib does not know that format; the sentence names those that it does.
+        ValueError: Matplotlib does not know that format; the message names those it does.
     """
     write_atomically(path, _drawn(figure, path.suffix[1:] or "png"))
 
 
 def show(figure: Figure) -> None:
-    """Show the figure in a window of the system's own image viewer.
+    """Show the figure in the system's own image viewer.
 
     Raises:
         AppError: There is no viewer.
     """
     if not ImageShow.show(Image.open(io.BytesIO(_drawn(figure, "png")))):
-        raise AppError("No known picture viewer was found on this system; write a file instead, with --out FILE.png.")
+        raise AppError("No known picture viewer was found on this system; write a file with --out FILE.png instead.")
 
 
 def has_display(environ: Mapping[str, str] = os.environ) -> bool:
@@ -78,9 +78,9 @@ def _drawn(figure: Figure, kind: str) -> bytes:
 
 @contextmanager
 def _interrupts_held_back() -> Iterator[None]:
-    """Matplotlib may take a Ctrl-C for an error of its own ("Invalid bounding box"), and raise that instead."""
+    """Matplotlib may mistake a Ctrl-C for an error of its own ("Invalid bounding box") and raise that instead."""
     held: list[int] = []
-    in_main = threading.current_thread() is threading.main_thread()  # others get no signals, and may set no handlers
+    in_main = threading.current_thread() is threading.main_thread()  # others get no signals and may set no handlers
     signals = (signal.SIGINT, signal.SIGTERM) if in_main else ()
     handlers = {sent: handler for sent in signals if callable(handler := signal.getsignal(sent))}
     try:
@@ -132,7 +132,7 @@ def _short(label: str) -> str:
 
 
 def learning_curves(rows: Sequence[Mapping[str, float]]) -> Figure:
-    """Loss, accuracy (where it was validated) and learning rate over epochs, from the rows of a run's log.jsonl."""
+    """Loss, accuracy (where validated) and learning rate over epochs, from the rows of a run's log.jsonl."""
     epochs = [row["epoch"] for row in rows]
     validated = [row for row in rows if "validation_accuracy" in row]
     figure = Figure(figsize=(12 if validated else 8, 3.6), layout="constrained")
@@ -212,7 +212,7 @@ def per_class_bars(confusion_KK: Tensor, classes: Sequence[str], dataset: str) -
 
 
 def reliability_diagram(bins_B3: Tensor, ece: float, dataset: str) -> Figure:
-    """How often the answer is right, against how sure the network says it is; on the diagonal the two agree.
+    """How often the answer is right, against how sure the network says it is; on the diagonal, the two agree.
 
     Args:
         bins_B3: Count, confidence and accuracy of each group, as in `app.report.Evaluation`.

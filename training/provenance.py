@@ -1,6 +1,6 @@
-"""Where weights come from, and what follows from it: whom they may teach, and which images can measure them.
+"""Where weights come from, and what follows from it: which runs they may teach, and which images can measure them.
 
-Weights have seen the images that they were trained on: what is fitted to those, or measured on them, looks too good.
+Weights have seen their training images: anything fitted to those, or measured on them, looks too good.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from training.distill import introduce
 
 
 def provenance(name: str, recipe: Recipe, train: Split, teachers: list[Checkpoint], **machine: Any) -> dict[str, Any]:
-    """What a weights file records of its training: the recipe, by its `name` and in full, the images, the teachers, the
+    """What a weights file records about its training: the recipe, by `name` and in full, the images, the teachers, the
     command line, and the `machine`."""
     return {
         "recipe": name,
@@ -38,7 +38,7 @@ def provenance(name: str, recipe: Recipe, train: Split, teachers: list[Checkpoin
 
 
 def load_teachers(files: list[Path], recipe: Recipe, images: Split) -> list[Checkpoint]:
-    """The teachers of a recipe with distillation. `images` are all training images, including those it holds out.
+    """The teachers of a recipe with distillation. `images` are all training images, including those that it holds out.
 
     Raises:
         CheckpointError, ValueError: a file cannot be used, or the files do not suit the recipe.
@@ -49,7 +49,9 @@ def load_teachers(files: list[Path], recipe: Recipe, images: Split) -> list[Chec
             "teacher and name its weights with --teacher, or choose a recipe that learns from labels alone, like fast."
         )
     if files and not recipe.distillation:
-        raise ValueError("The recipe has distillation 0; leave out --teacher, or choose one that has it, like default.")
+        raise ValueError(
+            "The recipe has distillation 0; leave out --teacher, or choose a recipe with distillation, like default."
+        )
     teachers = [load(file) for file in files]
     for file, teacher in zip(files, teachers, strict=True):
         if recipe.validation and not _unseen(teacher, images, recipe.validation):
@@ -68,34 +70,34 @@ def take_over_calibration(file: Path, recipe: Recipe, images: Split, teachers: l
     """
     if not file.exists():
         raise ValueError(
-            f"The training is done, but there is no {file} to take the calibration from. When it is there, run the "
+            f"The training is done, but there is no {file} to take the calibration from. Once it is there, run the "
             "same command with --resume, which only writes the weights."
         )
     found = load(file)
     if (found.architecture, found.classes) != (recipe.network, images.classes):
         raise ValueError(
-            f"The calibration in {file} is of a network {found.architecture} for the classes "
+            f"The calibration in {file} is for the network {found.architecture} and the classes "
             f"{', '.join(found.classes)}; this run trains {recipe.network} for {', '.join(images.classes)}."
         )
     if found.calibration.set_threshold is None or not found.trained.get("validation"):
         whose = "no calibration" if found.calibration.set_threshold is None else "the calibration of another run"
-        raise ValueError(f"The file {file} has {whose}; name one that a run with --validation 0.1 has written.")
+        raise ValueError(f"The file {file} has {whose}; name one written by a run with --validation 0.1.")
     others = hold_out(images, found.trained["validation"])[0]
     wanted = vars(recipe) | {"teachers": introduce(teachers), "data_sha256": others.digest}
     kept = wanted.keys() - {"seed", "validation", "precision", "report_every"}
     if other := sorted(name for name in kept if found.trained.get(name) != wanted[name]):
         raise ValueError(
-            f"The calibration in {file} is of a run with different values of: {', '.join(other)}. Name one of the same "
-            "recipe, images and teachers with --validation 0.1."
+            f"The calibration in {file} is from a run that differs in: {', '.join(other)}. Name one from a run "
+            "with the same recipe, images and teachers, and with --validation 0.1."
         )
     return found.calibration
 
 
 def hold_out_for(weights: Checkpoint | None, images: Split, share: float) -> tuple[Split, Split]:
-    """Like `hold_out`, in order to measure `weights`.
+    """Like `hold_out`, for measuring `weights`.
 
     Raises:
-        ValueError: they may have seen some of the held-out images.
+        ValueError: the weights may have seen some of the held-out images.
     """
     parts = hold_out(images, share)
     if weights is not None and not _unseen(weights, images, share):

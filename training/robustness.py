@@ -1,7 +1,7 @@
-"""How much accuracy is left when the pictures are not as clean as CIFAR-10's: compressed, moved, darkened, enlarged.
+"""How much accuracy is left when pictures are less clean than CIFAR-10's: compressed, shifted, darkened, enlarged.
 
 Common corruptions in the sense of Hendrycks and Dietterich (2019, arXiv:1903.12261), chosen by what happens to
-pictures before they are posted. Each is a function from pixels to pixels, uint8 (N, 3, 32, 32), with nothing random.
+pictures before they are posted. Each is a deterministic function from pixels to pixels, uint8 (N, 3, 32, 32).
 Shape letters: N images, C = 3, H = W = 32.
 """
 
@@ -29,7 +29,7 @@ DIRECTIONS = ((0, 1), (0, -1), (1, 0), (-1, 0))
 
 
 def jpeg(quality: int, pixels_NCHW: Tensor) -> Tensor:
-    """Through a real encoder and decoder, with chroma at half resolution (4:2:0)."""
+    """After a round trip through a real encoder and decoder, with chroma at half resolution (4:2:0)."""
     return _each(pixels_NCHW, lambda picture: _encode(picture, "JPEG", quality=quality, subsampling="4:2:0"))
 
 
@@ -58,7 +58,7 @@ def contrast(factor: float, pixels_NCHW: Tensor) -> Tensor:
 
 
 def mirror(pixels_NCHW: Tensor) -> Tensor:
-    """Left and right exchanged."""
+    """Left and right swapped."""
     return pixels_NCHW.flip(3)
 
 
@@ -68,7 +68,7 @@ def enlarge(pixels_NCHW: Tensor) -> Tensor:
 
 
 def corruptions() -> dict[str, list[Corruption]]:
-    """What is measured, in the order of the table; several variants count by their mean."""
+    """The corruptions to measure, in the order of the table; several variants are averaged."""
     table: dict[str, list[Corruption]] = {"as they are": [lambda pixels_NCHW: pixels_NCHW]}
     table |= {f"JPEG quality {quality}": [partial(jpeg, quality)] for quality in JPEG_QUALITIES}
     for distance in SHIFTS:
@@ -80,9 +80,9 @@ def corruptions() -> dict[str, list[Corruption]]:
 
 
 def measure(checkpoint: Checkpoint, split: Split, device: torch.device | str = "cpu") -> list[dict[str, Any]]:
-    """One row for each corruption: `pictures`, `accuracy` in [0, 1], `fall` in percentage points against the first row.
+    """One row for each corruption: `pictures`, `accuracy` in [0, 1], `fall` in percentage points from the first row.
 
-    The first row is what `python -m training evaluate` says.
+    The first row is what `python -m training evaluate` reports.
 
     Raises:
         DataError: The classes of the images are not those of the checkpoint.
@@ -100,7 +100,7 @@ def measure(checkpoint: Checkpoint, split: Split, device: torch.device | str = "
 
 
 def format_robustness(result: dict[str, Any]) -> str:
-    """The rows as a table, headed by what was measured."""
+    """The rows as a table, under a heading that says what was measured."""
     dataset, rows = result["dataset"], result["rows"]
     width = max(len(row["pictures"]) for row in rows)
     lines = [

@@ -1,4 +1,4 @@
-"""A network layer by layer, counted while one image passes through it.
+"""A network layer by layer, with counts taken as one image passes through it.
 
 Shape letters: N = 1 image, C = 3, H = W = 32.
 """
@@ -21,7 +21,7 @@ class Layer:
     name: str
     kind: str
     output_shape: tuple[int, ...]
-    """Of one image, without the batch dimension."""
+    """Shape for one image, without the batch dimension."""
     parameters: int
     multiply_adds: int
 
@@ -30,7 +30,7 @@ def layers(network: nn.Module) -> list[Layer]:
     """The innermost modules in the order they run; one that runs twice is listed twice, its parameters once.
 
     Multiply-adds are those of convolutions and linear layers. The rest (normalisation, activations, pooling) is not
-    counted, as is usual: it is a few operations a value where a convolution takes hundreds.
+    counted, as is usual: it takes a few operations per value where a convolution takes hundreds.
     """
     network = copy.deepcopy(network).cpu().eval()
     rows: list[Layer] = []
@@ -59,7 +59,7 @@ def _multiply_adds(module: nn.Module, output: Tensor) -> int:
 
 
 def summarize(network: nn.Module) -> str:
-    """A table: per layer its output shape, parameters and multiply-adds for one image; totals; the size of the file."""
+    """A table: output shape, parameters and multiply-adds of each layer for one image; totals; the size of the file."""
     rows = layers(network)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     file = io.BytesIO()
@@ -89,14 +89,14 @@ def summarize(network: nn.Module) -> str:
             rule,
             lines[-1],
             "",
-            f"The file of its state_dict has {file.tell():,} bytes. Multiply-adds are those of convolutions and linear "
+            f"Its state_dict has {file.tell():,} bytes as a file. Multiply-adds are those of convolutions and linear "
             "layers.",
         ]
     )
 
 
 def _line(cells: tuple[str, ...], widths: list[int]) -> str:
-    """Names to the left, numbers to the right."""
+    """One row: names aligned left, numbers right."""
     aligned = [f"{cell:<{width}}" for cell, width in zip(cells[:3], widths[:3], strict=True)]
     aligned += [f"{cell:>{width}}" for cell, width in zip(cells[3:], widths[3:], strict=True)]
     return "  ".join(aligned).rstrip()

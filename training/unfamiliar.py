@@ -1,4 +1,4 @@
-"""How well a network's output tells whether a picture is of the kind that the network was trained on.
+"""How well a network's output tells whether a picture is of the kind it was trained on.
 
 Shape letters: N pictures, M of them known, K classes, D features.
 """
@@ -20,25 +20,25 @@ USED = "energy"
 """The score that the service uses, `app.calibration.energy`."""
 NEIGHBOURS = 5
 KNOWN_IMAGES = 10_000
-"""Training images among which neighbours are sought: more take minutes on a CPU and change nothing."""
+"""Number of training images to search for neighbours: more take minutes on a CPU and change nothing."""
 
 
 def compare(
     checkpoint: Checkpoint, train: Split, held_out: Split, count: int = 500, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
-    """For each source of unfamiliar pictures: the AUROC of each score, and the share called unfamiliar; plain types.
+    """For each source of unfamiliar pictures: the AUROC of each score and the share called unfamiliar, in plain types.
 
     Args:
         train: Images that the network was trained on; the first ones serve as examples of what is familiar.
         held_out: Images that it was not trained on.
-        count: Pictures of each source.
+        count: Pictures from each source.
 
     Raises:
         ValueError: the weights do not know what is familiar.
     """
     if checkpoint.calibration.energy_quantiles is None:
         raise ValueError(
-            "These weights have no familiarity; name those of a run with --validation 0.1 (or --calibration)."
+            "These weights do not know what is familiar; name those of a run with --validation 0.1 (or --calibration)."
         )
     body, head = model.split(checkpoint.network())
     known_ND = forward(body, train.pixels_NCHW[:KNOWN_IMAGES], device=device)
@@ -95,7 +95,7 @@ def score(features_ND: Tensor, logits_NK: Tensor, known_ND: Tensor, labels_N: Te
 def _mahalanobis(features_ND: Tensor, known_ND: Tensor, labels_N: Tensor) -> Tensor:
     """Squared distance to the nearest class mean, in units of the spread within the classes.
 
-    In float64: for float32, the covariance of few images is too nearly singular.
+    In float64: the covariance of few images is too nearly singular for float32.
     """
     features_ND, known_ND = features_ND.double(), known_ND.double()
     means_KD = torch.stack([known_ND[labels_N == label].mean(dim=0) for label in labels_N.unique()])
