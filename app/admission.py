@@ -41,7 +41,7 @@ class Load(NamedTuple):
 
 class Admission:
     """What is waiting, and for how long it will. Requests of one picture take turns with those of many
-    (`entries.Turns`), so that they wait for only a part of these."""
+    (`entries.FairQueue`), so that they wait for only a part of these."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits

@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from app.boundary import UNMATCHED, Boundary, Ledger, request_id_of
 from app.errors import RequestError
-from app.exchange import LIGHT_BYTES, Headers, RawReply, Reply, announced_bytes, refusal
+from app.exchange import LIGHT_BYTES, Headers, RawReply, Reply, announced_bytes, error_reply
 from app.open_inference.schemas import InferenceRequest
 from app.service import Service
 from app.statistics import Counts
@@ -81,13 +81,13 @@ class Application(FastAPI):
             if length is None or length > LIGHT_BYTES:
                 return None
             started_at, reason, request_id = monotonic(), error.reason, request_id_of(known)
-            reply = refusal(error, request_id)
+            reply = error_reply(error, request_id)
             return lambda: self._tell(reply, reason, request_id, path, "POST", monotonic() - started_at)
 
     def reject(self, error: RequestError) -> RawReply:
         """The answer to bytes that are not a valid request."""
         request_id = request_id_of({})
-        return self._tell(refusal(error, request_id), error.reason, request_id, UNMATCHED, "OTHER", 0.0)
+        return self._tell(error_reply(error, request_id), error.reason, request_id, UNMATCHED, "OTHER", 0.0)
 
     def _tell(self, reply: Reply, reason: str, request_id: str, route: str, method: str, seconds: float) -> RawReply:
         self._ledger.record(route, method, reply.status, seconds, request_id, reason)

@@ -1,4 +1,4 @@
-"""Concurrent requests -> batches. Knows neither HTTP nor torch.
+"""Concurrent requests -> batches. Depends on neither HTTP nor torch.
 
     event loop                 decode thread     inference thread          event loop
     submit: light -> prepare ----------------->  take what has queued,
@@ -9,7 +9,7 @@ Light items, which take a known fraction of a millisecond to prepare, are prepar
 the inference thread would start its next batch later, and two threads that contend for the GIL lose more in handing it
 over than the work takes (one picture a request, 64 connections: a third more answers a second this way). All others
 have a thread of their own, so that one big photo does not hold up a thousand small ones. In both threads, requests of
-one picture take turns with requests of many (`entries.Turns`).
+one picture take turns with requests of many (`entries.FairQueue`).
 
 The counters belong to the event loop and only queues are shared, so there is no lock.
 """
@@ -24,7 +24,7 @@ from time import monotonic, time
 from typing import Generic
 
 from app.admission import Admission, Limits, Load
-from app.entries import Answer, Entry, Item, Prepared, Result, Run, Signal, Turns
+from app.entries import Answer, Control, Entry, FairQueue, Item, Prepared, Result, Run
 from app.errors import NotReady
 from app.statistics import Statistics, Timing
 
@@ -62,8 +62,8 @@ class Batcher(Generic[Item, Prepared, Result]):
         self._prepare = prepare
         self._limits = limits
         self.statistics = Statistics()
-        self._queue: Turns[Item, Prepared, Result] = Turns(limits.max_batch)
-        self._heavy: Turns[Item, Prepared, Result] = Turns(1)
+        self._to_run: FairQueue[Item, Prepared, Result] = FairQueue(limits.max_batch)
+        self._to_prepare: FairQueue[Item, Prepared, Result] = FairQueue(1)
         self._idle_work: deque[Iterator[object]] = deque()
         self._buildings: deque[tuple[Building[Prepared, Result], asyncio.Future[Run[Prepared, Result]]]] = deque()
         self._admission = Admission(limits)
@@ -183,19 +183,19 @@ class Batcher(Generic[Item, Prepared, Result]):
         entry: Entry[Item, Prepared, Result] = Entry(item, load, future, monotonic(), deadline_seconds, self._run)
         self._admission.enter(load)
         if not load.light:
-            self._heavy.put(entry)
+            self._to_prepare.put(entry)
         elif (failure := entry.prepare(self._prepare)) is None:
-            self._queue.put(entry)
+            self._to_run.put(entry)
         else:
             self._settle([(entry, failure)])
         return future
 
     def run_when_idle(self, work: Iterator[object]) -> None:
-        """Exhaust `work` in the inference thread, a step at a time, when nothing is queued. An exchange drops it."""
+        """Exhaust `work` in the inference thread, a step at a time, when nothing is queued. A swap drops it."""
         self._idle_work.append(work)
-        self._queue.put(Signal.WAKE)
+        self._to_run.put(Control.WAKE)
 
-    async def exchange(self, building: Building[Prepared, Result]) -> None:
+    async def swap(self, building: Building[Prepared, Result]) -> None:
         """Switch to the function that `building` returns; what was admitted before still runs with the old one.
 
         So all items of one `submit_all` are run by the same function. The inference thread takes one step of `building`
@@ -211,14 +211,14 @@ class Batcher(Generic[Item, Prepared, Result]):
     async def _build(self, building: Building[Prepared, Result]) -> Run[Prepared, Result]:
         built: asyncio.Future[Run[Prepared, Result]] = self._loop.create_future()
         self._buildings.append((building, built))
-        self._queue.put(Signal.WAKE)
+        self._to_run.put(Control.WAKE)
         return await built
 
     async def close(self) -> None:
         """Refuse new items, answer those that were admitted, end the threads. Idle work is dropped, and so is a thread
         that does not end."""
         self._closing = True
-        self._heavy.put(Signal.STOP)  # the decode thread passes it on, after its last item
+        self._to_prepare.put(Control.STOP)  # the decode thread passes it on, after its last item
         await asyncio.to_thread(self._inference_thread.join, 2 * self._limits.deadline_seconds + 1)
 
     def _settle(
@@ -250,15 +250,15 @@ class Batcher(Generic[Item, Prepared, Result]):
     # Decode thread
 
     def _decode(self) -> None:
-        while self._heavy or not self._heavy.stopped:
-            self._heavy.collect(timeout=0 if self._heavy else None)
-            for entry in self._heavy.next_batch():
-                failure = entry.refusal() or entry.prepare(self._prepare)
+        while self._to_prepare or not self._to_prepare.stopped:
+            self._to_prepare.collect(timeout=0 if self._to_prepare else None)
+            for entry in self._to_prepare.next_batch():
+                failure = entry.expiry_error() or entry.prepare(self._prepare)
                 if failure is None:
-                    self._queue.put(entry)
+                    self._to_run.put(entry)
                 else:
                     self._loop.call_soon_threadsafe(self._settle, [(entry, failure)])
-        self._queue.put(Signal.STOP)
+        self._to_run.put(Control.STOP)
 
     # Inference thread
 
@@ -272,14 +272,14 @@ class Batcher(Generic[Item, Prepared, Result]):
         """The next batch, from all that is queued by now; waits if nothing is. Empty only at the end."""
         if self._buildings:
             self._build_step(*self._buildings[0])
-        self._queue.collect(timeout=0)
-        while not (self._queue or self._queue.stopped):
+        self._to_run.collect(timeout=0)
+        while not (self._to_run or self._to_run.stopped):
             if self._buildings:
                 self._build_step(*self._buildings[0])
-                self._queue.collect(timeout=0)
-            elif not self._queue.collect(QUIET_SECONDS if self._idle_work else None) and self._idle_work:
+                self._to_run.collect(timeout=0)
+            elif not self._to_run.collect(QUIET_SECONDS if self._idle_work else None) and self._idle_work:
                 self._step(self._idle_work[0])
-        return self._queue.next_batch()
+        return self._to_run.next_batch()
 
     def _build_step(self, building: Building[Prepared, Result], built: asyncio.Future[Run[Prepared, Result]]) -> None:
         outcome: Run[Prepared, Result] | BaseException
@@ -289,7 +289,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         except StopIteration as finished:
             outcome = finished.value
             self._idle_work.clear()
-        except BaseException as error:  # for `start` or `exchange` to raise, which would otherwise wait for ever
+        except BaseException as error:  # for `start` or `swap` to raise, which would otherwise wait for ever
             outcome = error
         self._buildings.popleft()
         self._loop.call_soon_threadsafe(_resolve, built, outcome)
@@ -309,8 +309,8 @@ class Batcher(Generic[Item, Prepared, Result]):
         outcomes: list[tuple[Entry[Item, Prepared, Result], Result | Exception]] = []
         wanted: list[Entry[Item, Prepared, Result]] = []
         for entry in batch:
-            if refusal := entry.refusal():
-                outcomes.append((entry, refusal))
+            if error := entry.expiry_error():
+                outcomes.append((entry, error))
             else:
                 wanted.append(entry)
         if not wanted:

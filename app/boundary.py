@@ -21,7 +21,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import InvalidParameter, MethodNotAllowed, NotFound, RequestError
-from app.exchange import Headers, refusal
+from app.exchange import Headers, error_reply
 from app.logs import AccessLog
 from app.statistics import Timing, Traffic
 
@@ -50,11 +50,11 @@ class Ledger:
         return self._access_log.dropped if self._access_log is not None else 0
 
     def record(
-        self, route: str, method: str, status: int, seconds: float, request_id: str, refusal: str | None = None
+        self, route: str, method: str, status: int, seconds: float, request_id: str, reason: str | None = None
     ) -> None:
         self.traffic.seconds[route, method, status].add(seconds)
-        if refusal is not None:
-            self.traffic.refusals[refusal] += 1
+        if reason is not None:
+            self.traffic.refusals[reason] += 1
         if self._access_log is not None:
             self._access_log.note(request_id, method, route, status, seconds)
 
@@ -98,20 +98,20 @@ class Boundary:
             return  # nobody is there to be answered
         except RequestError as error:
             error.__traceback__ = None  # its frames hold the error and the body: a cycle
-            state["refusal"] = error.reason
-            await refusal(error, state["request_id"]).send(send_with_id)
+            state["reason"] = error.reason
+            await error_reply(error, state["request_id"]).send(send_with_id)
         except Exception:  # a defect of ours: the client gets a sentence, the log the traceback
             where = (state["request_id"], method, self._route(scope, root))
             logger.exception("Request %s, %s %s:", *where, extra={"request_id": where[0]})
             if status != LEFT:
                 raise
-            state["refusal"] = RequestError.reason
-            await refusal(RequestError(DEFECT), state["request_id"]).send(send_with_id)
+            state["reason"] = RequestError.reason
+            await error_reply(RequestError(DEFECT), state["request_id"]).send(send_with_id)
         finally:
             seconds = monotonic() - started_at
             counted = method if method in METHODS else "OTHER"
-            route, refused = self._route(scope, root), state.get("refusal")
-            self.ledger.record(route, counted, status, seconds, state["request_id"], refused)
+            route, reason = self._route(scope, root), state.get("reason")
+            self.ledger.record(route, counted, status, seconds, state["request_id"], reason)
 
     def _route(self, scope: Scope, root: str) -> str:
         """The template of the path: the path itself, that of the matched route, or a mounted application's root; all
@@ -132,8 +132,8 @@ def request_id_of(headers: Headers) -> str:
 
 def error_response(request: Request, error: RequestError) -> Response:
     state = request.scope["state"]
-    state["refusal"] = error.reason
-    return refusal(error, state["request_id"]).response(request)
+    state["reason"] = error.reason
+    return error_reply(error, state["request_id"]).response(request)
 
 
 def server_timing(timing: Timing, total: float) -> tuple[bytes, bytes]:

@@ -56,7 +56,7 @@ class Entry(Generic[Item, Prepared, Result]):
             self.prepare_seconds = monotonic() - start
         return None
 
-    def refusal(self) -> Exception | None:
+    def expiry_error(self) -> Exception | None:
         """Why no more work should be spent on it; None if it should."""
         if self.future.cancelled():
             return DeadlineExceeded("The client has left.")  # nobody will read it
@@ -67,14 +67,14 @@ class Entry(Generic[Item, Prepared, Result]):
         return None
 
 
-class Signal(Enum):
+class Control(Enum):
     """Queued like entries: WAKE ends a thread's wait for one, STOP says that no more will come."""
 
     WAKE = auto()
     STOP = auto()
 
 
-class Turns(Generic[Item, Prepared, Result]):
+class FairQueue(Generic[Item, Prepared, Result]):
     """The queue of a thread. Any thread may `put`; all else belongs to that one.
 
     While both wait, requests of one picture take turns with requests of many, batch by batch: a thousand pictures in
@@ -88,17 +88,17 @@ class Turns(Generic[Item, Prepared, Result]):
 
     def __init__(self, max_batch: int) -> None:
         self._max_batch = max_batch
-        self._arrived: SimpleQueue[Entry[Item, Prepared, Result] | Signal] = SimpleQueue()
+        self._arrived: SimpleQueue[Entry[Item, Prepared, Result] | Control] = SimpleQueue()
         self.stopped = False
-        """Whether `Signal.STOP` has been collected."""
+        """Whether `Control.STOP` has been collected."""
         self._singles: deque[Entry[Item, Prepared, Result]] = deque()
         self._bulk: deque[Entry[Item, Prepared, Result]] = deque()
-        self._turn = self._singles
+        self._current = self._singles
 
     def __bool__(self) -> bool:
         return bool(self._singles or self._bulk)
 
-    def put(self, arrival: Entry[Item, Prepared, Result] | Signal) -> None:
+    def put(self, arrival: Entry[Item, Prepared, Result] | Control) -> None:
         self._arrived.put(arrival)
 
     def collect(self, timeout: float | None) -> bool:
@@ -111,22 +111,24 @@ class Turns(Generic[Item, Prepared, Result]):
             while True:
                 if isinstance(arrival, Entry):
                     (self._bulk if arrival.load.bulk else self._singles).append(arrival)
-                elif arrival is Signal.STOP:
+                elif arrival is Control.STOP:
                     self.stopped = True
                 arrival = self._arrived.get_nowait()
         return True
 
     def next_batch(self) -> list[Entry[Item, Prepared, Result]]:
         """As many as fit into a batch, of one kind and for one `run`; an item larger than a batch comes alone."""
-        other = self._bulk if self._turn is self._singles else self._singles
+        other = self._bulk if self._current is self._singles else self._singles
         if other:
-            self._turn = other
+            self._current = other
         batch: list[Entry[Item, Prepared, Result]] = []
         room = usual_batch(self._max_batch)
         if not self._bulk:
             while 4 * room <= len(self._singles) and 2 * room <= self._max_batch:
                 room *= 2
-        while self._turn and (not batch or (self._turn[0].load.pictures <= room and self._turn[0].run is batch[0].run)):
-            batch.append(self._turn.popleft())
+        while self._current and (
+            not batch or (self._current[0].load.pictures <= room and self._current[0].run is batch[0].run)
+        ):
+            batch.append(self._current.popleft())
             room -= batch[-1].load.pictures
         return batch

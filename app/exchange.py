@@ -94,7 +94,7 @@ def announced_bytes(headers: Headers) -> int | None:
     return int(length) if length.isdigit() and len(length) < MAX_DIGITS else None
 
 
-def refusal(error: RequestError, request_id: str) -> Reply:
+def error_reply(error: RequestError, request_id: str) -> Reply:
     """An error as an answer: its sentence, its status and its headers."""
     headers = {**error.headers}
     if error.retry_after_seconds is not None:

@@ -41,7 +41,10 @@ class CountsCollector(Collector):
             "cifar_requests",
             "HTTP requests by route template, method and status; 499 is a client that left before its answer.",
             ("route", "method", "status"),
-            {(route, method, str(status)): of.count for (route, method, status), of in traffic.seconds.items()},
+            {
+                (route, method, str(status)): histogram.count
+                for (route, method, status), histogram in traffic.seconds.items()
+            },
         )
         yield _histogram(
             "cifar_request_seconds",

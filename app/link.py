@@ -11,11 +11,11 @@ from app.statistics import Counts
 
 COULD_NOT_START = 1
 """The exit code of a process that has said why."""
-TELL_SECONDS = 1.0
+REPLY_SECONDS = 1.0
 """How long to wait for a process's counts; after that its last ones are used."""
 
 
-class Ready(NamedTuple):
+class ReadyNotice(NamedTuple):
     """This process serves."""
 
     engine: str
@@ -26,26 +26,26 @@ class Ready(NamedTuple):
     """Those that it answers with."""
 
 
-class Reloaded(NamedTuple):
+class ReloadNotice(NamedTuple):
     """This process has exchanged its weights."""
 
     weights: str
     """The digest of what it serves now."""
 
 
-class Ask(NamedTuple):
+class TotalRequest(NamedTuple):
     """This process wants to know what all have counted."""
 
 
-class Tell(NamedTuple):
+class CountsRequest(NamedTuple):
     """What has this process counted?"""
 
 
-class Told(NamedTuple):
+class CountsReply(NamedTuple):
     counts: Counts
 
 
-class Total(NamedTuple):
+class TotalReply(NamedTuple):
     counts: Counts
 
 
@@ -57,7 +57,7 @@ class Link:
         self._count: Callable[[], Counts] = Counts
         self._asked: asyncio.Future[Counts] | None = None
 
-    def open(self, ready: Ready, count: Callable[[], Counts], stop: Callable[[], None]) -> None:
+    def open(self, ready: ReadyNotice, count: Callable[[], Counts], stop: Callable[[], None]) -> None:
         """Say that this process serves.
 
         Args:
@@ -75,19 +75,19 @@ class Link:
         callers share one question."""
         if self._asked is None:
             try:
-                self._end.send(Ask())
+                self._end.send(TotalRequest())
             except OSError:
                 return self._count()
             self._asked = asyncio.get_running_loop().create_future()
         try:
-            return await asyncio.wait_for(asyncio.shield(self._asked), 2 * TELL_SECONDS)
+            return await asyncio.wait_for(asyncio.shield(self._asked), 2 * REPLY_SECONDS)
         except TimeoutError:
             return self._count()
 
     def reloaded(self, weights: str) -> None:
         """Have the other processes exchange their weights, too."""
         with suppress(OSError):  # the supervisor is gone, and the others are stopping as well
-            self._end.send(Reloaded(weights))
+            self._end.send(ReloadNotice(weights))
 
     def _receive(self, stop: Callable[[], None]) -> None:
         try:
@@ -98,10 +98,10 @@ class Link:
             stop()
             return
         match message:
-            case Tell():
+            case CountsRequest():
                 with suppress(OSError):  # as above; the reader will notice
-                    self._end.send(Told(self._count()))
-            case Total(counts):
+                    self._end.send(CountsReply(self._count()))
+            case TotalReply(counts):
                 self._answer(counts)
 
     def _answer(self, counts: Counts) -> None:

@@ -26,9 +26,9 @@ PART = re.compile(
 class _Collector:
     """Gathers the content of each part by the name of its field."""
 
-    def __init__(self, max_parts: int, refusal: RequestError) -> None:
+    def __init__(self, max_parts: int, too_many: RequestError) -> None:
         self._max_parts = max_parts
-        self._refusal = refusal
+        self._too_many = too_many
         self.fields: list[tuple[str, bytearray]] = []
         self.complete = False
         self._disposed = False
@@ -38,7 +38,7 @@ class _Collector:
 
     def on_part_begin(self) -> None:
         if len(self.fields) == self._max_parts:
-            raise self._refusal
+            raise self._too_many
         self.fields.append(("", bytearray()))
         self._disposed = False
 
@@ -81,8 +81,8 @@ def read_field(body: bytes, content_type: str, name: str) -> bytes:
     """
     if (content := _only_field(body, content_type, name)) is not None:
         return content
-    refusal = BadRequest(f"The form has more than {MAX_PARTS} fields; send one field {name!r} with the picture.")
-    fields = read_fields(body, content_type, MAX_PARTS, refusal)
+    too_many = BadRequest(f"The form has more than {MAX_PARTS} fields; send one field {name!r} with the picture.")
+    fields = read_fields(body, content_type, MAX_PARTS, too_many)
     found = [content for field, content in fields if field == name]
     if len(found) != 1:
         names = ", ".join(repr(field) for field, _ in fields) or "none"
@@ -105,15 +105,15 @@ def _only_field(body: bytes, content_type: str, name: str) -> bytes | None:
     return body[part.end() : end]
 
 
-def read_fields(body: bytes, content_type: str, max_parts: int, refusal: RequestError) -> list[tuple[str, bytes]]:
+def read_fields(body: bytes, content_type: str, max_parts: int, too_many: RequestError) -> list[tuple[str, bytes]]:
     """The fields of a form in order, each with its name and content.
 
     Raises:
         BadRequest: The form is malformed or cut short.
-        RequestError: `refusal`, as soon as there are more than `max_parts`.
+        RequestError: `too_many`, as soon as there are more than `max_parts`.
     """
     options = _parameters(content_type.encode("latin-1"), "Content-Type")
-    collector = _Collector(max_parts, refusal)
+    collector = _Collector(max_parts, too_many)
     try:
         parser = MultipartParser(
             options.get(b"boundary", b""),

@@ -1,14 +1,14 @@
 """Several processes that serve one address, and the one that looks after them.
 
-    supervisor, without torch           processes that serve, each with the network
-    binds a socket for each -----------> listens on it; Linux deals new connections out by chance (SO_REUSEPORT)
-    starts the first, then the others <- Ready
-    another one for one that died
-    asks each now and then (Tell)     -> Told        one that does not answer is killed
+    supervisor, without torch            processes that serve, each with the network
+    binds a socket for each -----------> listens on it; Linux deals new connections out at random (SO_REUSEPORT)
+    starts the first, then the others <- ReadyNotice
+    replaces each that dies
+    CountsRequest now and then --------> CountsReply; one that does not answer is killed
     SIGTERM, SIGINT, SIGHUP -----------> each of them
-    SIGHUP to the others                <- Reloaded    one serves other weights than they do
-    asks each of them (Tell, Told)    <- Ask         one wants to report what all have counted
-    sums up, with those that died -----> Total
+    SIGHUP to the others <-------------- ReloadNotice: one serves other weights than they do
+    CountsRequest to each of them <----- TotalRequest: one wants to report what all have counted
+    sums up, with those that died -----> TotalReply
 
 Messages travel over a pipe for each process. No question is repeated before it is answered, so that no pipe fills up
 and neither side ever waits for the other to read. A process whose supervisor is gone stops as if by SIGTERM. (One
@@ -32,7 +32,17 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from app import logs
-from app.link import COULD_NOT_START, TELL_SECONDS, Ask, Link, Ready, Reloaded, Tell, Told, Total
+from app.link import (
+    COULD_NOT_START,
+    REPLY_SECONDS,
+    CountsReply,
+    CountsRequest,
+    Link,
+    ReadyNotice,
+    ReloadNotice,
+    TotalReply,
+    TotalRequest,
+)
 from app.settings import Settings
 from app.statistics import Counts
 
@@ -67,9 +77,9 @@ class Worker:
     def ask(self) -> None:
         if not self.asked:
             self.asked = True
-            self.send(Tell())
+            self.send(CountsRequest())
 
-    def send(self, message: Tell | Total) -> None:
+    def send(self, message: CountsRequest | TotalReply) -> None:
         with suppress(OSError):  # it has just died, which the loop will notice
             self.end.send(message)
 
@@ -182,14 +192,14 @@ class Supervisor:
 
     def _pass_on(self, sent: int) -> None:
         if sent not in (signal.SIGTERM, signal.SIGINT):
-            self._hang_up()
+            self._reload_all()
             return
         self._stopping = True
         self._reserved.close()
         for worker in self._workers:
             worker.signal(sent if worker.ready else signal.SIGTERM)  # SIGINT would print a traceback while it starts
 
-    def _hang_up(self) -> None:
+    def _reload_all(self) -> None:
         for worker in self._workers:
             if worker.ready:
                 worker.signal(signal.SIGHUP)
@@ -203,7 +213,7 @@ class Supervisor:
             worker.end.close()  # it is ending
             return
         match message:
-            case Ready(engine, weights, classes):
+            case ReadyNotice(engine, weights, classes):
                 worker.ready = self._announced = True
                 self._failures = 0
                 self._classes = classes
@@ -211,14 +221,14 @@ class Supervisor:
                 if worker.outdated:
                     worker.signal(signal.SIGHUP)
                 self._compare(worker, weights)
-            case Reloaded(weights):
+            case ReloadNotice(weights):
                 self._compare(worker, weights)
-            case Ask():
+            case TotalRequest():
                 asked = {each for each in self._workers if each.ready}
-                self._rounds[worker] = asked, time.monotonic() + TELL_SECONDS
+                self._rounds[worker] = asked, time.monotonic() + REPLY_SECONDS
                 for each in asked:
                     each.ask()
-            case Told(counts):
+            case CountsReply(counts):
                 worker.counts, worker.asked, worker.unanswered = counts, False, 0
                 self._count_off(worker)
 
@@ -240,7 +250,7 @@ class Supervisor:
         total = Counts()
         for counts in (self._gone, *(each.counts for each in self._workers)):
             total.merge(counts)
-        asker.send(Total(total))
+        asker.send(TotalReply(total))
 
     def _bury(self, worker: Worker) -> None:
         self._workers.remove(worker)

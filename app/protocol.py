@@ -1,8 +1,8 @@
 """uvicorn's HTTP protocol, cheaper where it counts.
 
-What one turn of the event loop writes to a connection leaves in one piece: uvicorn writes the head and the body of an
-answer separately, and each is a system call that wakes the client. And under too much load, when refusals are most of
-the work, they are given before uvicorn creates a task for each.
+All that one iteration of the event loop writes to a connection leaves in one piece: uvicorn writes the head and the
+body of an answer separately, and each write is a system call that wakes the client. And under overload, when refusals
+are most of the work, a request is refused before uvicorn creates a task for it.
 
 It ignores offers to switch protocols, and does not wait for ever for the head of a request, or for a body that nobody
 reads.
@@ -29,42 +29,42 @@ OFFER = frozenset({b"connection", b"upgrade", b"http2-settings"})
 
 
 class Turnstile:
-    """Lets at most `PER_TURN` requests in during one turn of the event loop; the others follow in the next, in order.
+    """Lets in at most `PER_ITERATION` requests per iteration of the event loop; the others follow in order.
 
-    A turn would take in all that has arrived: a third of a second for a wave of a thousand requests. A health
-    check, which takes a few turns from its connection to its answer, would wait for as many such turns.
+    An iteration would take in all that has arrived: a third of a second for a wave of a thousand requests. A health
+    check, which takes a few iterations from its connection to its answer, would wait that long for each.
     """
 
-    PER_TURN = 16
+    PER_ITERATION = 16
 
     def __init__(self) -> None:
-        self._room = self.PER_TURN
-        self._turning = False
+        self._room = self.PER_ITERATION
+        self._scheduled = False
         self._waiting: deque[Callable[[], None]] = deque()
 
     def enter(self, come_in: Callable[[], None]) -> bool:
         """Whether a request may come in at once; if not, `come_in` is called when it may."""
-        if not self._turning:
-            self._turning = True
-            asyncio.get_running_loop().call_soon(self._turn)
+        if not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._next_iteration)
         if self._waiting or not self._room:
             self._waiting.append(come_in)
             return False
         self._room -= 1
         return True
 
-    def _turn(self) -> None:
-        self._room = self.PER_TURN
-        self._turning = bool(self._waiting)
-        if self._turning:
-            asyncio.get_running_loop().call_soon(self._turn)
+    def _next_iteration(self) -> None:
+        self._room = self.PER_ITERATION
+        self._scheduled = bool(self._waiting)
+        if self._scheduled:
+            asyncio.get_running_loop().call_soon(self._next_iteration)
         while self._waiting and self._room:
             self._room -= 1
             self._waiting.popleft()()
 
 
 class CoalescingTransport:
-    """A transport that writes in the next turn of the event loop, or before it closes."""
+    """A transport that writes in the next iteration of the event loop, or before it closes."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
@@ -96,7 +96,7 @@ class NoUpgradeParser:
     Java's own client and `curl --http2` offer HTTP/2 with their first request.
     """
 
-    def __init__(self, protocol: "Protocol") -> None:
+    def __init__(self, protocol: "HttpProtocol") -> None:
         self._protocol = protocol
         self._parser = HttpRequestParser(protocol)
 
@@ -123,11 +123,11 @@ Reject = Callable[[RequestError], RawReply]
 """Returns the answer to bytes that are not a valid request."""
 
 
-class Protocol(HttpToolsProtocol):
+class HttpProtocol(HttpToolsProtocol):
     """For connections that share a turnstile. The application decides what is refused, and how."""
 
     _held = b""
-    _refusal: Callable[[], RawReply] | None = None
+    _early_reply: Callable[[], RawReply] | None = None
     _head_without_offer: bytes | None = None
     _running: RequestResponseCycle | None = None
     """The request that the application works on; uvicorn's `cycle` is the latest, which may be queued behind it."""
@@ -224,10 +224,10 @@ class Protocol(HttpToolsProtocol):
             return
         in_turn = self.cycle is None or self.cycle.response_complete  # not behind another of the same connection
         if in_turn and not self.expect_100_continue and method == b"POST":
-            self._refusal = self._refuse(self.url.decode("latin-1"), self.headers)
+            self._early_reply = self._refuse(self.url.decode("latin-1"), self.headers)
         if len(self.pipeline) >= MAX_PIPELINED:
             raise BufferError
-        if self._refusal is None:
+        if self._early_reply is None:
             super().on_headers_complete()
             if not self.pipeline:
                 self._running = self.cycle
@@ -240,17 +240,17 @@ class Protocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         self._undigested_bytes = 0
-        if self._refusal is None:
+        if self._early_reply is None:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._undigested_bytes = 0
         if self._head_without_offer is not None:
             return
-        if self._refusal is None:
+        if self._early_reply is None:
             super().on_message_complete()
             return
-        reply, self._refusal = self._refusal(), None
+        reply, self._early_reply = self._early_reply(), None
         modern = self.parser.get_http_version() != "1.0"  # HTTP/1.0 clients wait for the connection to close
         self._write(reply, keep_alive=modern and self.parser.should_keep_alive())
 

@@ -115,7 +115,7 @@ class Certainty(BaseModel):
     ece: float = Field(description="Expected calibration error, 0 to 1.")
 
 
-class Calibration(Certainty):
+class CalibrationReport(Certainty):
     """How well the served probabilities agree with the share of right answers; and those before calibration."""
 
     ece_estimator: str = Field(description="How the calibration error is estimated.")
@@ -152,7 +152,9 @@ class Report(BaseModel):
     accuracy: float = Field(description="Share of images whose most probable class is the true one.")
     correct: int = Field(description="The number of those images.")
     interval: tuple[float, float] = Field(description="95 % Wilson interval of the accuracy.")
-    calibration: Calibration = Field(description="How well the probabilities agree with the share of right answers.")
+    calibration: CalibrationReport = Field(
+        description="How well the probabilities agree with the share of right answers."
+    )
     prediction_sets: PredictionSets | None = Field(
         description="How well the sets of classes keep their promise; null if these weights have none."
     )
@@ -204,7 +206,7 @@ MEANINGS = {
 }
 
 
-def refusals(*statuses: int, meanings: Mapping[int, str] = {}) -> dict[int | str, dict[str, Any]]:
+def error_responses(*statuses: int, meanings: Mapping[int, str] = {}) -> dict[int | str, dict[str, Any]]:
     """The documentation of error answers, for a route's `responses`; `meanings` replace the usual ones."""
     return {
         status: {

@@ -18,9 +18,9 @@ from typing import Any, cast
 import uvicorn
 
 from app.errors import RequestError, StartError
-from app.link import COULD_NOT_START, Link, Ready
+from app.link import COULD_NOT_START, Link, ReadyNotice
 from app.main import create_app
-from app.protocol import Protocol, Turnstile
+from app.protocol import HttpProtocol, Turnstile
 from app.service import Service
 from app.settings import Settings
 
@@ -77,7 +77,7 @@ class Server(uvicorn.Server):
         if not self.started:
             return
         if hasattr(signal, "SIGHUP"):
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.hang_up)
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.start_reload)
         self._on_started()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -118,7 +118,7 @@ class Server(uvicorn.Server):
         for headers in (self.config.encoded_headers, self.server_state.default_headers):  # for later ticks, and now
             headers.append((b"connection", b"close"))
 
-    def hang_up(self) -> None:
+    def start_reload(self) -> None:
         """Read the weights file anew, in the background."""
         reload = asyncio.create_task(self._reload())
         self._reloads.add(reload)
@@ -160,9 +160,9 @@ def serve(
     # OpenVINO, which has one step.
     sys.setswitchinterval(0.0005)
     # A SIGHUP after the weights were read must not be lost. (One of several gets it again from the supervisor.)
-    hang_ups: list[int] = []
+    early_reloads: list[int] = []
     if link is None and hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, lambda sent, _frame: hang_ups.append(sent))
+        signal.signal(signal.SIGHUP, lambda sent, _frame: early_reloads.append(sent))
     try:
         app = create_app(settings, classes)
     except StartError as error:
@@ -171,7 +171,7 @@ def serve(
     service = app.service
     config = uvicorn.Config(
         app,
-        http=cast(Any, partial(Protocol, turnstile=Turnstile(), refuse=app.refuse, reject=app.reject)),
+        http=cast(Any, partial(HttpProtocol, turnstile=Turnstile(), refuse=app.refuse, reject=app.reject)),
         log_config=None,
         proxy_headers=False,  # nothing here depends on who asks, and looking takes time for each request
         access_log=False,  # ours is cheaper, and knows the request's id and route
@@ -182,14 +182,14 @@ def serve(
 
     def on_started() -> None:
         if link is not None:
-            app.total, service.on_exchange = link.total, link.reloaded
-            ready = Ready(service.engine, service.checkpoint.sha256, service.checkpoint.classes)
+            app.total, service.on_swap = link.total, link.reloaded
+            ready = ReadyNotice(service.engine, service.checkpoint.sha256, service.checkpoint.classes)
             link.open(ready, app.count, lambda: server.handle_exit(signal.SIGTERM, None))
         if classes is None:
             processes = f" in {settings.processes} processes" if settings.processes > 1 else ""
             say(f"Serving {service.describe()}{processes} on {url(listener)}")
-        if hang_ups:
-            server.hang_up()
+        if early_reloads:
+            server.start_reload()
 
     server = Server(config, service, on_started)
     server.run(sockets=[listener])

@@ -69,7 +69,7 @@ class Service:
         self.device = device
         self.draining = False
         self.predictions = Predictions()
-        self.on_exchange: Callable[[str], None] = lambda _sha256: None
+        self.on_swap: Callable[[str], None] = lambda _sha256: None
         """Called with the digest of what serves, when the weights file has been read again."""
         self.intake = Intake(
             max_bytes=settings.max_body_bytes,
@@ -127,14 +127,14 @@ class Service:
                 served = Served(await asyncio.to_thread(load_aside, self.settings.weights))
                 if served.checkpoint.sha256 == self.checkpoint.sha256:
                     logger.info("The weights file was read: it is the one that is served.")
-                    self.on_exchange(self.checkpoint.sha256)  # other processes may have failed to read it before
+                    self.on_swap(self.checkpoint.sha256)  # other processes may have failed to read it before
                     return False
                 check_replaces(served.checkpoint, self.checkpoint.classes)
-                await self._batcher.exchange(self._build(served, self.engine))
+                await self._batcher.swap(self._build(served, self.engine))
             except CheckpointError as error:
                 raise WeightsRefused(f"{error} The weights {self.checkpoint.sha256[:12]} go on serving.") from None
             self._served = served
-            self.on_exchange(served.checkpoint.sha256)
+            self.on_swap(served.checkpoint.sha256)
             self._start_evaluation()
             logger.info("The weights were exchanged. Serving %s.", self.describe())
             return True

@@ -503,11 +503,11 @@ async def test_only_items_admitted_after_an_exchange_run_on_the_new_function() -
             yield
         return lambda numbers: [3 * number for number in numbers]
 
-    exchanging = asyncio.create_task(batcher.exchange(watched()))
+    swapping = asyncio.create_task(batcher.swap(watched()))
     await asyncio.sleep(0)
     meanwhile = batcher.submit("12", 1, light=True)
     doubler.gate.set()
-    await exchanging
+    await swapping
     assert seen == [1, 2, 3]  # a step after each batch, also while there is more to do
     after = batcher.submit("1000", 1, light=True)
     assert await asyncio.gather(held, *before, meanwhile, after) == [*range(0, 26, 2), 3000]
@@ -532,9 +532,9 @@ async def test_an_exchange_that_fails_changes_nothing() -> None:
     doubler = Doubler()
     batcher = await start(doubler)
     with pytest.raises(ValueError, match="no good"):
-        await batcher.exchange(building(3, error=ValueError("no good")))
+        await batcher.swap(building(3, error=ValueError("no good")))
     assert await batcher.submit("2", 1, light=True) == 4
-    await batcher.exchange(building(3))
+    await batcher.swap(building(3))
     assert await batcher.submit("2", 1, light=True) == 6
     await batcher.close()
 
@@ -544,7 +544,7 @@ async def test_the_old_function_is_freed_after_an_exchange() -> None:
     await batcher.start(building(2))
     old = weakref.ref(batcher._run)
     assert await batcher.submit("2", 1, light=True) == 4
-    await batcher.exchange(building(3))
+    await batcher.swap(building(3))
     assert await batcher.submit("2", 1, light=True) == 6
     assert old() is None
     await batcher.close()
@@ -559,16 +559,16 @@ async def test_an_exchange_is_given_up_when_the_service_stops() -> None:
         while True:
             yield
 
-    exchanging = asyncio.create_task(batcher.exchange(endless()))
+    swapping = asyncio.create_task(batcher.swap(endless()))
     await asyncio.sleep(0)
     closing = asyncio.create_task(batcher.close())
     doubler.gate.set()
     await closing
     assert await held == 0
     with pytest.raises(NotReady):
-        await exchanging
+        await swapping
     with pytest.raises(NotReady):
-        await batcher.exchange(endless())
+        await batcher.swap(endless())
 
 
 async def test_idle_work_waits_until_nothing_is_queued_and_runs_in_the_inference_thread() -> None:
@@ -625,7 +625,7 @@ async def test_an_exchange_drops_the_pending_idle_work(monkeypatch: pytest.Monke
     kept = weakref.ref(idle)
     batcher.run_when_idle(idle)
     del idle
-    await batcher.exchange(building(3))
+    await batcher.swap(building(3))
     assert kept() is None
     assert await batcher.submit("2", 1, light=True) == 6
     await batcher.close()

@@ -19,7 +19,7 @@ from starlette.types import Message
 from app import boundary, entries, errors
 from app.application import Application
 from app.errors import Overloaded, RequestError, TooSlow, WeightsRefused
-from app.exchange import Intake, refusal
+from app.exchange import Intake, error_reply
 from app.main import create_app
 from app.predictor import Predictor
 from app.service import Service
@@ -347,5 +347,5 @@ def test_a_trailing_slash_gives_404(client: TestClient, png: bytes) -> None:
 
 
 def test_an_error_may_name_a_file_whose_name_is_not_utf8() -> None:
-    reply = refusal(WeightsRefused("There is no weights file caf\udce9.pth."), "an id")
+    reply = error_reply(WeightsRefused("There is no weights file caf\udce9.pth."), "an id")
     assert json.loads(reply.body)["error"] == r"There is no weights file caf\udce9.pth."

@@ -35,7 +35,7 @@ from running import ROOT, SECONDS, command, environment, eventually, get, post, 
 from app import checkpoint, link, processes
 from app.__main__ import bind
 from app.errors import SettingsError
-from app.link import Ask, Link, Ready, Tell, Told, Total
+from app.link import CountsReply, CountsRequest, Link, ReadyNotice, TotalReply, TotalRequest
 from app.model import IMAGE_BYTES
 from app.processes import PATIENCE, RETRY_SECONDS, Supervisor, Worker
 from app.settings import Settings
@@ -185,7 +185,7 @@ def test_sighup_during_a_process_start_is_delivered_once_it_serves(supervisor: S
     worker = Pretended(supervisor)
     supervisor._pass_on(signal.SIGHUP)
     assert worker.signals == []  # it ignores them
-    worker.its.send(Ready("torch", "0123", ("a", "b")))
+    worker.its.send(ReadyNotice("torch", "0123", ("a", "b")))
     supervisor._receive(worker)
     assert worker.signals == [signal.SIGHUP]
 
@@ -195,8 +195,8 @@ def test_a_process_that_sometimes_answers_late_is_not_considered_stuck(superviso
     for _ in range(PATIENCE):
         supervisor._check()
         supervisor._check()
-        assert worker.its.recv() == Tell()
-        worker.its.send(Told(Counts()))
+        assert worker.its.recv() == CountsRequest()
+        worker.its.send(CountsReply(Counts()))
         supervisor._receive(worker)
     assert worker.signals == []
 
@@ -254,7 +254,7 @@ def test_later_processes_use_the_first_ones_engine_and_restart_quickly_after_suc
 ) -> None:
     supervisor._failures = 5
     worker = Pretended(supervisor)
-    worker.its.send(Ready("openvino", "0123", ("a", "b")))
+    worker.its.send(ReadyNotice("openvino", "0123", ("a", "b")))
     supervisor._receive(worker)
     assert supervisor._settings.engine == "openvino"
     supervisor._bury(Pretended(supervisor))
@@ -539,16 +539,16 @@ def test_a_message_that_comes_in_pieces_is_read_whole() -> None:
     gone: list[bool] = []
 
     def tell() -> None:
-        assert own.recv() == Ready("torch", "0123", ("a", "b"))
-        assert own.recv() == Ask()
-        message = bytes(ForkingPickler.dumps(Total(Counts(lines_dropped=7))))
+        assert own.recv() == ReadyNotice("torch", "0123", ("a", "b"))
+        assert own.recv() == TotalRequest()
+        message = bytes(ForkingPickler.dumps(TotalReply(Counts(lines_dropped=7))))
         os.write(own.fileno(), struct.pack("!i", len(message)))
         time.sleep(0.1)
         os.write(own.fileno(), message)
 
     async def ask() -> Counts:
         link = Link(its)
-        link.open(Ready("torch", "0123", ("a", "b")), Counts, lambda: gone.append(True))
+        link.open(ReadyNotice("torch", "0123", ("a", "b")), Counts, lambda: gone.append(True))
         return await asyncio.wait_for(link.total(), SECONDS)
 
     with own, its, ThreadPoolExecutor(1) as pool:
@@ -563,7 +563,7 @@ def test_a_process_without_its_supervisor_reports_its_own_counts() -> None:
 
     async def ask() -> tuple[Counts, Counts]:
         link = Link(its)
-        link.open(Ready("torch", "0123", ("a", "b")), lambda: Counts(lines_dropped=3), lambda: gone.append(True))
+        link.open(ReadyNotice("torch", "0123", ("a", "b")), lambda: Counts(lines_dropped=3), lambda: gone.append(True))
         waiting = asyncio.create_task(link.total())
         await asyncio.sleep(0)
         own.close()
@@ -582,7 +582,7 @@ def test_a_process_whose_supervisor_is_gone_before_it_serves_stops() -> None:
 
     async def begin() -> None:
         gone = asyncio.Event()
-        Link(its).open(Ready("torch", "0123", ("a", "b")), Counts, gone.set)
+        Link(its).open(ReadyNotice("torch", "0123", ("a", "b")), Counts, gone.set)
         await asyncio.wait_for(gone.wait(), SECONDS)
 
     with its:
@@ -590,12 +590,12 @@ def test_a_process_whose_supervisor_is_gone_before_it_serves_stops() -> None:
 
 
 def test_a_process_whose_supervisor_is_silent_reports_its_own_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link, "TELL_SECONDS", 0.01)
+    monkeypatch.setattr(link, "REPLY_SECONDS", 0.01)
     own, its = multiprocessing.Pipe()
 
     async def ask() -> list[Counts]:
         link = Link(its)
-        link.open(Ready("torch", "0123", ("a", "b")), lambda: Counts(lines_dropped=3), lambda: None)
+        link.open(ReadyNotice("torch", "0123", ("a", "b")), lambda: Counts(lines_dropped=3), lambda: None)
         return [await asyncio.wait_for(link.total(), SECONDS) for _ in range(2)]
 
     with own, its:

@@ -16,7 +16,7 @@ from uvicorn.server import ServerState
 
 from app.errors import RequestError
 from app.exchange import LIGHT_BYTES, RawReply
-from app.protocol import MAX_HEAD_BYTES, MAX_PIPELINED, CoalescingTransport, Protocol, Turnstile
+from app.protocol import MAX_HEAD_BYTES, MAX_PIPELINED, CoalescingTransport, HttpProtocol, Turnstile
 
 pytestmark = pytest.mark.anyio
 POST = b"POST / HTTP/1.1\r\nhost: test\r\ncontent-length: 5\r\nx-request-id: %b\r\n%b\r\nhello"
@@ -70,13 +70,15 @@ async def listening(
     application: Application, patience: float = SECONDS
 ) -> AsyncIterator[tuple[Callable[[], Awaitable[Connection]], ServerState]]:
     """How to connect a client, and the server's state."""
-    config = uvicorn.Config(application, http=Protocol, log_config=None, proxy_headers=False, lifespan="off", ws="none")
+    config = uvicorn.Config(
+        application, http=HttpProtocol, log_config=None, proxy_headers=False, lifespan="off", ws="none"
+    )
     config.timeout_keep_alive = patience  # type: ignore[assignment]
     config.load()
     state, turnstile = ServerState(), Turnstile()
     loop = asyncio.get_running_loop()
     refuse, reject = application.refuse, application.reject
-    protocol = partial(Protocol, config, state, {}, turnstile=turnstile, refuse=refuse, reject=reject)
+    protocol = partial(HttpProtocol, config, state, {}, turnstile=turnstile, refuse=refuse, reject=reject)
     async with await loop.create_server(protocol, "127.0.0.1", 0) as server:
         clients = []
 
@@ -544,11 +546,11 @@ async def test_expect_100_continue_bypasses_the_early_refusal() -> None:
         assert (await answer(reader))[0] == 200
 
 
-WAVE = 2 * Turnstile.PER_TURN + 5
+WAVE = 2 * Turnstile.PER_ITERATION + 5
 
 
 async def test_the_turnstile_admits_a_limited_number_per_turn_in_order() -> None:
-    turnstile, room = Turnstile(), Turnstile.PER_TURN
+    turnstile, room = Turnstile(), Turnstile.PER_ITERATION
     come_in: list[int] = []
     let_in = [turnstile.enter(partial(come_in.append, index)) for index in range(WAVE)]
     assert let_in == [True] * room + [False] * (WAVE - room)
@@ -562,17 +564,17 @@ async def test_the_turnstile_admits_a_limited_number_per_turn_in_order() -> None
 
 async def test_an_idle_turnstile_schedules_no_turns() -> None:
     class Counting(Turnstile):
-        turns = 0
+        iterations = 0
 
-        def _turn(self) -> None:
-            self.turns += 1
-            super()._turn()
+        def _next_iteration(self) -> None:
+            self.iterations += 1
+            super()._next_iteration()
 
     turnstile = Counting()
     assert turnstile.enter(lambda: None)
     for _ in range(5):
         await asyncio.sleep(0)
-    assert turnstile.turns == 1
+    assert turnstile.iterations == 1
 
 
 @pytest.mark.parametrize(
@@ -594,7 +596,7 @@ async def test_light_requests_overtake_a_burst_of_others(light: bytes) -> None:
         assert (await answer(reader))[0] == 200
         assert {(await answer(reader))[2] for reader, _ in clients} == {b"5"}
     assert application.paths.count("/") == WAVE
-    assert application.paths.index("/other") <= Turnstile.PER_TURN
+    assert application.paths.index("/other") <= Turnstile.PER_ITERATION
 
 
 async def wave(application: Application, connect: Callable[[], Awaitable[Connection]]) -> list[Connection]:

@@ -15,7 +15,7 @@ import uvicorn
 from app import server
 from app.application import Application
 from app.main import create_app
-from app.protocol import Protocol, Turnstile
+from app.protocol import HttpProtocol, Turnstile
 from app.server import Server, say
 from app.settings import Settings
 
@@ -35,7 +35,7 @@ def garbage() -> Iterator[None]:
 def server_of(app: Application) -> Server:
     config = uvicorn.Config(
         app,
-        http=partial(Protocol, turnstile=Turnstile(), refuse=app.refuse, reject=app.reject),  # type: ignore[arg-type]
+        http=partial(HttpProtocol, turnstile=Turnstile(), refuse=app.refuse, reject=app.reject),  # type: ignore[arg-type]
         log_config=None,
         timeout_graceful_shutdown=60,
     )

@@ -107,7 +107,9 @@ def statistics(known: Statistics) -> dict[str, Any]:
         "last_inference": round(known.last_at * 1e3),
         "inference_count": known.pictures,
         "execution_count": known.batches.count,
-        "inference_stats": {name: {"count": of.count, "ns": round(of.sum * 1e9)} for name, of in totals.items()},
+        "inference_stats": {
+            name: {"count": histogram.count, "ns": round(histogram.sum * 1e9)} for name, histogram in totals.items()
+        },
         "batch_stats": [],
     }
     return {"model_stats": [model]}

@@ -9,7 +9,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from app.errors import Unauthorized
 from app.routes import ServiceDep
 from app.routes.answers import model_info
-from app.schemas import ModelInfo, Reloaded, refusals
+from app.schemas import ModelInfo, Reloaded, error_responses
 
 bearer = HTTPBearer(auto_error=False, description="The key that the service was given as CIFAR_ADMIN_KEY.")
 
@@ -33,7 +33,7 @@ router = APIRouter(prefix="/admin", tags=["administration"], dependencies=[Depen
     "/reload",
     summary="Read the weights file again and serve it",
     response_description="The weights of the file are served.",
-    responses=refusals(401, 409, 500, 503),
+    responses=error_responses(401, 409, 500, 503),
 )
 async def reload(service: ServiceDep) -> Reloaded:
     """Does the same as the signal SIGHUP. The file is read, checked and warmed while requests are answered with the

@@ -16,7 +16,7 @@ from app.multipart import read_fields
 from app.routes import ResizeQuery, ServiceDep, TopKQuery
 from app.routes.answers import model_info, scores
 from app.routes.waiting import all_unless_left
-from app.schemas import BINARY, BatchPrediction, refusals
+from app.schemas import BINARY, BatchPrediction, error_responses
 from app.service import Service, Verdict
 
 router = APIRouter(tags=["prediction"])
@@ -41,7 +41,7 @@ BODY = {
     summary="Classify many pictures",
     response_model=BatchPrediction,
     response_description="The probabilities for each picture, or what is wrong with it.",
-    responses=refusals(400, 408, 413, 415, 422, 429, 500, 503, 504),
+    responses=error_responses(400, 408, 413, 415, 422, 429, 500, 503, 504),
     openapi_extra={"requestBody": BODY},
 )
 async def predict_batch(
@@ -73,17 +73,17 @@ async def _submit(request: Request, service: Service, resize: Resize | None) -> 
     headers = headers_of(request)
     kind, content_type = content_kind(headers)
     most = service.settings.max_pictures
-    refusal = BodyTooLarge(
+    too_many = BodyTooLarge(
         f"The request has more than {most:,} pictures, which is what is accepted at a time. Send several requests.",
         detail={"max_pictures": most},
     )
     if kind == "multipart/form-data":
         body = await service.intake.read(headers, request.receive)
         if len(body) <= LIGHT_BYTES:
-            fields = read_fields(body, content_type, most, refusal)
+            fields = read_fields(body, content_type, most, too_many)
         else:  # a thousand parts take 0.1 s
             with service.intake.holding(len(body)):
-                fields = await asyncio.to_thread(read_fields, body, content_type, most, refusal)
+                fields = await asyncio.to_thread(read_fields, body, content_type, most, too_many)
         if unknown := [name for name, _ in fields if name not in FIELDS]:
             raise BadRequest(
                 f"The form has a field {unknown[0]!r}; accepted are fields `files` or `file` with a picture."
@@ -94,7 +94,7 @@ async def _submit(request: Request, service: Service, resize: Resize | None) -> 
     if kind == "application/octet-stream":
         body = await service.intake.read(headers, request.receive)
         if len(body) > most * IMAGE_BYTES:
-            raise refusal
+            raise too_many
         return service.predict_pixels(check_raw(body))
     raise UnsupportedMedia(
         f"The body has the content type {kind!r}. Accepted are multipart/form-data with a field `files` for each "

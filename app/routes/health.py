@@ -3,7 +3,7 @@
 from fastapi import APIRouter
 
 from app.routes import ServiceDep, check_ready
-from app.schemas import Health, refusals
+from app.schemas import Health, error_responses
 
 router = APIRouter(tags=["health"])
 
@@ -14,7 +14,9 @@ async def healthz() -> Health:
     return Health(status="ok")
 
 
-@router.get("/readyz", summary="The service accepts requests", responses=refusals(503), response_description="It does.")
+@router.get(
+    "/readyz", summary="The service accepts requests", responses=error_responses(503), response_description="It does."
+)
 async def readyz(service: ServiceDep) -> Health:
     """For readiness probes. The port opens only when the network is warm; a stopping service is not ready."""
     check_ready(service)

@@ -8,7 +8,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from app.exposition import CountsCollector
 from app.routes import ServiceDep, TotalDep
-from app.schemas import Report, refusals
+from app.schemas import Report, error_responses
 
 router = APIRouter(tags=["metrics"])
 
@@ -34,7 +34,7 @@ async def metrics(service: ServiceDep, total: TotalDep, request: Request) -> Res
     summary="How well each class is recognised",
     response_model=Report,
     response_description="The report.",
-    responses=refusals(
+    responses=error_responses(
         404, 500, 503, meanings={503: "Not measured yet. The header Retry-After says when to ask again."}
     ),
 )

@@ -21,7 +21,7 @@ from app.open_inference.request import Inference, decode, json_length
 from app.open_inference.response import encode
 from app.routes import ResizeQuery, ServiceDep, TotalDep, check_ready
 from app.routes.waiting import all_unless_left
-from app.schemas import BINARY, refusals
+from app.schemas import BINARY, error_responses
 from app.service import Rows, Service, Verdict
 from app.statistics import Timing
 
@@ -107,7 +107,7 @@ async def server_live() -> dict[str, bool]:
     summary="The server accepts requests",
     response_description="It does.",
     response_model=schemas.Ready,
-    responses=refusals(503),
+    responses=error_responses(503),
 )
 async def server_ready(service: ServiceDep) -> dict[str, bool]:
     """The same as /readyz, in the terms of the protocol."""
@@ -152,7 +152,7 @@ async def model_metadata(service: ServiceDep) -> dict[str, Any]:
     summary="The model answers requests",
     response_description="It does.",
     response_model=schemas.ModelReady,
-    responses=refusals(503),
+    responses=error_responses(503),
 )
 async def model_ready(service: ServiceDep) -> dict[str, Any]:
     """Whether the model is ready, which it is when the server is."""
@@ -208,7 +208,7 @@ async def not_offered() -> None:
     response_model=schemas.InferenceResponse,
     responses={
         200: {"content": {OCTETS.decode(): BINARY}, "headers": LENGTH},
-        **refusals(400, 408, 413, 415, 422, 429, 500, 501, 503, 504, meanings=MEANINGS),
+        **error_responses(400, 408, 413, 415, 422, 429, 500, 501, 503, 504, meanings=MEANINGS),
     },
     openapi_extra={"requestBody": BODY, "parameters": [HEADER]},
 )

@@ -12,7 +12,7 @@ from app.multipart import read_field
 from app.routes import ResizeQuery, ServiceDep, TopKQuery
 from app.routes.answers import model_info, scores
 from app.routes.waiting import unless_left
-from app.schemas import BINARY, Prediction, refusals
+from app.schemas import BINARY, Prediction, error_responses
 from app.service import Service
 
 router = APIRouter(tags=["prediction"])
@@ -39,7 +39,7 @@ BODY = {
     summary="Classify a picture",
     response_model=Prediction,
     response_description="The probabilities.",
-    responses=refusals(400, 408, 413, 415, 422, 429, 500, 503, 504),
+    responses=error_responses(400, 408, 413, 415, 422, 429, 500, 503, 504),
     openapi_extra={"requestBody": BODY},
 )
 async def predict(

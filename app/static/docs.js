@@ -56,7 +56,7 @@ function operation(path, method, spec) {
     parts.push(
       element("h3", "Body"),
       element("p", ...prose(spec.requestBody.description)),
-      table(["content type", "body"], Object.entries(spec.requestBody.content).map(([kind, of]) => [kind, type(of.schema)])),
+      table(["content type", "body"], Object.entries(spec.requestBody.content).map(([kind, media]) => [kind, type(media.schema)])),
     );
   const answers = Object.entries(spec.responses).map(([status, answer]) => [
     status, type(answer.content?.["application/json"]?.schema), prose(answer.description),
@@ -68,8 +68,8 @@ function operation(path, method, spec) {
 function body(name, schema) {
   const heading = element("h3", name);
   heading.id = name;
-  const fields = Object.entries(schema.properties ?? {}).map(([field, of]) => [
-    element("code", field), type(of.allOf?.[0] ?? of), prose(of.description),
+  const fields = Object.entries(schema.properties ?? {}).map(([field, property]) => [
+    element("code", field), type(property.allOf?.[0] ?? property), prose(property.description),
   ]);
   return element("section", heading, element("p", ...prose(schema.description)), table(["field", "type", "meaning"], fields));
 }
