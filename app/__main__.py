@@ -15,13 +15,13 @@ from app.processes import Supervisor
 from app.settings import Settings, parse_settings
 
 MOST_FILES = 16_384
-"""Open at a time, if the system allows it. Connections that idle take some 10 KB each."""
+"""Limit on open files, if the system allows that many. An idle connection takes some 10 KB."""
 INTERRUPTED = 128 + signal.SIGINT
 """The exit code after Ctrl-C before anything was served."""
 
 
 def bind(settings: Settings) -> socket.socket:
-    """Bind the listening socket. Done before the network is loaded, so that a port in use is reported early.
+    """Bind the listening socket, before the network is loaded, so that a port in use is reported early.
 
     Raises:
         SettingsError: the service cannot listen on the address.
@@ -47,7 +47,7 @@ def bind(settings: Settings) -> socket.socket:
 
 
 def open_standard_streams() -> None:
-    """Open on /dev/null those of the three that the parent has closed: what is opened next would get their numbers."""
+    """Open /dev/null for each of the three that the parent has closed; the next file opened would take its number."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -58,7 +58,7 @@ def open_standard_streams() -> None:
 
 
 def allow_connections() -> None:
-    """Raise the limit on open files, of which each connection is one: it is usually 1,024, though more is allowed."""
+    """Raise the limit on open files, because each connection is one: it is usually 1,024, though more is allowed."""
     if sys.platform == "win32":
         return
     import resource
@@ -71,12 +71,12 @@ def allow_connections() -> None:
 
 
 def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
-    # Until the server installs its own handlers. By default the first process of a container ignores SIGTERM, and
-    # Ctrl-C prints a traceback of whatever is being imported.
+    # In force until the server installs its own handlers. By default the first process of a container ignores
+    # SIGTERM, and Ctrl-C prints a traceback of whatever is being imported.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
     if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # would end the process; nothing to reload yet
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it would end the process; there is nothing to reload yet
     open_standard_streams()
     allow_connections()
     logs.escape_unprintable(sys.stdout)

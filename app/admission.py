@@ -1,4 +1,4 @@
-"""Admission control: counts what is waiting and refuses what would be too much. Belongs to the event loop."""
+"""Admission control: counts the waiting work and refuses what would be too much. Belongs to the event loop."""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ USUAL_BATCH = 32
 
 
 def usual_batch(max_batch: int) -> int:
-    """Pictures that run together, unless many are waiting."""
+    """How many pictures run together, unless many are waiting."""
     return min(USUAL_BATCH, max_batch)
 
 
@@ -40,8 +40,8 @@ class Load(NamedTuple):
 
 
 class Admission:
-    """What is waiting, and for how long it will. Requests of one picture take turns with those of many
-    (`entries.FairQueue`), so that they wait for only a part of these."""
+    """The waiting work, and how long it will take. Requests of one picture alternate with requests of many
+    (`entries.FairQueue`), so they wait for only some of those."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -58,7 +58,7 @@ class Admission:
     def expected_wait_seconds(self, load: Load) -> float:
         """How long an item admitted now would wait: the pictures ahead of it times the measured time for each.
 
-        For one that is not light, preparing the others like it may take longer, and counts instead.
+        An item that is not light also waits for others like it to be prepared; if that takes longer, it counts instead.
         """
         pictures, heavy = self.waiting, self._heavy
         if not load.bulk:
@@ -81,7 +81,7 @@ class Admission:
         ):
             retry = max(1, math.ceil(wait_seconds))
             raise Overloaded(
-                f"The service has as much work as it accepts: {self.waiting:,} pictures wait. "
+                f"The service has as much work as it accepts: {self.waiting:,} pictures are waiting. "
                 f"Try again in {retry} second{'s' * (retry > 1)}.",
                 retry_after_seconds=retry,
             )
@@ -104,7 +104,7 @@ class Admission:
         self._seconds_per_picture = _blend(self._seconds_per_picture, seconds_per_picture)
 
     def learn_preparation(self, seconds: float) -> None:
-        """Add the time it took to prepare an item that is not light to the moving average."""
+        """Add the time that preparing an item that is not light took to its moving average."""
         self._seconds_per_heavy = _blend(self._seconds_per_heavy, seconds)
 
 

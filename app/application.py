@@ -20,18 +20,18 @@ Lane = Callable[[Headers, Receive, Service], Awaitable[Reply]]
 
 
 class Application(FastAPI):
-    """FastAPI, with a lane past it for POST requests without query parameters to a few paths.
+    """FastAPI, with a fast lane past it for POST requests to a few paths, without query parameters.
 
-    There the same code answers, behind the same boundary. Routing, dependencies, parameters and the framework's layers
-    take some 200 us a request, several times as much as the rest. All other requests go the usual way, and so do all
-    requests if whoever embeds the application has added middleware or overridden a dependency.
+    The same code answers there, behind the same boundary. Routing, dependencies, parameters and the framework's layers
+    take some 200 us a request, several times as much as the rest. All other requests go the usual way, as does every
+    request once the embedding program has added middleware or overridden a dependency.
     """
 
     def __init__(self, service: Service, ledger: Ledger, lanes: Mapping[str, Lane], **options: Any) -> None:
         super().__init__(**options)
         self.service = service
         self.total: Callable[[], Awaitable[Counts]] = self._own
-        """Returns the counts of all serving processes; only those of this one, unless it is replaced."""
+        """Returns the counts of all serving processes. The default, replaced if there are several, is this one's."""
         self._ledger = ledger
         self._lanes = lanes
         self._lane = Boundary(self._answer, lanes.keys(), ledger)
@@ -49,7 +49,7 @@ class Application(FastAPI):
         await reply.send(send)
 
     def count(self) -> Counts:
-        """What this process has counted."""
+        """The counts of this process."""
         service = self.service
         return Counts(
             self._ledger.traffic,
@@ -65,10 +65,11 @@ class Application(FastAPI):
         return self.count()
 
     def refuse(self, path: str, headers: Iterable[tuple[bytes, bytes]]) -> Callable[[], RawReply] | None:
-        """What refuses a POST request in a lane, at its end, while nothing more is admitted; None if it may come in.
+        """While nothing more is admitted, a function that makes the refusal of a POST request in a lane once it
+        has ended; None to let the request in.
 
-        The body makes no difference, so the server asks before it creates a task. It is then read and dropped; one that
-        may be long comes in the usual way, with its limits.
+        The body makes no difference, so the server asks before it creates a task; it then reads and drops the body. A
+        request whose body may be long comes in the usual way, with its limits.
         """
         if path not in self._lanes:
             return None
@@ -94,7 +95,7 @@ class Application(FastAPI):
         return reply.status, [*reply.head(), (b"x-request-id", request_id.encode())], reply.body
 
     def openapi(self) -> dict[str, Any]:
-        """Adds the schema of the one JSON request body, which the framework does not know because we parse it."""
+        """The document with the schema of the one JSON request body, which the framework does not know: we parse it."""
         document = super().openapi()
         _, bodies = models_json_schema([(InferenceRequest, "validation")], ref_template="#/components/schemas/{model}")
         document["components"]["schemas"].update(bodies["$defs"])

@@ -4,12 +4,12 @@
     submit: light -> prepare ----------------->  take what has queued,
        `--- others ----------> prepare ------->  run, settle ----------->  futures resolved, one call per batch
 
-A lone request runs at once and a batch never waits on a timer: what arrives while one batch runs is the next batch.
-Light items, which take a known fraction of a millisecond to prepare, are prepared by the event loop while a batch runs:
-the inference thread would start its next batch later, and two threads that contend for the GIL lose more in handing it
-over than the work takes (one picture a request, 64 connections: a third more answers a second this way). All others
-have a thread of their own, so that one big photo does not hold up a thousand small ones. In both threads, requests of
-one picture take turns with requests of many (`entries.FairQueue`).
+A lone request runs at once and no batch waits for a timer: whatever arrives while one batch runs is the next.
+The event loop prepares light items, which take a known fraction of a millisecond, while a batch runs: if the inference
+thread did, its next batch would start later, and two threads that contend for the GIL lose more in handing it over than
+the work takes (one picture a request, 64 connections: a third more answers a second this way). All other items have a
+thread of their own, so that one big photo does not hold up a thousand small ones. In both threads, requests of one
+picture alternate with requests of many (`entries.FairQueue`).
 
 The counters belong to the event loop and only queues are shared, so there is no lock.
 """
@@ -34,16 +34,16 @@ Building = Generator[None, None, Run[Prepared, Result]]
 """Builds a `Run` in steps, none of which takes much longer than a batch."""
 
 QUIET_SECONDS = 0.005
-"""Idle work begins after this long without a request, so that a client who asks one by one does not feel it."""
+"""Idle work begins after this long without a request, so that a client who sends one at a time does not notice it."""
 BROKEN_BATCHES = 10
-"""After this many entirely failed batches in a row, none will succeed: a GPU that has failed stays so."""
+"""After this many batches in a row that failed entirely, none will succeed: a GPU that has failed stays failed."""
 WATCH_SECONDS, PATIENCE = 5.0, 12
-"""How often to look whether anything is answered, and after how many looks in vain nothing will be: a GPU may hang.
+"""How often to check that anything is answered, and after how many checks in vain nothing ever will be: a GPU may hang.
 Counted, not timed: the whole container may have been paused."""
 STOPPING = "The service is stopping. Try again, it may be back shortly."
 NOT_RUNNING = (
-    "The service is not running: whoever embeds the application has to run its lifespan, as a server does and "
-    "`with TestClient(app) as client`."
+    "The service is not running: an embedding program must run the application's lifespan, as servers and "
+    "`with TestClient(app) as client` do."
 )
 ELSEWHERE = (
     "The application is running in another event loop. Use the client of its `with TestClient(app) as client`, or make "
@@ -70,7 +70,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         self._closing = False
         self._failed_batches = 0
         self._settled = False
-        """Whether anything has been answered since the last look."""
+        """Whether anything has been answered since the last check."""
         self._vain_looks = 0
         self._inference_thread = threading.Thread(target=self._infer, name="inference", daemon=True)
         self._decode_thread = threading.Thread(target=self._decode, name="decode", daemon=True)
@@ -94,7 +94,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         self._watch()
 
     def _watch(self) -> None:
-        """Now and then, while it runs, look whether those that wait are answered."""
+        """While it runs, check now and then that waiting items are being answered."""
         if self._closing:
             return
         self._vain_looks = self._vain_looks + 1 if self.waiting and not self._settled else 0
@@ -112,7 +112,7 @@ class Batcher(Generic[Item, Prepared, Result]):
 
     @property
     def broken(self) -> bool:
-        """Whether only another process can help."""
+        """Whether only a new process can help."""
         return self._failed_batches >= BROKEN_BATCHES or self._vain_looks >= PATIENCE
 
     @property
@@ -121,7 +121,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         return self._admission.waiting
 
     def check_room(self) -> None:
-        """Refuse if not even the smallest item would be admitted now; `submit` may still refuse a particular one.
+        """Raise if not even the smallest item would be admitted now; `submit` may still refuse a given one.
 
         Raises:
             Overloaded, NotReady: as `submit`.
@@ -129,7 +129,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         self._check(Load(0, 1, light=True, bulk=False), self._limits.deadline_seconds)
 
     def submit(self, item: Item, size_bytes: int, *, light: bool) -> Answer[Result]:
-        """Admit an item of one picture. Cancel the future when nobody wants the answer any more.
+        """Admit an item of one picture. Cancel the future once nobody wants the answer.
 
         Args:
             light: Whether the event loop can afford to prepare it.
@@ -146,11 +146,11 @@ class Batcher(Generic[Item, Prepared, Result]):
     def submit_all(
         self, items: Sequence[tuple[Item, int, int]], deadline_seconds: float | None = None, *, light: bool
     ) -> list[Answer[Result]]:
-        """Admit all items or none; each comes with its size in bytes and its number of pictures.
+        """Admit all items or none; each comes with its size in bytes and its picture count.
 
         Args:
             light: Whether the event loop can afford to prepare them all.
-            deadline_seconds: The client's own; counts if it is shorter than that of the limits.
+            deadline_seconds: The client's own deadline; only a shorter one than the limits set has an effect.
 
         Raises:
             Overloaded, NotReady: as `submit`.
@@ -166,7 +166,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         self._admission.check(load, deadline_seconds)
 
     def check_open(self) -> None:
-        """Refuse unless it is running, in this event loop.
+        """Raise unless it is running, in this event loop.
 
         Raises:
             NotReady: it is not.
@@ -196,10 +196,10 @@ class Batcher(Generic[Item, Prepared, Result]):
         self._to_run.put(Control.WAKE)
 
     async def swap(self, building: Building[Prepared, Result]) -> None:
-        """Switch to the function that `building` returns; what was admitted before still runs with the old one.
+        """Switch to the function that `building` returns; items admitted before still run with the old one.
 
-        So all items of one `submit_all` are run by the same function. The inference thread takes one step of `building`
-        between any two batches, so that nobody waits for all of it.
+        So one function runs all items of a `submit_all`. The inference thread takes one step of `building`
+        between any two batches, so that no request waits for all of it.
 
         Raises:
             NotReady: as `check_open`.
@@ -215,8 +215,8 @@ class Batcher(Generic[Item, Prepared, Result]):
         return await built
 
     async def close(self) -> None:
-        """Refuse new items, answer those that were admitted, end the threads. Idle work is dropped, and so is a thread
-        that does not end."""
+        """Refuse new items, answer the admitted ones, end the threads. Idle work is dropped; a thread that does not end
+        is left behind."""
         self._closing = True
         self._to_prepare.put(Control.STOP)  # the decode thread passes it on, after its last item
         await asyncio.to_thread(self._inference_thread.join, 2 * self._limits.deadline_seconds + 1)
@@ -269,7 +269,7 @@ class Batcher(Generic[Item, Prepared, Result]):
             self._loop.call_soon_threadsafe(_resolve, built, NotReady(STOPPING, retry_after_seconds=1))
 
     def _take(self) -> list[Entry[Item, Prepared, Result]]:
-        """The next batch, from all that is queued by now; waits if nothing is. Empty only at the end."""
+        """The next batch, from all that is queued by now; waits while nothing is. Empty only at the end."""
         if self._buildings:
             self._build_step(*self._buildings[0])
         self._to_run.collect(timeout=0)
@@ -289,7 +289,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         except StopIteration as finished:
             outcome = finished.value
             self._idle_work.clear()
-        except BaseException as error:  # for `start` or `swap` to raise, which would otherwise wait for ever
+        except BaseException as error:  # `start` or `swap` raises it; they would otherwise wait for ever
             outcome = error
         self._buildings.popleft()
         self._loop.call_soon_threadsafe(_resolve, built, outcome)
@@ -299,8 +299,8 @@ class Batcher(Generic[Item, Prepared, Result]):
             next(work)
         except StopIteration:
             self._idle_work.popleft()
-        except Exception:  # nobody waits for it, and requests must not suffer from it
-            logger.exception("Work for idle times failed and was given up.")
+        except Exception:  # nobody waits for it, and requests must not suffer
+            logger.exception("Idle work failed and was given up.")
             self._idle_work.popleft()
 
     def _answer(
@@ -335,14 +335,14 @@ def _resolve(future: asyncio.Future[Result], outcome: Result | BaseException) ->
 
 
 def _run_or_retry_singly(run: Run[Prepared, Result], prepared: list[Prepared]) -> list[Result | Exception]:
-    """The results of a batch. If it fails, each item is tried alone, so that only the culprit fails."""
+    """The results of a batch. If it fails, each item runs alone, so that only the culprit fails."""
     try:
         results: list[Result | Exception] = list(run(prepared))
         if len(results) != len(prepared):
             raise AssertionError(f"{len(results)} results for a batch of {len(prepared)}")
         return results
-    except Exception as error:  # whatever it is, it is the culprit's answer and nobody else's
+    except Exception as error:  # whatever it is, only the culprit gets it as its answer
         if len(prepared) == 1:
             return [error]
-        logger.warning("A batch of %d failed and is tried item by item.", len(prepared), exc_info=True)
+        logger.warning("A batch of %d failed; its items are tried one by one.", len(prepared), exc_info=True)
         return [result for item in prepared for result in _run_or_retry_singly(run, [item])]

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from app.model import Normalized
 
 CENTRE = 128.0
-"""Subtracted from pixels, 0 to 255, to make them small numbers of both signs."""
+"""The offset that turns pixels, 0 to 255, into small numbers of both signs."""
 LEVEL = 8.0
-"""GELU leaves it as it is, and bfloat16 holds it exactly."""
+"""A value that GELU leaves as it is and bfloat16 holds exactly."""
 
 
 def round_weights(network: Normalized) -> None:
@@ -27,9 +27,9 @@ def round_weights(network: Normalized) -> None:
 def keep_pixels(network: Normalized, first: nn.Conv2d) -> None:
     """Give the first convolution pixels that bfloat16 holds exactly, and weights with twice its digits.
 
-    It depends on small differences between neighbours, which are lost when normalised pixels are rounded: with an
-    earlier network the largest error of a probability on validation images was 0.034 then, and 0.022 this way. So
-    it takes over the normalisation and sees whole numbers around 0, twice: once for the rounded weights and once for
+    The layer depends on small differences between neighbouring pixels, which rounding normalised pixels would lose:
+    with an earlier network the largest error of a probability on validation images was 0.034 then, and 0.022 this way.
+    So it takes over the normalisation and sees whole numbers around 0, twice: once for the rounded weights and once for
     their rounding errors. It must not pad, because its bias contains what the normalisation subtracts.
     """
     assert first.padding == (0, 0)
@@ -52,8 +52,8 @@ def _centred_twice(pixels_NCHW: Tensor) -> Tensor:
 def round_kernels(layer: nn.Conv2d) -> None:
     """Round the weights to bfloat16 so that the errors within a kernel cancel.
 
-    Each weight makes up for the error of the one before. Neighbouring pixels are alike, so what matters is the error of
-    a kernel's sum; with an earlier network this halved the largest error of a probability (0.024 to 0.014).
+    Each weight makes up for the previous one's error. Neighbouring pixels are alike, so what matters is the error of a
+    kernel's sum; with an earlier network this halved the largest error of a probability (0.024 to 0.014).
     """
     rounded, error_OI = [], torch.zeros(())
     for weight_OI in layer.weight.flatten(2).unbind(2):
@@ -67,7 +67,7 @@ def round_kernels(layer: nn.Conv2d) -> None:
 def keep_bias(before: nn.Conv2d, layer: nn.Conv2d) -> None:
     """Have a convolution add its bias with twice the digits of bfloat16.
 
-    A bias's error is the same all over the picture, so that nothing evens it out, and the second layer has the largest
+    A bias's error is the same all over the picture, so nothing evens it out, and the second layer has the largest
     biases: the largest error of a probability on 10,000 images was 0.031 with them rounded, and is 0.015 this way. The
     layer before gets one more channel, which is always `LEVEL`, even after ReLU or GELU and a maximum. On that channel
     the centre of each kernel, which never lies in the padding, holds what rounding took from the bias.

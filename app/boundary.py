@@ -1,5 +1,4 @@
-"""Where requests enter and answers leave: request ids, one shape for every error, and what is counted and logged of
-each.
+"""Where requests enter and answers leave: request ids, one shape for every error, counting and logging.
 
 Pure ASGI: the framework's own middleware class costs several times as much for each request.
 """
@@ -9,7 +8,7 @@ import random
 import re
 from collections.abc import Set
 from http import HTTPStatus
-from reprlib import repr as show  # an error message should not repeat all that was sent
+from reprlib import repr as show  # an error message should not repeat everything that was sent
 from time import monotonic
 from typing import Any
 
@@ -28,17 +27,17 @@ from app.statistics import Timing, Traffic
 logger = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=|~@-]{1,128}")
-"""What is accepted as X-Request-ID. Anything else could forge log lines."""
+"""What X-Request-ID may be. Anything else could forge log lines."""
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 UNMATCHED = "unmatched"
-"""The route of all paths that do not exist: with one for each, a scanner could create any number of metrics."""
+"""The route of every path that does not exist: with one for each, a scanner could create any number of metrics."""
 LEFT = 499
 """Never sent, only counted: the client left before its answer."""
-DEFECT = "The service has a defect and could not answer. Please report the request_id; the log has the details."
+DEFECT = "Internal error: the service could not answer. Please report the request_id; the log has the details."
 
 
 class Ledger:
-    """What is counted and logged of each request."""
+    """Counts and logs each request."""
 
     def __init__(self, traffic: Traffic, access_log: AccessLog | None) -> None:
         self.traffic = traffic
@@ -46,7 +45,7 @@ class Ledger:
 
     @property
     def lines_dropped(self) -> int:
-        """Of the access log."""
+        """Lines of the access log that nobody read in time."""
         return self._access_log.dropped if self._access_log is not None else 0
 
     def record(
@@ -63,7 +62,7 @@ class Boundary:
     """Gives each request an id, and turns a defect into an answer and a log entry.
 
     Args:
-        paths: Those of the routes without path parameters, whose template is the path itself.
+        paths: The routes without path parameters, whose template is the path itself.
     """
 
     def __init__(self, app: ASGIApp, paths: Set[str], ledger: Ledger) -> None:
@@ -77,7 +76,7 @@ class Boundary:
             return
         started_at = monotonic()
         status, method, root = LEFT, scope["method"], scope.get("root_path", "")
-        scope.pop("route", None)  # the one by which an outer application came here
+        scope.pop("route", None)  # the outer application's, if there is one
         if method == "HEAD":  # answered wherever GET is (RFC 9110, section 9.3.2); the server drops the body
             scope = {**scope, "method": "GET"}
         state = scope.setdefault("state", {})
@@ -95,7 +94,7 @@ class Boundary:
         try:
             await self.app(scope, receive, send_with_id)
         except ClientDisconnect:
-            return  # nobody is there to be answered
+            return  # nobody is left to answer
         except RequestError as error:
             error.__traceback__ = None  # its frames hold the error and the body: a cycle
             state["reason"] = error.reason
@@ -114,8 +113,8 @@ class Boundary:
             self.ledger.record(route, counted, status, seconds, state["request_id"], reason)
 
     def _route(self, scope: Scope, root: str) -> str:
-        """The template of the path: the path itself, that of the matched route, or a mounted application's root; all
-        below the `root` that this application is mounted at."""
+        """The template of the path: the path itself, the matched route's, or a mounted application's root; relative to
+        the `root` at which this application is mounted."""
         path: str = scope["path"].removeprefix(root)
         if path in self.paths:
             return path
@@ -123,7 +122,7 @@ class Boundary:
 
 
 def request_id_of(headers: Headers) -> str:
-    """The id that the client gave, if it is well-formed, else a new one."""
+    """The client's id if it is well-formed, else a new one."""
     given = headers.get(b"x-request-id", b"")
     if REQUEST_ID.fullmatch(given):
         return given.decode()
@@ -137,7 +136,7 @@ def error_response(request: Request, error: RequestError) -> Response:
 
 
 def server_timing(timing: Timing, total: float) -> tuple[bytes, bytes]:
-    """A Server-Timing header, in milliseconds. The rest of the total is HTTP and waiting for the event loop."""
+    """A Server-Timing header, in milliseconds. The remainder of the total is HTTP and waiting for the event loop."""
     queue, decode, inference = timing
     milliseconds = (queue * 1e3, decode * 1e3, inference * 1e3, total * 1e3)
     return b"server-timing", b"queue;dur=%.2f, decode;dur=%.2f, inference;dur=%.2f, total;dur=%.2f" % milliseconds
@@ -161,7 +160,7 @@ def install(app: FastAPI, paths: Set[str], ledger: Ledger) -> None:
 
 def _translate(request: Request, error: HTTPException) -> RequestError:
     if error.status_code == HTTPStatus.NOT_FOUND:
-        return NotFound(f"There is nothing at {request.url.path}. The page /docs lists what there is.")
+        return NotFound(f"There is nothing at {request.url.path}. The page /docs lists all paths.")
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         methods = (error.headers or {}).get("Allow", "").split(", ")
         allowed = ", ".join(sorted({*methods, "HEAD"} if "GET" in methods else methods))
@@ -171,16 +170,16 @@ def _translate(request: Request, error: HTTPException) -> RequestError:
 
 
 def _explain(problems: Any) -> RequestError:
-    """A sentence for each parameter that was not accepted."""
+    """A sentence for each parameter with an invalid value."""
     sentences = [
-        f"The parameter {p['loc'][-1]} is {show(p.get('input'))}; accepted is {_accepted(p)}." for p in problems
+        f"The parameter {p['loc'][-1]} is {show(p.get('input'))}; it must be {_accepted(p)}." for p in problems
     ]
     detail = [{"parameter": p["loc"][-1], "given": p.get("input"), "problem": p["msg"]} for p in problems]
     return InvalidParameter(" ".join(sentences), detail=detail)
 
 
 def _accepted(problem: Any) -> str:
-    """What is accepted, in our own words for the kinds of parameters that exist."""
+    """What the parameter must be, in our own words for the kinds that exist."""
     match problem["type"]:
         case "int_parsing":
             return "a whole number"

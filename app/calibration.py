@@ -1,4 +1,4 @@
-"""What held-out images tell about a network's answers: how sure it may be, and what resembles its training images.
+"""What held-out images tell about a network's answers: how sure to be, and which pictures resemble its training images.
 
 Imports only torch. Shape letters: N pictures, K classes.
 """
@@ -10,25 +10,25 @@ from dataclasses import dataclass
 from torch import Tensor
 
 UNFAMILIAR = 0.05
-"""Below this familiarity a picture is called unfamiliar; so is this share of the held-out images themselves."""
+"""A picture below this familiarity is called unfamiliar, and so is this share of the held-out images themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Fitted on images that the network was not trained on. The default changes nothing and knows nothing."""
+    """Values fitted on images that the network was not trained on. The default changes nothing and knows nothing."""
 
     temperature: float = 1.0
     """See `adjust` below."""
     curvature: float = 0.0
     """See `adjust` below."""
     set_threshold: float | None = None
-    """A class of at least this probability is in the prediction set."""
+    """The least probability of a class in the prediction set."""
     energy_quantiles: tuple[float, ...] | None = None
     """Quantiles of the `energy` of the held-out images, evenly spaced from the minimum to the maximum."""
     images: str = ""
-    """Which held-out images, in words."""
+    """The held-out images, in words."""
     count: int = 0
-    """How many."""
+    """How many of them."""
     digest: str = ""
     """sha256 over their pixels and labels."""
 
@@ -69,7 +69,7 @@ UNCALIBRATED = Calibration()
 
 
 def adjust(logits_NK: Tensor, temperature: float | Tensor, curvature: float | Tensor) -> Tensor:
-    """Logits (N, K) rescaled to another certainty, the highest of each picture 0.
+    """Logits (N, K) rescaled to a different certainty, the highest of each picture 0.
 
     A logit's distance d from the highest becomes d / temperature + curvature d^2. Without curvature that is temperature
     scaling (Guo et al., 2017, arXiv:1706.04599); with it, nearly certain answers may gain while doubtful ones lose.

@@ -2,15 +2,15 @@
 
     format        3
     architecture  {"name": "cifar_net", "arguments": {...}}, what `model.build` needs
-    state_dict    float32 tensors on the CPU, mean and std among them, so that preprocessing is defined only here
+    state_dict    float32 tensors on the CPU, including mean and std, so that preprocessing is defined only here
     classes       the class names, in the order of the outputs
     calibration   the fields of `calibration.Calibration`
     self_test     (N, K), the probabilities of `self_test.drawings` in float32, or None
     evaluation    the fields of `report.Evaluation`, or None
-    trained       where the weights come from, for people; training also reads which images were held out
+    trained       where the weights come from, for people; training also reads from it which images were held out
 
-The tutorial's own file, a bare state_dict of `Net`, is read as well, also within a dict of other things. It has none of
-what may be None.
+The tutorial's own file, a bare state_dict of `Net`, is read too, even inside a dict of other things. Whatever may be
+None is None then.
 
 Shape letters: N images, K classes.
 """
@@ -60,7 +60,7 @@ class Checkpoint:
     evaluation: Evaluation | None = None
     trained: dict[str, Any] = field(default_factory=dict)
     sha256: str = ""
-    """That of the file it was read from; empty if there is none."""
+    """Digest of the file it was read from; empty if there is none."""
 
     def network(self) -> Normalized:
         """The network in evaluation mode, float32, on the CPU; pixels (N, 3, 32, 32) in 0..255 in, logits (N, K) out.
@@ -100,7 +100,7 @@ class Checkpoint:
         return network.eval().requires_grad_(False)
 
     def evaluate(self, logits_NK: Tensor, labels_N: Tensor, *, dataset: str, digest: str) -> Evaluation:
-        """What the logits (N, K) of this network for some images are worth, with its calibration and without."""
+        """How good this network's logits (N, K) for some images are, with its calibration and without."""
         return evaluate_probabilities(
             self.calibration.probabilities(logits_NK),
             labels_N,
@@ -113,7 +113,7 @@ class Checkpoint:
 
 
 def save(checkpoint: Checkpoint, path: Path) -> str:
-    """Write `checkpoint` beside `path` and rename it into place, so that nobody ever sees half a file.
+    """Write `checkpoint` beside `path` and rename it into place, so that nobody sees half a file.
 
     Returns:
         The sha256 of the file.
@@ -135,20 +135,20 @@ def load(path: Path | str) -> Checkpoint:
     """Read a weights file.
 
     Raises:
-        CheckpointError: with a sentence that says what is wrong with the file and what is expected.
+        CheckpointError: it cannot be used; the sentence says what is wrong and what the file must be.
     """
     path = Path(path)
     try:
         raw = read_regular(path)
     except FileNotFoundError:
         raise CheckpointError(
-            f"There is no weights file {path}. Train one with `python -m training train`, or name one that is there; "
+            f"There is no weights file {path}. Train one with `python -m training train`, or name an existing one; "
             "the service takes it from CIFAR_WEIGHTS."
         ) from None
     except OSError as error:
         raise CheckpointError(f"The weights file {path} cannot be read: {error.strerror}.") from None
     try:
-        with warnings.catch_warnings(action="ignore"):  # torch's, about files that it then refuses
+        with warnings.catch_warnings(action="ignore"):  # torch warns of files that it then refuses
             content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise CheckpointError(
@@ -167,7 +167,7 @@ def load(path: Path | str) -> Checkpoint:
     except CheckpointError as error:
         raise CheckpointError(f"{error} (File {path}.) {EXPECTED}") from None
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError):
-        raise CheckpointError(f"The weights file {path} has a field of a wrong kind. {EXPECTED}") from None
+        raise CheckpointError(f"The weights file {path} has a field of the wrong type. {EXPECTED}") from None
     return dataclasses.replace(checkpoint, sha256=hashlib.sha256(raw).hexdigest())
 
 
@@ -193,14 +193,14 @@ def _parse(content: object) -> Checkpoint:
             trained=content["trained"],
         )
     except (KeyError, TypeError, ValueError):
-        raise CheckpointError("The weights file lacks a field of the format it claims, or has one too many.") from None
+        raise CheckpointError("The weights file lacks a field of its format, or has one too many.") from None
 
 
 def _parse_tutorial(content: dict[Any, Any]) -> Checkpoint:
     """The tutorial saves the bare state_dict and normalises with mean 0.5 and standard deviation 0.5 outside it.
 
     Others save it beside the optimizer's and the epoch. DataParallel, which the tutorial uses on several GPUs, and
-    torch.compile begin each name with a prefix.
+    torch.compile prefix every name.
     """
     held = [each for each in content.values() if isinstance(each, dict) and any(map(torch.is_tensor, each.values()))]
     state_dict = held[0] if len(held) == 1 else content
@@ -217,14 +217,14 @@ def _parse_tutorial(content: dict[Any, Any]) -> Checkpoint:
 
 
 def is_text(value: object) -> bool:
-    """Whether an answer can hold it: a folder's name that is not UTF-8 could not be sent."""
+    """Whether it is text that an answer can hold: a folder's name that is not UTF-8 could not be sent."""
     return isinstance(value, str) and value.encode(errors="ignore").decode() == value
 
 
 def _check(checkpoint: Checkpoint) -> None:
     if checkpoint.architecture not in model.NETWORKS:
         raise CheckpointError(
-            f"The weights file is for a network {checkpoint.architecture!r}; known are {', '.join(model.NETWORKS)}."
+            f"The weights file is for a network {checkpoint.architecture!r}; there are {', '.join(model.NETWORKS)}."
         )
     if checkpoint.arguments.get("num_classes") != len(checkpoint.classes):
         raise CheckpointError("In the weights file the number of class names differs from the number of outputs.")
@@ -234,12 +234,12 @@ def _check(checkpoint: Checkpoint) -> None:
     if not isinstance(trained, dict) or not all(map(is_text, trained)) or not _is_json(trained):
         raise CheckpointError("In the weights file the field trained is not a dict of plain values.")
     if len(set(checkpoint.classes)) != len(checkpoint.classes) or not all(map(is_text, checkpoint.classes)):
-        raise CheckpointError("In the weights file the class names are not distinct texts.")
+        raise CheckpointError("In the weights file the class names are not distinct strings.")
     for name, tensor in checkpoint.state_dict.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise CheckpointError(f"The weights file holds something other than a tensor under the name {name!r}.")
         if tensor.layout != torch.strided or tensor.is_meta:
-            raise CheckpointError(f"In the weights file the tensor {name} is not an ordinary, dense one.")
+            raise CheckpointError(f"In the weights file the tensor {name} is not an ordinary dense one.")
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"In the weights file the tensor {name} has values that are not finite.")
     if not (checkpoint.state_dict.get("std", torch.ones(3)) > 0).all():
@@ -247,11 +247,11 @@ def _check(checkpoint: Checkpoint) -> None:
     _check_calibration(checkpoint.calibration)
     if (given := checkpoint.self_test_NK) is not None:
         if given.dtype != torch.float32 or not given.isfinite().all():
-            raise CheckpointError("In the weights file the field self_test has other values than finite float32.")
+            raise CheckpointError("In the weights file the field self_test has values that are not finite float32.")
         expected = (len(self_test.drawings()), len(checkpoint.classes))
         if given.shape != expected:
             raise CheckpointError(
-                f"In the weights file the field self_test has the shape {tuple(given.shape)}; expected is {expected}."
+                f"In the weights file the field self_test has the shape {tuple(given.shape)}; it must be {expected}."
             )
     if checkpoint.evaluation is not None:
         _check_evaluation(checkpoint.evaluation, len(checkpoint.classes))
@@ -286,7 +286,7 @@ def _check_calibration(calibration: Calibration) -> None:
         and all(isinstance(value, float) and math.isfinite(value) for value in quantiles)
         and all(low <= high for low, high in pairwise(quantiles))
     ):
-        raise CheckpointError("In the weights file the quantiles of the energy are not rising numbers.")
+        raise CheckpointError("In the weights file the energy quantiles are not numbers in rising order.")
 
 
 def _check_evaluation(evaluation: Evaluation, size: int) -> None:

@@ -1,11 +1,11 @@
-"""Bodies in gzip, or in deflate, which in HTTP is the zlib format (RFC 9110, section 8.4.1)."""
+"""Bodies in gzip, or in deflate, which in HTTP means the zlib format (RFC 9110, section 8.4.1)."""
 
 import zlib
 
 from app.errors import BadRequest, BodyTooLarge
 
 ENCODINGS = {"gzip": zlib.MAX_WBITS | 16, "deflate": zlib.MAX_WBITS}
-"""The content codings, and what zlib calls them."""
+"""The content codings, and zlib's code for each."""
 
 
 def inflate(body: bytes, encoding: str, max_bytes: int) -> bytes:
@@ -22,8 +22,8 @@ def inflate(body: bytes, encoding: str, max_bytes: int) -> bytes:
         raise BadRequest(f"The body is not in the content encoding {encoding!r} that the request names.") from None
     if len(plain) > max_bytes:
         raise BodyTooLarge(
-            f"The request body is too large when decompressed; accepted are at most {max_bytes:,} bytes. Send "
-            "smaller or fewer pictures.",
+            f"The request body is too large when decompressed; the limit is {max_bytes:,} bytes. Send smaller or fewer "
+            "pictures.",
             detail={"max_body_bytes": max_bytes},
         )
     if not inflater.eof or inflater.unused_data:

@@ -1,16 +1,16 @@
-"""Labelled images from a folder. The one reader of data sets: training reads both parts, the service the test part.
+"""Labelled images from a folder. The only reader of data sets: training reads both parts, the service the test part.
 
 Three layouts are recognised, in this order:
 
     CIFAR-10, binary    data_batch_1.bin ... data_batch_5.bin and test_batch.bin
     CIFAR-10, python    data_batch_1 ... data_batch_5 and test_batch, as torchvision downloads them
     class folders       one folder per class with its pictures directly in it: cats/1.png, dogs/a.jpg, ...
-                        or both parts in folders of their own: train/cats/1.png, test/cats/2.png, ...
+                        or each part in a folder of its own: train/cats/1.png, test/cats/2.png, ...
 
 The first two may lie in the folder itself or in the subfolder their archive unpacks to. Pictures of class folders are
-cut to the centre square and resized to 32x32 (`app.images`, "crop"). Unless they have parts of their own, a fifth of
-each class is the test part, chosen by the hash of the file names, so that a picture used for training hardly ever
-becomes a test picture.
+cut to the centre square and resized to 32x32 (`app.images`, "crop"). Unless the parts have folders, a fifth of each
+class is the test part, chosen by the hash of the file names, so that a training picture hardly ever becomes a test
+picture.
 
 Shape letters: N images, C = 3 channels, H = W = 32.
 """
@@ -41,19 +41,19 @@ TRAINING_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
 TEST_BATCH = "test_batch"
 PICTURE_SUFFIXES = {
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif"),
-    *(".tif", ".tiff", ".heic", ".heif", ".avif"),  # known only to be reported, because they are not read
+    *(".tif", ".tiff", ".heic", ".heif", ".avif"),  # recognised only so that the error can name them
 }
 MAX_PICTURE_BYTES = 512 * 1024 * 1024
-"""More than `MAX_PIXELS` take in any format: a film, most likely."""
+"""More than `MAX_PIXELS` take in any format; anything larger is most likely a film."""
 TEST_SHARE = 1 / 5
 OWN_PARTS = {"training": "train", "test": "test"}
-"""The folders of class folders that are divided already, by part."""
+"""The folder of each part, in a data set that is already divided."""
 SYSTEM_FILES = {"thumbs.db", "desktop.ini", "__macosx"}
 """What Windows and macOS leave in folders and archives, besides hidden files."""
 NAMED_FILES = 5
 UNREADABLE = (
     *(pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError, AttributeError, RuntimeError),
-    *(OverflowError, MemoryError),  # of a length that no file has
+    *(OverflowError, MemoryError),  # a length that no file has
 )
 
 # A copy of the test set is in circulation whose images were once encoded as JPEG. Figures on it are not comparable with
@@ -72,7 +72,7 @@ class Split:
     """The training or the test part of a data set, in memory."""
 
     name: str
-    """In words, for reports: "CIFAR-10 test"."""
+    """Its name in words, for reports: "CIFAR-10 test"."""
     classes: tuple[str, ...]
     pixels_NCHW: Tensor
     """uint8, (N, 3, 32, 32), red, green, blue."""
@@ -143,16 +143,16 @@ def _read(folder: Path, parts: Sequence[str]) -> list[Split]:
         for deeper in sorted(deep, key=lambda path: path.parent.name != OWN_PARTS["training"]):
             if _has_pictures(deeper):
                 raise DataError(
-                    f"The pictures in {folder} lie a folder too deep, as in {deeper.relative_to(folder)}; expected is "
+                    f"The pictures in {folder} are a folder too deep, as in {deeper.relative_to(folder)}; they must be "
                     "DIR/CLASS/PICTURE, or DIR/train/CLASS/PICTURE and DIR/test/CLASS/PICTURE with no other folders. "
                     f"Name {deeper.parent} if its folders are the classes, or move the pictures up."
                 )
     except OSError as error:
         raise DataError(
             f"The folder {folder} cannot be read: {error.strerror}. Give the user who runs this the right to read it "
-            "and all that is in it."
+            "and everything in it."
         ) from None
-    raise DataError(f"The folder {folder} holds no data set that is recognised. {HOW_TO_GET}")
+    raise DataError(f"The folder {folder} holds no recognisable data set. {HOW_TO_GET}")
 
 
 # CIFAR-10
@@ -177,7 +177,7 @@ def _cifar10(part: str, folder: Path, suffix: str, parse: Callable[[Path, bytear
         if wrong_N.any():
             number = int(wrong_N.nonzero()[0])
             raise DataError(
-                f"In the file {path} image number {number} has the label {int(labels_N[number])}; labels are 0 to "
+                f"In the file {path} image number {number} has the label {int(labels_N[number])}; labels go from 0 to "
                 f"{len(CIFAR10_CLASSES) - 1}. The file is damaged or is not CIFAR-10."
             )
         pixels.append(pixels_NCHW)
@@ -192,7 +192,7 @@ def _cifar10(part: str, folder: Path, suffix: str, parse: Callable[[Path, bytear
 
 
 def _read_bytes(path: Path) -> bytearray:
-    """As a bytearray, because torch warns of tensors that share the memory of immutable bytes."""
+    """The file as a bytearray, because torch warns of tensors that share the memory of immutable bytes."""
     try:
         return bytearray(read_regular(path))
     except FileNotFoundError:
@@ -205,7 +205,7 @@ def _parse_records(path: Path, raw: bytearray) -> tuple[Tensor, Tensor]:
     """A record is one byte of label, then the red, the green and the blue plane, row by row."""
     if not raw or len(raw) % RECORD_BYTES:
         raise DataError(
-            f"The file {path} is cut short: it has {len(raw):,} bytes; expected are {BATCH_IMAGES * RECORD_BYTES:,}, "
+            f"The file {path} is cut short: it has {len(raw):,} bytes and needs {BATCH_IMAGES * RECORD_BYTES:,}, "
             f"or for fewer images a multiple of {RECORD_BYTES:,}. Copy or download it again."
         )
     records = torch.frombuffer(raw, dtype=torch.uint8).reshape(-1, RECORD_BYTES)
@@ -241,7 +241,7 @@ def _read_own_parts(folder: Path, parts: Sequence[str]) -> list[Split]:
         if _has_pictures(part):
             raise DataError(
                 f"The folder {part} has pictures beside its class folders, where they are not read. Move them into a "
-                "class folder, or away."
+                "class folder or elsewhere."
             )
     names = _folders(train)
     if different := sorted({*names} ^ {*_folders(test)}):
@@ -256,7 +256,7 @@ def _read_own_parts(folder: Path, parts: Sequence[str]) -> list[Split]:
 
 def _read_class_folders(folder: Path, names: list[str], divided: list[Divided], parts: Sequence[str]) -> list[Split]:
     if len(names) < 2:
-        raise DataError(f"The folder {folder} has the one class folder {names[0]}; a classifier needs at least two.")
+        raise DataError(f"The folder {folder} has only one class folder, {names[0]}; a classifier needs at least two.")
     for name in names:
         if not is_text(name):
             raise DataError(f"The name of the class folder {name!r} is not UTF-8. Rename it.")
@@ -264,13 +264,13 @@ def _read_class_folders(folder: Path, names: list[str], divided: list[Divided], 
     for label, of_class in enumerate(divided):
         for part, paths in zip(chosen, of_class, strict=True):
             chosen[part] += [(path, label) for path in paths]
-    # Mix the classes, because training holds out the last images.
+    # Mixes the classes, because training holds out the last images.
     chosen = {part: sorted(pictures, key=lambda picture: _rank(picture[0])) for part, pictures in chosen.items()}
-    # All parts at once, so that everything unreadable is reported at once.
+    # All parts together, so that everything unreadable is reported together.
     pixels_NCHW = _decode([path for part in parts for path, _ in chosen[part]], folder)
     return [
         Split(
-            name=f"{folder.resolve().name} {part}".encode(errors="replace").decode(),  # a folder's may not be UTF-8
+            name=f"{folder.resolve().name} {part}".encode(errors="replace").decode(),  # the folder's may not be UTF-8
             classes=tuple(names),
             pixels_NCHW=part_NCHW,
             labels_N=torch.tensor([label for _, label in chosen[part]], dtype=torch.int64),
@@ -280,7 +280,7 @@ def _read_class_folders(folder: Path, names: list[str], divided: list[Divided], 
 
 
 def _visible(folder: Path) -> list[Path]:
-    """All that lies there, but for hidden files and those of the system."""
+    """Everything in the folder except hidden and system files."""
     found = [path for path in folder.iterdir() if not path.name.startswith(".")]
     return [path for path in found if path.name.lower() not in SYSTEM_FILES]
 
@@ -300,9 +300,9 @@ def _list(class_folder: Path, least: int, purpose: str) -> list[Path]:
         if _has_pictures(deeper):
             raise DataError(
                 f"The class folder {class_folder} has pictures in its folder {deeper.name}, where they are not read. "
-                "Move them up, or that folder away."
+                "Move them up, or move that folder away."
             )
-    paths = [path for path in found if not path.is_dir()]  # broken links stay in, to be reported, too
+    paths = [path for path in found if not path.is_dir()]  # broken links stay in, to be reported as well
     if len(paths) < least:
         raise DataError(
             f"The class folder {class_folder} has {len(paths) or 'no'} picture{'s' * (not paths)}; a class needs at "
@@ -318,12 +318,12 @@ def _divide(paths: list[Path]) -> Divided:
 
 
 def _rank(path: Path) -> bytes:
-    """A sort key that is as good as random, but under which pictures keep their order when others come or go."""
+    """A sort key as good as random, but stable: pictures keep their order when others come or go."""
     return hashlib.sha256(os.fsencode(Path(path.parent.name, path.name))).digest()
 
 
 def _decode(paths: list[Path], folder: Path) -> Tensor:
-    """The pictures as uint8 (N, 3, 32, 32). Threads, because Pillow decodes without holding the interpreter's lock."""
+    """The pictures as uint8 (N, 3, 32, 32). In threads, because Pillow decodes without holding the GIL."""
     with ThreadPoolExecutor(available_cpus()) as pool:
         decoded = list(pool.map(_decode_or_refuse, paths))
     broken = {
@@ -352,5 +352,5 @@ def _decode_or_refuse(path: Path) -> bytes | str:
 
 
 def _memory(tensor: Tensor) -> ctypes.Array[ctypes.c_char]:
-    """The bytes of a contiguous CPU tensor, valid while it lives; torch itself offers them through numpy only."""
+    """The bytes of a contiguous CPU tensor, valid while it lives; torch itself offers them only through numpy."""
     return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())

@@ -1,4 +1,4 @@
-"""Which device, and which number format on it. Shared by the service and the training package."""
+"""Choosing the device, and the number format on it. Shared by the service and the training package."""
 
 import logging
 
@@ -10,10 +10,10 @@ logger = logging.getLogger(__name__)
 
 
 def choose_device(name: str | None = None) -> torch.device:
-    """`name` if given, else the first of cuda, mps, cpu that this machine has and that works.
+    """The device `name` if given, else the first of cuda, mps, cpu that this machine has and that works.
 
     Raises:
-        ValueError: `name` is not a device torch knows, or this machine does not have it, or it does not work.
+        ValueError: torch does not know the device, this machine does not have it, or it does not work.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name is None:
@@ -27,7 +27,7 @@ def choose_device(name: str | None = None) -> torch.device:
     try:
         kind, _, index = device_name(name).partition(":")
     except ValueError as accepted:
-        raise ValueError(f"The device {name!r} is unknown; accepted is {accepted}.") from None
+        raise ValueError(f"The device {name!r} is unknown; it must be {accepted}.") from None
     if not available[kind] or (kind == "cuda" and int(index or 0) >= torch.cuda.device_count()):
         usable = ", ".join(kind for kind in DEVICES if available[kind])
         raise ValueError(f"The device {name!r} is not available on this machine; it has: {usable}.")
@@ -49,8 +49,8 @@ def _working(name: str) -> torch.device:
 def choose_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware multiplies it natively, float32 elsewhere.
 
-    NVIDIA's GPUs do since Ampere, whose compute capability is 8.0; torch emulates it on older ones.
-    Without AVX512-BF16 or AMX an x86 CPU emulates bfloat16 and is slower than in float32; `torch.cpu` reads the
+    NVIDIA's GPUs have since Ampere (compute capability 8.0); on older ones torch emulates it.
+    Without AVX512-BF16 or AMX an x86 CPU emulates bfloat16 and is slower than with float32; `torch.cpu` reads the
     processor's own flags. Apple's GPU stays with float32: giving up half the digits would gain little at this size.
     """
     if device.type == "cuda":
@@ -62,13 +62,13 @@ def choose_dtype(device: torch.device) -> torch.dtype:
 
 
 def choose_memory_format(device: torch.device) -> torch.memory_format:
-    """channels_last, in which convolutions are fastest: training on two cores is a fifth faster, even in float32. Not
-    on Apple's GPU, for which torch has had bugs with it."""
+    """channels_last, where convolutions are fastest: training on two cores is a fifth faster, even in float32. Not on
+    Apple's GPU, where torch has had bugs with it."""
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 def describe(device: torch.device, threads: int | None = None) -> str:
-    """The hardware in words, for logs and model cards; `threads` are torch's unless something else computes."""
+    """The hardware in words, for logs and model cards; `threads` default to torch's."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":

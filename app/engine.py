@@ -1,8 +1,8 @@
 """What computes the features: torch, or on a CPU OpenVINO where it is installed and faster.
 
-An engine takes any number of pictures. Its first run of a batch size also chooses kernels, and on an NVIDIA GPU, where
-batches are filled up to 1, 2, 4, 8, ..., the second run records them. Build and call it in one and the same thread: in
-another one torch creates its threads anew, and a forward pass of two threads takes twice the time.
+An engine takes any number of pictures. The first run of a batch size also chooses kernels, and on an NVIDIA GPU, where
+batches are filled up to 1, 2, 4, 8, ..., the second run records them. Build and call it in the same thread: for
+another one torch creates new threads, and a forward pass of two threads takes twice the time.
 
 Shape letters: N images, C = 3, H = W = 32, D features.
 """
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 REPETITIONS = 5
 ENOUGH_SECONDS = 0.1
-"""No more repetitions after this: on a slow machine two have to do, because it starts slowly anyway."""
+"""No more repetitions after this long: on a slow machine, which starts slowly anyway, two must do."""
 
 
 class Engine(Protocol):
@@ -60,7 +60,7 @@ class TorchEngine:
         self._network: Step = network
         if device.type == "cuda":
             if device.index is not None:
-                torch.cuda.set_device(device)  # recording is done on the current one
+                torch.cuda.set_device(device)  # recording uses the current device
             self._network = Recorded(network, warm_up=1, shared_memory=torch.cuda.graph_pool_handle())
 
     def __call__(self, pixels_NCHW: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class TorchEngine:
 
 
 def filled_up(pixels_NCHW: Tensor) -> Tensor:
-    """Repeat the last picture up to a power of two: only those few sizes are recorded, before the first request."""
+    """Repeat the last picture to fill a power of two: only those few sizes are recorded, before the first request."""
     count = len(pixels_NCHW)
     return pixels_NCHW[torch.arange(1 << (count - 1).bit_length()).clamp_max(count - 1)]
 
@@ -87,7 +87,7 @@ def check_available(name: str, device: torch.device) -> None:
         return
     if device.type != "cpu":
         raise SettingsError(
-            f"The engine openvino computes on a CPU only, and the device is {device}. "
+            f"The engine openvino computes only on a CPU, and the device is {device}. "
             "Set the device to cpu, or the engine to auto or torch."
         )
     try:
@@ -104,12 +104,12 @@ def choose(
 ) -> Generator[None, None, Engine]:
     """Build the engine `name`; "auto" takes the fastest one.
 
-    In steps, between which this thread may compute with other engines. What takes long is done in another thread.
+    Works in steps, between which this thread may compute with other engines. Another thread does whatever takes long.
 
     Args:
         network: Folded and without its last layer (`model.split`), float32; the engine takes it over.
-        threads: Those of a forward pass on a CPU.
-        batch: The batch size at which the engines are compared, besides one picture.
+        threads: How many a forward pass on a CPU uses.
+        batch: The batch size at which the engines are compared, besides single pictures.
     """
     dtype = serving_dtype(device)
     if dtype == torch.bfloat16:
@@ -126,12 +126,12 @@ def choose(
         engines.append(TorchEngine(network, device, dtype, threads))
     fastest = min(engines, key=lambda engine: _cost(engine, batch)) if len(engines) > 1 else engines[0]
     if fastest.name != "torch":
-        torch.set_num_threads(1)  # torch's remaining work here is too little to wake another thread for
+        torch.set_num_threads(1)  # torch's remaining work is too little to wake another thread for
     return fastest
 
 
 def serving_dtype(device: torch.device) -> torch.dtype:
-    """float16 where an NVIDIA GPU has the units for bfloat16: as fast, and eight times as precise.
+    """float16 where an NVIDIA GPU has hardware for bfloat16: as fast, and eight times as precise.
 
     bfloat16's range is needed only for gradients, in training. The largest error of a probability on 5,000 validation
     images was 0.004, against 0.012 in bfloat16 with all that `round_weights` does.
@@ -142,7 +142,7 @@ def serving_dtype(device: torch.device) -> torch.dtype:
 
 @torch.inference_mode()
 def _cost(engine: Engine, batch: int) -> float:
-    """Seconds for one picture times seconds for a full batch: being twice as fast counts the same for both."""
+    """Seconds for one picture times seconds for a full batch: twice as fast counts the same for either."""
     cost = 1.0
     for size in (1, batch):
         pixels_NCHW = torch.zeros(size, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""What was admitted, on its way to its answer. Knows neither HTTP nor torch."""
+"""Admitted items on the way to their answers. Knows neither HTTP nor torch."""
 
 import asyncio
 from collections import deque
@@ -19,24 +19,24 @@ Prepared = TypeVar("Prepared")
 Result = TypeVar("Result")
 
 Run = Callable[[list[Prepared]], Sequence[Result]]
-"""Maps a batch to as many results."""
+"""Maps a batch to one result per item."""
 
 
 class Answer(asyncio.Future[Result]):
-    """A result to come and, once it is there, where its time went."""
+    """A result to come and, once it is here, where its time went."""
 
     timing: Timing
 
 
 @dataclass(slots=True, eq=False)
 class Entry(Generic[Item, Prepared, Result]):
-    """One admitted item on its way."""
+    """One admitted item."""
 
     item: Item
     load: Load
     future: Answer[Result]
     admitted_at: float
-    """On the clock of `monotonic`."""
+    """Time by the clock of `monotonic`."""
     deadline_seconds: float
     run: Run[Prepared, Result]
     prepared: Prepared = field(init=False)
@@ -47,17 +47,17 @@ class Entry(Generic[Item, Prepared, Result]):
         start = monotonic()
         try:
             self.prepared = prepare(self.item)
-        except RequestError as error:  # a fault of the item's own
-            error.__traceback__ = error.__context__ = None  # would keep the picture until garbage is collected
+        except RequestError as error:  # the item's own fault
+            error.__traceback__ = error.__context__ = None  # they would keep the picture until garbage collection
             return error
-        except Exception as error:  # whatever it is, it fails this item alone
+        except Exception as error:  # whatever it is, only this item fails
             return error
-        finally:  # others waited for it even if it failed
+        finally:  # others waited even if it failed
             self.prepare_seconds = monotonic() - start
         return None
 
     def expiry_error(self) -> Exception | None:
-        """Why no more work should be spent on it; None if it should."""
+        """Why no more work should go into it; None if it is still wanted."""
         if self.future.cancelled():
             return DeadlineExceeded("The client has left.")  # nobody will read it
         if monotonic() > self.admitted_at + self.deadline_seconds:
@@ -68,22 +68,22 @@ class Entry(Generic[Item, Prepared, Result]):
 
 
 class Control(Enum):
-    """Queued like entries: WAKE ends a thread's wait for one, STOP says that no more will come."""
+    """Queued among the entries: WAKE ends a thread's wait, STOP says that no more entries will come."""
 
     WAKE = auto()
     STOP = auto()
 
 
 class FairQueue(Generic[Item, Prepared, Result]):
-    """The queue of a thread. Any thread may `put`; all else belongs to that one.
+    """A thread's queue. Any thread may `put`; everything else is for that thread alone.
 
-    While both wait, requests of one picture take turns with requests of many, batch by batch: a thousand pictures in
-    one request delay a single one by only one batch of theirs, and get half of the time.
+    While both kinds wait, requests of one picture alternate with requests of many, batch by batch: a thousand pictures
+    in one request delay a single picture by only one of their batches, and get half of the time.
 
     When four batches of single pictures wait, and nothing else, the batch size doubles, and so on up to the largest:
     the busier the event loop, the longer it takes to get the GIL back between two batches (at three times the load that
     can be carried, 96 % of what can be carried was answered instead of 81 %). Many pictures in one request leave the
-    event loop alone, so larger batches of them would only hold up a single one for longer (37 ms instead of 12).
+    event loop alone, so larger batches of those would only hold up a single picture for longer (37 ms instead of 12).
     """
 
     def __init__(self, max_batch: int) -> None:
@@ -102,7 +102,7 @@ class FairQueue(Generic[Item, Prepared, Result]):
         self._arrived.put(arrival)
 
     def collect(self, timeout: float | None) -> bool:
-        """Sort what has arrived, waiting up to `timeout` seconds for the first; return whether there was anything."""
+        """Sort all arrivals, waiting up to `timeout` seconds for the first; return whether there were any."""
         try:
             arrival = self._arrived.get(timeout=timeout) if timeout != 0 else self._arrived.get_nowait()
         except Empty:
@@ -117,7 +117,7 @@ class FairQueue(Generic[Item, Prepared, Result]):
         return True
 
     def next_batch(self) -> list[Entry[Item, Prepared, Result]]:
-        """As many as fit into a batch, of one kind and for one `run`; an item larger than a batch comes alone."""
+        """As many entries as fit a batch, of one kind and for one `run`; an item larger than a batch comes alone."""
         other = self._bulk if self._current is self._singles else self._singles
         if other:
             self._current = other

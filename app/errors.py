@@ -1,4 +1,4 @@
-"""Everything a user of the service can get wrong, and what the service may have to refuse.
+"""Everything a user of the service can get wrong, and everything the service may have to refuse.
 
     body --read--> bytes --admit--> queue --decode--> pixels --predict--> probabilities
          UnsupportedMedia  Overloaded       BadRequest       DeadlineExceeded
@@ -10,7 +10,7 @@
     |   |-- SettingsError
     |   `-- CheckpointError
     |-- DataError              a data set cannot be used; training stops, the service goes on without it
-    `-- RequestError           the answer carries the sentence and the class's HTTP status
+    `-- RequestError           the answer carries the sentence, and the HTTP status of the class
         |-- BadRequest         400
         |-- Unauthorized       401
         |-- NotFound           404
@@ -27,8 +27,8 @@
         |-- NotReady           503
         `-- DeadlineExceeded   504
 
-Each message is a sentence for a stranger: what was given, what is accepted, what to do. It holds no library text, no
-address, and no path of the server except for those who start it or have its key.
+Each message is a sentence for a stranger: what was given, what it must be, what to do. It holds no library text, no
+address, and no path of the server except for people who start it or have its key.
 """
 
 
@@ -41,7 +41,7 @@ class StartError(AppError):
 
 
 class SettingsError(StartError):
-    """A setting has a value that is not accepted."""
+    """A setting has an invalid value."""
 
 
 class CheckpointError(StartError):
@@ -55,7 +55,7 @@ class DataError(AppError):
 class RequestError(AppError):
     """A request is refused.
 
-    `status` is the HTTP status, `reason` its name among the metrics, `detail` an optional machine-readable explanation,
+    `status` is the HTTP status, `reason` its name in the metrics, `detail` an optional machine-readable explanation,
     `headers` further headers that HTTP asks for.
     """
 
@@ -98,28 +98,28 @@ class NotFound(RequestError):
 
 
 class MethodNotAllowed(RequestError):
-    """The path is there, but not for this method."""
+    """The path exists, but not for this method."""
 
     status = 405
     reason = "method_not_allowed"
 
 
 class TooSlow(RequestError):
-    """The head or the body has not come in time."""
+    """The head or the body did not arrive in time."""
 
     status = 408
     reason = "too_slow"
 
 
 class WeightsRefused(RequestError):
-    """The weights file cannot take the place of the one that is served."""
+    """The weights file cannot replace the weights being served."""
 
     status = 409
     reason = "weights_refused"
 
 
 class BodyTooLarge(RequestError):
-    """More bytes or more pixels than the service accepts."""
+    """There are more bytes or pixels than the service accepts."""
 
     status = 413
     reason = "body_too_large"
@@ -133,14 +133,14 @@ class UnsupportedMedia(RequestError):
 
 
 class WrongSize(RequestError):
-    """A readable picture whose size the network does not take."""
+    """The picture is readable, but the network does not take its size."""
 
     status = 422
     reason = "wrong_size"
 
 
 class InvalidParameter(RequestError):
-    """A parameter of the query has a value that is not accepted."""
+    """A query parameter has an invalid value."""
 
     status = 422
     reason = "invalid_parameter"
@@ -161,14 +161,14 @@ class HeadTooLarge(RequestError):
 
 
 class NotOffered(RequestError):
-    """A part of a protocol that this service does not have."""
+    """The service lacks this part of a protocol."""
 
     status = 501
     reason = "not_offered"
 
 
 class NotReady(RequestError):
-    """The service is stopping or not running, or what is asked for is not known yet."""
+    """The service is stopping or not running, or the answer is not known yet."""
 
     status = 503
     reason = "not_ready"

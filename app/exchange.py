@@ -1,6 +1,7 @@
-"""One request and its answer below the framework: headers as they came, the body within its limit, bytes to send.
+"""One request and its answer below the framework: raw headers, the body within its limit, bytes to send.
 
-The fast lane uses only these; a route of the framework passes on its request's and gets the same answer.
+The fast lane uses nothing else; a route of the framework hands over its request's headers and body, and gets the same
+answer.
 """
 
 import asyncio
@@ -17,16 +18,16 @@ from app.errors import BodyTooLarge, Overloaded, RequestError, TooSlow, Unsuppor
 from app.statistics import Timing
 
 Headers = Mapping[bytes, bytes]
-"""By lower-case name, as in ASGI."""
+"""Headers by lower-case name, as in ASGI."""
 
 RawReply = tuple[int, list[tuple[bytes, bytes]], bytes]
 """Status, headers and body, ready to be written."""
 
 JSON = b"application/json"
 LIGHT_BYTES = 16 * 1024
-"""What the event loop may decode itself: five times a picture's raw pixels. The usual 2 KB take 0.1 ms."""
+"""How much the event loop may decode itself: five times a picture's raw pixels. The usual 2 KB take 0.1 ms."""
 MAX_DIGITS = 20
-"""A length with this many digits exceeds any memory, and Python reads 4,300 at most."""
+"""A length of this many digits exceeds any memory; Python parses 4,300 digits at most."""
 
 
 class Reply(NamedTuple):
@@ -48,7 +49,7 @@ class Reply(NamedTuple):
         await send({"type": "http.response.body", "body": self.body})
 
     def response(self, request: Request) -> Response:
-        """The same as a response of the framework."""
+        """The answer as a response of the framework."""
         if self.timing is not None:
             request.scope["state"]["timing"] = self.timing
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in self.headers}
@@ -74,7 +75,7 @@ def encoding_of(headers: Headers) -> str | None:
 
 
 def content_kind(headers: Headers) -> tuple[str, str]:
-    """The content type without its parameters, and the whole of it.
+    """The content type, without its parameters and in full.
 
     Raises:
         UnsupportedMedia: The body is compressed.
@@ -95,22 +96,22 @@ def announced_bytes(headers: Headers) -> int | None:
 
 
 def error_reply(error: RequestError, request_id: str) -> Reply:
-    """An error as an answer: its sentence, its status and its headers."""
+    """The answer for an error: its sentence, its status and its headers."""
     headers = {**error.headers}
     if error.retry_after_seconds is not None:
         headers["Retry-After"] = str(error.retry_after_seconds)
-    sentence = str(error).encode(errors="backslashreplace").decode()  # it may name a file, whose name may be no UTF-8
+    sentence = str(error).encode(errors="backslashreplace").decode()  # it may name a file, whose name need not be UTF-8
     body = to_json({"error": sentence, "detail": error.detail, "request_id": request_id})
     raw = tuple((name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items())
     return Reply(body, headers=raw, status=error.status)
 
 
 class Intake:
-    """Where bodies come in. Belongs to the event loop.
+    """Reads request bodies. Belongs to the event loop.
 
     Args:
         max_bytes: The limit for one body.
-        max_waiting_bytes: The limit for all bodies that are incomplete or waiting to be parsed.
+        max_waiting_bytes: The limit for all bodies together that are incomplete or waiting to be parsed.
         seconds: How long one body may take.
     """
 
@@ -134,15 +135,15 @@ class Intake:
             async with asyncio.timeout(self._seconds):
                 message = await receive()
                 if message["type"] == "http.request" and not message.get("more_body", False):
-                    whole: bytes = message.get("body", b"")  # as nearly all of them come
+                    whole: bytes = message.get("body", b"")  # as nearly all bodies come
                     self._check(len(whole))
                     return whole
                 return await self._join(message, receive)
         except TimeoutError:
-            # The connection stays: what is still to come is read and dropped, because after a reset the client might
-            # never see the answer.
+            # The connection stays open and the rest is read and dropped, because after a reset the client might never
+            # see the answer.
             raise TooSlow(
-                f"The body was not complete within {self._seconds:g} seconds. Send it faster, or a smaller one."
+                f"The body was not complete within {self._seconds:g} seconds. Send it faster, or send less."
             ) from None
 
     async def _join(self, message: Message, receive: Receive) -> bytes:
@@ -177,16 +178,16 @@ class Intake:
             self._waiting_bytes -= size_bytes
 
     def _check_room(self, own_bytes: int) -> None:
-        if self._waiting_bytes > max(self._max_waiting_bytes, own_bytes):  # one alone is always accepted
+        if self._waiting_bytes > max(self._max_waiting_bytes, own_bytes):  # a body alone is always accepted
             raise Overloaded(
-                "The service is receiving as many bytes as it accepts at a time. Try again in 1 second.",
+                "The service is receiving as many bytes as it accepts at once. Try again in 1 second.",
                 retry_after_seconds=1,
             )
 
     def _check(self, size_bytes: int) -> None:
         if size_bytes > self.max_bytes:
             raise BodyTooLarge(
-                f"The request body is too large; accepted are at most {self.max_bytes:,} bytes. Send smaller or fewer "
+                f"The request body is too large; the limit is {self.max_bytes:,} bytes. Send smaller or fewer "
                 "pictures.",
                 detail={"max_body_bytes": self.max_bytes},
             )

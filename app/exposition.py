@@ -1,6 +1,6 @@
-"""What the service has counted, as Prometheus reads it. The counting itself is in `app.statistics`.
+"""What the service has counted, in Prometheus's format. The counting itself is in `app.statistics`.
 
-The numbers are turned into metrics when somebody asks for them, so that a request pays for an addition and no more.
+The numbers become metrics only when somebody asks for them, so that a request pays for an addition and no more.
 """
 
 from collections import defaultdict
@@ -19,7 +19,7 @@ from app.statistics import Counts, Histogram
 
 
 class CountsCollector(Collector):
-    """What the service has counted, and what its processes take of the machine."""
+    """What the service has counted, and what its processes use of the machine."""
 
     def __init__(self, counts: Counts, weights: Checkpoint) -> None:
         self._counts = counts
@@ -39,7 +39,7 @@ class CountsCollector(Collector):
             by_route[route,].merge(seconds)
         yield _counter(
             "cifar_requests",
-            "HTTP requests by route template, method and status; 499 is a client that left before its answer.",
+            "HTTP requests by route template, method and status; 499: the client left before its answer.",
             ("route", "method", "status"),
             {
                 (route, method, str(status)): histogram.count
@@ -54,7 +54,7 @@ class CountsCollector(Collector):
         )
         yield _counter(
             "cifar_refusals",
-            "Requests answered with an error, by its reason.",
+            "Requests answered with an error, by reason.",
             ("reason",),
             {(reason,): count for reason, count in traffic.refusals.items()},
         )
@@ -67,21 +67,21 @@ class CountsCollector(Collector):
     def _batches(self) -> Iterator[Metric]:
         known = self._counts.statistics
         yield _histogram(
-            "cifar_decode_seconds", "Decoding a picture; raw pixels take next to nothing.", {(): known.prepare}
+            "cifar_decode_seconds", "Decoding of a picture; raw pixels take next to nothing.", {(): known.prepare}
         )
         yield _histogram(
             "cifar_queue_seconds",
-            "A picture's wait for its batch, also while others of it are decoded.",
+            "A picture's wait for its batch, including the decoding of others in it.",
             {(): known.queue},
         )
-        yield _histogram("cifar_inference_seconds", "The forward pass that a picture was in, whole.", {(): known.run})
+        yield _histogram("cifar_inference_seconds", "The whole forward pass a picture was part of.", {(): known.run})
         yield _histogram("cifar_batch_size", "Pictures that ran together.", {(): known.batches})
 
     def _predictions(self) -> Iterator[Metric]:
         known = self._counts.predictions
         yield _counter(
             "cifar_predictions",
-            "Pictures by the class that was the most probable one.",
+            "Pictures by most probable class.",
             ("class",),
             {(name,): known.classes[name] for name in self._weights.classes},
         )
@@ -94,13 +94,13 @@ class CountsCollector(Collector):
         yield GaugeMetricFamily("cifar_ready", "1 if new requests should be sent here, as /readyz.", counts.ready)
         yield InfoMetricFamily(
             "cifar_weights",
-            "The weights that are served.",
+            "The weights being served.",
             {"name": weights.architecture, "sha256": weights.sha256[:12]},
         )
 
 
 def _process_metrics(pids: Sequence[int]) -> Iterator[Metric]:
-    """The library's metrics of a process, where the system offers them, combined over several."""
+    """The library's own process metrics, where the system offers them, combined over several processes."""
     for same in zip(*(ProcessCollector(registry=None, pid=partial(int, pid)).collect() for pid in pids), strict=False):
         metric = Metric(same[0].name, same[0].documentation, same[0].type)
         for samples in zip(*(each.samples for each in same), strict=True):

@@ -1,4 +1,4 @@
-"""Files are read, or written, as a whole or not at all."""
+"""Reading and writing files as a whole or not at all."""
 
 import errno
 import hashlib
@@ -15,7 +15,7 @@ import torch
 
 
 def read_regular(path: Path, max_bytes: float = math.inf) -> bytes:
-    """The content of a file. Pipes and devices are refused: they may never end, or hold the reader for ever.
+    """The content of a file. Pipes and devices are refused: they may never end, or block the reader for ever.
 
     Raises:
         OSError: it cannot be read, is not a regular file, or has more than `max_bytes`.
@@ -43,8 +43,8 @@ def forget_unfinished(path: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` as a whole or not at all, whenever the process is interrupted."""
-    # Named before it is made (`tempfile` does both at once), so that no interrupt can leave one that nobody knows.
+    """Replace `path` with `content` as a whole or not at all, even if the process is interrupted."""
+    # Named before it is made (`tempfile` does both at once), so that no interrupt leaves a file that nobody knows of.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,8 +56,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             temporary.chmod(0o644)  # whatever the umask: a container serves it as another user
             temporary.replace(path)
         except BaseException:  # an interrupt, too
-            with suppress(OSError):  # it was not even made
+            with suppress(OSError):  # it was never made
                 temporary.unlink()
             raise
-    except OSError as error:  # it names the temporary file, which the user does not know
+    except OSError as error:  # it names the temporary file, of which the user knows nothing
         raise OSError(error.errno, error.strerror, str(path)) from None

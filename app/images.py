@@ -1,12 +1,12 @@
 """Bytes of a picture -> the pixels a network takes. The only file that knows Pillow.
 
-What is decided here, for every picture and every caller:
+Decided here, for every picture and every caller:
 
     formats       PNG, JPEG, WebP, BMP and GIF (its first frame), recognised by their content, not by their name
     orientation   as the EXIF tag says, so that a phone's portrait stands upright
     transparency  laid over white
-    16 bit grey   divided by 257, so that 65535 becomes 255; never clipped
-    size          32x32; any other is treated as `Resize` says; scaling is bicubic and antialiased
+    16-bit grey   divided by 257, so that 65535 becomes 255; never clipped
+    size          32x32; any other is handled as `Resize` says; scaling is bicubic and antialiased
 
 Shape letters: N pictures, C = 3 channels (red, green, blue), H = W = 32.
 """
@@ -32,60 +32,60 @@ Resize = Literal["crop", "stretch", "pad"]
 everything but the proportions. pad: the longer side scaled to 32, centred on white: keeps all, at less resolution."""
 
 OWN_FAULTS = (BadRequest, BodyTooLarge, WrongSize)
-"""What `decode` raises: faults of this picture, which do not concern others of the request."""
+"""What `decode` raises: faults of one picture, which do not affect others in the request."""
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
-ACCEPTED = "Accepted are PNG, JPEG, WebP, BMP and GIF."
+ACCEPTED = "PNG, JPEG, WebP, BMP and GIF are accepted."
 SIZE = (IMAGE_SIZE, IMAGE_SIZE)
 WHITE = (255, 255, 255)
 MAX_SIDE = 65_535
-"""No JPEG, WebP or GIF can have a longer one. Scaling a row of fifty million pixels takes 50 bytes for each."""
+"""No JPEG, WebP or GIF can have a longer side. Scaling a row of fifty million pixels takes 50 bytes for each."""
 MAX_SCANS = 32
-"""Passes that a JPEG of `max_pixels` may make over its pixels; a smaller one may make more. Up to 12 are usual; one of
-26 bytes can take 20 ms."""
+"""How many passes a JPEG of `max_pixels` may make over its pixels; a smaller one may make more. Up to 12 are usual; a
+pass of 26 bytes can take 20 ms."""
 MAX_BMP_RLE_PIXELS = 1_000_000
 MAX_READS_BEFORE_PIXELS, MAX_READS = 10_000, 200_000
-"""Reads that `MeteredFile` allows. A phone's photo needs some tens before its pixels; a PNG of 8 MB in chunks of 8 KB
-needs 50,000 in all."""
+"""How many reads `MeteredFile` allows. A phone's photo needs a few dozen before its pixels; a PNG of 8 MB in chunks of
+8 KB needs 50,000 in all."""
 BMP_FIELDS = struct.Struct("<14x I 10x H 16x I")
-"""Bytes of the header, bits per pixel, number of colours."""
+"""Header size in bytes, bits per pixel, number of colours."""
 GREY_SCALES = {"L;2": 85, "L;4": 17}
-"""Factors from two and four bits to eight, by Pillow's names for what a PNG holds."""
+"""Factors from two and four bits to eight, by Pillow's names for the formats in a PNG."""
 OTHERS = {
-    b"\x89PNG\x1a": "a PNG without its line ends, as `curl -d` sends it; use --data-binary",
-    b"data:": "they begin like a data URL; send the bytes that its base64 stands for",
-    b"iVBORw0KGgo": "they begin like a PNG in base64; send the bytes that it stands for",
-    b"/9j/": "they begin like a JPEG in base64; send the bytes that it stands for",
+    b"\x89PNG\x1a": "a PNG without its line endings, as `curl -d` sends it; use --data-binary",
+    b"data:": "they begin like a data URL; send the bytes that its base64 encodes",
+    b"iVBORw0KGgo": "they begin like a PNG in base64; send the bytes that it encodes",
+    b"/9j/": "they begin like a JPEG in base64; send the bytes that it encodes",
     b"%PDF": "they begin like a PDF",
     b"<svg": "they begin like SVG",
     b"<?xml": "they begin like SVG or other XML",
     b"II*\0": "they begin like TIFF",
     b"MM\0*": "they begin like TIFF",
 }
-"""What is often sent instead of a picture that can be read, by how it begins."""
+"""What is often sent instead of a readable picture, by its first bytes."""
 METADATA = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
-"""Pillow's keys for what may hold an orientation. Most small pictures have none; looking closer takes 13 us each."""
+"""Pillow's keys for metadata that may hold an orientation. Most small pictures have none; a closer look takes 13 us."""
 
 # What Pillow raises for bad bytes: cut short or damaged (OSError), a field out of range (ValueError), a broken chunk
-# (SyntaxError), a missing palette (AssertionError), a header cut short (the others; seen with earlier versions only).
-# tests/test_images.py damages pictures of every format to keep it true.
+# (SyntaxError), a missing palette (AssertionError), a header cut short (the others; seen only with earlier versions).
+# tests/test_images.py damages pictures of every format to keep this list true.
 DAMAGED = (OSError, ValueError, SyntaxError, AssertionError, IndexError, struct.error)
 
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # see `decode`
-# Pillow would import its formats with the first picture, or the first one that is none: that takes 0.1 s, and fails
+# Otherwise Pillow imports its formats with the first picture, or the first that is none: that takes 0.1 s, and fails
 # while the process has as many files and connections open as it may.
 Image.init()
-# All texts of a PNG may inflate to 1 MB. Pillow allows 64 MB, which keep a core busy for 0.1 s.
+# All texts of a PNG together may inflate to 1 MB. Pillow allows 64 MB, which keeps a core busy for 0.1 s.
 PngImagePlugin.MAX_TEXT_MEMORY = PngImagePlugin.MAX_TEXT_CHUNK
 
-# They are about odd metadata, which make no difference here; one picture can cause sixty thousand.
+# Pillow warns of odd metadata, which makes no difference here; one picture can cause sixty thousand warnings.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class MeteredFile(io.BytesIO):
     """The bytes of a picture, with a limit on how often they are read.
 
-    Pillow walks segments, chunks and blocks in Python, with at least one read for each, and appends what they hold to
-    what it has: so a read counts 1, and 1 more for each 256 KiB before it. Eight megabytes in a million pieces took up
+    Pillow walks segments, chunks and blocks in Python, with at least one read for each, and appends their content to
+    what it has: so a read counts 1, and 1 more for every 256 KiB before it. Eight megabytes in a million pieces took up
     to three minutes, and held up all other decoding.
     """
 
@@ -95,14 +95,14 @@ class MeteredFile(io.BytesIO):
         self.left -= 1 + (self.tell() >> 18)
         if self.left < 0:
             raise BodyTooLarge(
-                "The picture is in too many pieces: thousands of segments, chunks or blocks, of metadata most likely. "
-                "Save it anew, without them."
+                "The picture is in too many pieces: thousands of segments, chunks or blocks, most likely metadata. "
+                "Save it again without them."
             )
         return super().read(size)
 
 
 def _skip_profile(stream: PngImagePlugin.PngStream, _pos: int, length: int) -> bytes:
-    """A PNG may have any number of colour profiles of 1 KB that inflate to 1 MB each; none is used here."""
+    """Skip the colour profile, unused here: a PNG may have any number of 1 KB that inflate to 1 MB each."""
     assert stream.fp is not None
     return stream.fp.read(length)
 
@@ -114,14 +114,14 @@ def decode(data: bytes, resize: Resize | None = None, max_pixels: int = MAX_PIXE
     """The picture's pixels, a byte each (H, W, C).
 
     Args:
-        resize: What to do with a picture that is not 32x32; None refuses it.
+        resize: How to handle a picture that is not 32x32; None refuses it.
 
     Raises:
         BadRequest: The bytes are not a picture in one of the formats, or it is damaged.
         BodyTooLarge: The picture has more than `max_pixels` pixels, or is odd in a way that would take long.
         WrongSize: It is not 32x32 and `resize` is None.
     """
-    # Pillow itself refuses more than twice as many before it makes room for them, which for a GIF it does on opening.
+    # Pillow itself refuses more than twice its limit before it allocates memory, which for a GIF it does on opening.
     # All threads share that limit, and may ask for different ones, so it is never lowered: with a `max_pixels` below
     # the usual one, a GIF may still take a byte for each of 100 million pixels before `_check_size` refuses it.
     if max_pixels > (Image.MAX_IMAGE_PIXELS or 0):
@@ -133,32 +133,31 @@ def decode(data: bytes, resize: Resize | None = None, max_pixels: int = MAX_PIXE
             _check_size(picture, resize, max_pixels)
             if picture.format in ("JPEG", "MPO"):
                 _check_scans(data, picture, max_pixels)
-                # The decoder itself halves it while both sides keep 4 x 32 pixels, which saves most of the time.
+                # The decoder halves the picture while both sides keep 4 x 32 pixels, which saves most of the time.
                 picture.draft(None, (4 * IMAGE_SIZE, 4 * IMAGE_SIZE))
             _check_compression(picture)
             _scale_transparency(picture)
             picture.load()
-            if isinstance(picture.info.get("transparency"), str):  # a PNG's text of this name
+            if isinstance(picture.info.get("transparency"), str):  # a PNG's text of that name
                 del picture.info["transparency"]
             if METADATA & picture.info.keys():
                 _set_upright(picture)
             return _resize(_to_rgb(picture), resize).tobytes()
     except Image.DecompressionBombError:
         raise BodyTooLarge(
-            f"The picture has more than {2 * max_pixels:,} pixels; accepted are at most {max_pixels:,}. Send a smaller "
-            "one.",
+            f"The picture has more than {2 * max_pixels:,} pixels; the limit is {max_pixels:,}. Send a smaller one.",
             detail={"max_pixels": max_pixels},
         ) from None
     except DAMAGED as error:
         if "MAX_TEXT" in str(error):  # Pillow's own words
             raise BodyTooLarge(
-                "The PNG has more than 1 MB of text beside its pixels; save it without metadata."
+                "The PNG has more than 1 MB of text besides its pixels; save it without metadata."
             ) from None
         raise BadRequest(f"The {len(data):,} bytes are not a readable picture: {_likely(data)}. {ACCEPTED}") from None
 
 
 def _likely(data: bytes) -> str:
-    """What bytes that are no picture most likely are."""
+    """The most likely explanation for bytes that are no picture."""
     for start, kind in OTHERS.items():
         if data.startswith(start):
             return kind
@@ -175,7 +174,7 @@ def check_raw(pixels: bytes | bytearray) -> memoryview:
     """
     if not pixels or len(pixels) % IMAGE_BYTES:
         raise BadRequest(
-            f"The raw pixels have {len(pixels):,} bytes; accepted is a multiple of {IMAGE_BYTES:,}: for each picture "
+            f"The raw pixels have {len(pixels):,} bytes; that must be a multiple of {IMAGE_BYTES:,}: for each picture "
             f"{IMAGE_SIZE} rows of {IMAGE_SIZE} pixels of red, green and blue. Send picture files as fields of a form."
         )
     return memoryview(pixels)
@@ -183,22 +182,21 @@ def check_raw(pixels: bytes | bytearray) -> memoryview:
 
 def to_tensor(pictures: Iterable[bytes | memoryview]) -> Tensor:
     """The pixels of all pictures in one tensor: uint8 (N, C, H, W), channels last in memory."""
-    pixels = bytearray().join(pictures)  # not bytes: torch warns of tensors that share the memory of immutable ones
+    pixels = bytearray().join(pictures)  # torch warns of tensors that share the memory of immutable bytes
     return torch.frombuffer(pixels, dtype=torch.uint8).view(-1, IMAGE_SIZE, IMAGE_SIZE, 3).permute(0, 3, 1, 2)
 
 
 def _check_size(picture: Image.Image, resize: Resize | None, max_pixels: int) -> None:
-    """Only the header has been read so far: a picture of a few bytes may claim to be huge."""
+    """Check before reading beyond the header: a picture of a few bytes may claim to be huge."""
     width, height = picture.size
     if max(width, height) > MAX_SIDE:
         raise BodyTooLarge(
-            f"The picture is {width} x {height}; accepted are at most {MAX_SIDE:,} pixels on a side. Send a smaller "
-            "one.",
+            f"The picture is {width} x {height}; the limit is {MAX_SIDE:,} pixels on a side. Send a smaller one.",
             detail={"width": width, "height": height, "max_side": MAX_SIDE},
         )
     if width * height > max_pixels:
         raise BodyTooLarge(
-            f"The picture is {width} x {height}; accepted are at most {max_pixels:,} pixels. Send a smaller one.",
+            f"The picture is {width} x {height}; the limit is {max_pixels:,} pixels. Send a smaller one.",
             detail={"width": width, "height": height, "max_pixels": max_pixels},
         )
     if resize is None and picture.size != SIZE:
@@ -210,7 +208,7 @@ def _check_size(picture: Image.Image, resize: Resize | None, max_pixels: int) ->
 
 
 def _check_palette(data: bytes) -> None:
-    """Pillow walks the colours of a BMP in Python, and believes a header that claims 65,536: 30 ms."""
+    """Pillow walks the colours of a BMP in Python, and trusts a header that claims 65,536: 30 ms."""
     if data.startswith(b"BM") and len(data) >= BMP_FIELDS.size:
         header_bytes, bits, colours = BMP_FIELDS.unpack_from(data)
         if header_bytes >= 40 and bits <= 8 and colours > 256:  # shorter headers have none of these fields
@@ -218,11 +216,11 @@ def _check_palette(data: bytes) -> None:
 
 
 def _check_scans(data: bytes, picture: Image.Image, max_pixels: int) -> None:
-    scans = data.count(b"\xff\xda")  # the marker that each begins with; nothing else but metadata can hold it
+    scans = data.count(b"\xff\xda")  # each begins with this marker; nothing else but metadata can hold it
     if scans * max(picture.width * picture.height, 1 << 16) > MAX_SCANS * max_pixels:  # even a small one takes time
         raise BodyTooLarge(
-            f"The JPEG makes {scans:,} passes over its {picture.width} x {picture.height} pixels; usual are up to 12 "
-            "times. Save it anew, as a baseline JPEG.",
+            f"The JPEG makes {scans:,} passes over its {picture.width} x {picture.height} pixels; up to 12 are "
+            "usual. Save it again as a baseline JPEG.",
             detail={"width": picture.width, "height": picture.height, "scans": scans},
         )
 
@@ -231,14 +229,14 @@ def _check_compression(picture: ImageFile.ImageFile) -> None:
     """Pillow decodes compressed BMPs in Python, which takes up to 0.2 us for a pixel."""
     if picture.tile and picture.tile[0].codec_name == "bmp_rle" and picture.width * picture.height > MAX_BMP_RLE_PIXELS:
         raise BodyTooLarge(
-            f"The picture is a compressed BMP of {picture.width} x {picture.height}; accepted of these are at most "
+            f"The picture is a compressed BMP of {picture.width} x {picture.height}; the limit for those is "
             f"{MAX_BMP_RLE_PIXELS:,} pixels. Save it as PNG.",
             detail={"width": picture.width, "height": picture.height, "max_pixels": MAX_BMP_RLE_PIXELS},
         )
 
 
 def _scale_transparency(picture: ImageFile.ImageFile) -> None:
-    """Scale it to 8 bits, as Pillow does with the pixels: of colours of 16 bits, it keeps only the higher eight."""
+    """Scale it to 8 bits, as Pillow does the pixels: of 16-bit colours, Pillow keeps only the higher eight bits."""
     transparent, mode = picture.info.get("transparency"), picture.tile[0].args if picture.tile else None
     if isinstance(transparent, int) and mode in GREY_SCALES:
         picture.info["transparency"] = transparent * GREY_SCALES[mode]
@@ -254,7 +252,7 @@ def _set_upright(picture: Image.Image) -> None:
 def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode == "RGB" and "transparency" not in picture.info:
         return picture
-    if picture.mode.startswith("I"):  # grey of 16 bits; Pillow's own conversion clips at 255
+    if picture.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips at 255
         levels = _eight_bits(picture.info.get("transparency"))
         return picture.convert("I").point(levels, "L").convert("RGB")
     if picture.has_transparency_data:
@@ -267,7 +265,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
 
 @functools.lru_cache(4)  # making it takes 4 ms
 def _eight_bits(transparent: int | None) -> list[int]:
-    """The 8 bits for each value of 16 bits; white for the transparent one."""
+    """The 8-bit value for each 16-bit value; white for the transparent one."""
     return [255 if value == transparent else (value + 128) // 257 for value in range(1 << 16)]
 
 

@@ -1,4 +1,4 @@
-"""A serving process's end of the pipe to its supervisor, and the messages that travel there; see `processes`."""
+"""A serving process's end of the pipe to its supervisor, and the messages that travel through it; see `processes`."""
 
 import asyncio
 import os
@@ -10,42 +10,46 @@ from typing import NamedTuple
 from app.statistics import Counts
 
 COULD_NOT_START = 1
-"""The exit code of a process that has said why."""
+"""The exit code of a process that could not start and has said why."""
 REPLY_SECONDS = 1.0
-"""How long to wait for a process's counts; after that its last ones are used."""
+"""How long to wait for a process's counts before using its previous ones."""
 
 
 class ReadyNotice(NamedTuple):
     """This process serves."""
 
     engine: str
-    """The one that it found to be the fastest, while it had the machine to itself."""
+    """The engine it found fastest while it had the machine to itself."""
     weights: str
-    """The digest of what it serves."""
+    """The digest of the weights it serves."""
     classes: tuple[str, ...]
-    """Those that it answers with."""
+    """The class names in its answers."""
 
 
 class ReloadNotice(NamedTuple):
-    """This process has exchanged its weights."""
+    """This process has replaced its weights."""
 
     weights: str
-    """The digest of what it serves now."""
+    """The digest of the weights it serves now."""
 
 
 class TotalRequest(NamedTuple):
-    """This process wants to know what all have counted."""
+    """This process wants the counts of all processes together."""
 
 
 class CountsRequest(NamedTuple):
-    """What has this process counted?"""
+    """The supervisor wants the counts of this process."""
 
 
 class CountsReply(NamedTuple):
+    """The counts of this process."""
+
     counts: Counts
 
 
 class TotalReply(NamedTuple):
+    """The counts of all processes together."""
+
     counts: Counts
 
 
@@ -66,13 +70,13 @@ class Link:
         """
         self._count = count
         asyncio.get_running_loop().add_reader(self._end.fileno(), self._receive, stop)
-        os.set_blocking(self._end.fileno(), True)  # uvloop changed that, but a long message comes in two pieces
+        os.set_blocking(self._end.fileno(), True)  # uvloop changed that, but a long message arrives in two pieces
         with suppress(OSError):  # the supervisor is gone, which the reader will notice
             self._end.send(ready)
 
     async def total(self) -> Counts:
-        """What all processes have counted; this one alone, if the supervisor is gone or does not answer. Concurrent
-        callers share one question."""
+        """The counts of all processes; of this one alone if the supervisor is gone or does not answer. Concurrent
+        callers share one request."""
         if self._asked is None:
             try:
                 self._end.send(TotalRequest())
@@ -85,8 +89,8 @@ class Link:
             return self._count()
 
     def reloaded(self, weights: str) -> None:
-        """Have the other processes exchange their weights, too."""
-        with suppress(OSError):  # the supervisor is gone, and the others are stopping as well
+        """Have the other processes replace their weights, too."""
+        with suppress(OSError):  # the supervisor is gone, so the others are stopping as well
             self._end.send(ReloadNotice(weights))
 
     def _receive(self, stop: Callable[[], None]) -> None:

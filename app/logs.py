@@ -1,7 +1,7 @@
-"""The log on stderr: JSON objects, one a line, for programs; short lines of text on a terminal.
+"""The log on stderr: one JSON object per line for programs, short lines of text on a terminal.
 
-Of a request it holds the id, the method, the template of the route and the outcome. Pictures, paths and queries come
-from the client and stay out.
+For a request it holds the id, the method, the route's template and the outcome. Pictures, paths and queries come from
+the client and stay out.
 """
 
 import asyncio
@@ -23,11 +23,11 @@ QUIET = frozenset(
         *("/v2/models/cifar/ready", "/v2/models/cifar/versions/1/ready"),
     }
 )
-"""Routes that machines ask every few seconds. They are not logged."""
+"""Routes that machines request every few seconds; they are not logged."""
 
 
 def configure(stream: TextIO) -> None:
-    """Send the records of all loggers to `stream`, the server's own and Python's warnings among them."""
+    """Send the records of all loggers to `stream`, including the server's and Python's warnings."""
     handler = logging.StreamHandler(NonBlockingStream(stream))
     handler.setFormatter(logging.Formatter(TEXT) if stream.isatty() else JsonFormatter())
     root = logging.getLogger()
@@ -39,14 +39,14 @@ def configure(stream: TextIO) -> None:
 
 
 def escape_unprintable(stream: TextIO) -> None:
-    """Have `stream` escape what its encoding cannot express, the name of a file perhaps, as stderr does by itself."""
+    """Have `stream` escape what its encoding cannot express, such as a file name, as stderr already does."""
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="backslashreplace")
 
 
 class NonBlockingStream:
-    """A stream that drops lines, and counts them, instead of waiting: a pipe that nobody reads fills up, and writing
-    to it would stop the event loop and with it the service."""
+    """A stream that drops and counts lines instead of waiting: a pipe that nobody reads fills up, and writing to it
+    would stop the event loop and with it the service."""
 
     PIECE_BYTES = select.PIPE_BUF if hasattr(select, "PIPE_BUF") else 512
     """A pipe that is ready for writing has room for this much (POSIX)."""
@@ -55,14 +55,14 @@ class NonBlockingStream:
         self._stream = stream
         self._poll: select.poll | None = None
         self._cut = False
-        """Whether the last line was written only in part."""
+        """Whether the last line was only partly written."""
         self.dropped = 0
         with suppress(OSError, ValueError, AttributeError):  # in memory, closed, or no poll on this system
             self._file = stream.fileno()
             self._poll = select.poll()
             self._poll.register(self._file, select.POLLOUT)
             if stat.S_ISFIFO(os.fstat(self._file).st_mode):
-                # Another process may fill the pipe first. O_NONBLOCK on a descriptor of our own affects none of theirs.
+                # Another process may fill the pipe first. O_NONBLOCK on our own descriptor does not affect theirs.
                 self._file = os.open(f"/proc/self/fd/{self._file}", os.O_WRONLY | os.O_NONBLOCK)
                 weakref.finalize(self, os.close, self._file)
 
@@ -87,7 +87,7 @@ class NonBlockingStream:
 
 
 class JsonFormatter(logging.Formatter):
-    """A record as one line. `extra={"request_id": ...}` becomes a field of its own."""
+    """Formats a record as one line. `extra={"request_id": ...}` becomes a field."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -104,7 +104,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class AccessLog:
-    """Writes a line for each request, without the logging module, which takes five times as long.
+    """Writes a line for each request, bypassing the logging module, which takes five times as long.
 
     The lines of one iteration of the event loop are written together in the next: the answers of a batch leave
     together, and a system call for each line, which hands the GIL to another thread, cost 13 % of the throughput; this
@@ -119,7 +119,7 @@ class AccessLog:
 
     @property
     def dropped(self) -> int:
-        """Lines that nobody read in time."""
+        """How many lines nobody read in time."""
         return self._stream.dropped
 
     def note(self, request_id: str, method: str, route: str, status: int, seconds: float) -> None:
@@ -133,7 +133,7 @@ class AccessLog:
 
     def _write(self) -> None:
         lines, self._lines = self._lines, []
-        with suppress(OSError, ValueError):  # whoever read the log is gone, or has closed it
+        with suppress(OSError, ValueError):  # the log's reader is gone, or it was closed
             self._stream.write("".join(lines))
 
 

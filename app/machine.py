@@ -1,4 +1,4 @@
-"""How much of the machine we may use: its own figures, capped by the limits of this process's control groups."""
+"""How much of the machine we may use: its figures, capped by the limits of this process's control groups."""
 
 import math
 import os
@@ -28,14 +28,14 @@ def available_memory(cgroups: Path = CGROUPS, own: Path = OWN_GROUPS) -> float:
     except (AttributeError, ValueError, OSError):
         memory = math.inf
     for group in _groups(cgroups, own, "memory"):
-        for name in ("memory.max", "memory.limit_in_bytes"):  # of version 2, of version 1
+        for name in ("memory.max", "memory.limit_in_bytes"):  # version 2, version 1
             (limit,) = _numbers(group / name, 1)
             memory = min(memory, math.inf if limit is None else limit)
     return memory
 
 
 def _groups(cgroups: Path, own: Path, controller: str) -> Iterator[Path]:
-    """The folders of the control groups that this process is in, the outermost last, as far as they are visible.
+    """The visible folders of the control groups that this process is in, the outermost last.
 
     See cgroups(7). In a container the process's own group is often at the root, whatever path the kernel names.
     """
@@ -51,7 +51,7 @@ def _groups(cgroups: Path, own: Path, controller: str) -> Iterator[Path]:
 
 
 def _numbers(file: Path, count: int) -> list[int | None]:
-    """The whole numbers in a file of `count` words, None for each other word; all None for any other file."""
+    """The words of a file of `count` words, None for each that is not a whole number; all None for any other file."""
     try:
         words = file.read_text().split()
     except OSError:

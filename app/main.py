@@ -21,17 +21,17 @@ from app.statistics import Traffic
 
 DESCRIPTION = """Send a picture, get the probability of each class.
 
-Every error has the same body, `ErrorBody`; every answer has the header `X-Request-ID`, taken from the request if it
-has a well-formed one. Besides what is listed for each path: 404 for a path that does not exist, 405 for a method that a
-path does not take, 400 for what is not HTTP, 408 for a head or body that comes too slowly, 431 for too long a head."""
+Every error has the same body, `ErrorBody`; every answer has the header `X-Request-ID`, copied from the request if
+well-formed. Besides the statuses listed for each path: 404 for a path that does not exist, 405 for a method that
+a path does not take, 400 for what is not HTTP, 408 for a head or body that comes too slowly, 431 for a long head."""
 
 
 def create_app(settings: Settings | None = None, classes: tuple[str, ...] | None = None) -> Application:
     """The application. Reads the weights file at once; builds and warms the network when the lifespan starts.
 
     Args:
-        settings: By default those of the environment, so that other servers can make the application, too.
-        classes: Those that the weights must be for; None takes any.
+        settings: By default read from the environment, so that other servers can make the application as well.
+        classes: The classes that the weights must have; None for any.
 
     Raises:
         StartError: a setting, the weights file, the device or the engine cannot be used.
@@ -49,7 +49,7 @@ def create_app(settings: Settings | None = None, classes: tuple[str, ...] | None
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        if not service.running:  # `python -m app` has done it, to report bad weights itself
+        if not service.running:  # `python -m app` already has, to report bad weights itself
             await service.start()
         service.check_here()
         yield
@@ -64,7 +64,7 @@ def create_app(settings: Settings | None = None, classes: tuple[str, ...] | None
         description=DESCRIPTION,
         version="0.1.0",
         lifespan=lifespan,
-        docs_url=None,  # the framework's pages load their scripts from elsewhere; ours is in static
+        docs_url=None,  # the framework's pages load scripts from elsewhere; ours is in static
         redoc_url=None,
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,  # what generated clients call their functions
@@ -80,8 +80,8 @@ def create_app(settings: Settings | None = None, classes: tuple[str, ...] | None
 
 
 app: Application
-"""The application with the environment's settings, for `uvicorn app.main:app`. Made on first access, so that importing
-this module reads no weights."""
+"""The application with settings from the environment, for `uvicorn app.main:app`. Made on first access, so that
+importing this module reads no weights."""
 
 
 def __getattr__(name: str) -> Application:

@@ -18,7 +18,7 @@ IMAGE_BYTES = IMAGE_SIZE * IMAGE_SIZE * 3
 
 
 class Normalized(nn.Module):
-    """Holds the channel means and standard deviations, in [0, 1], so that they travel with the weights."""
+    """A network with its channel means and standard deviations, in [0, 1], so that they travel with the weights."""
 
     mean: Tensor
     std: Tensor
@@ -56,7 +56,7 @@ class Net(Normalized):
 
 
 class ConvNorm(nn.Module):
-    """A 3x3 convolution without bias and its batch norm; `fold` makes one convolution of the two."""
+    """A 3x3 convolution without bias and its batch norm; `fold` merges the two into one convolution."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -93,9 +93,9 @@ class CifarNet(Normalized):
     """The default network: whitened 2x2 patches, then three groups of three dense 3x3 convolutions.
 
     After K. Jordan's design for fast training ("94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024,
-    arXiv:2404.00498), written anew from the paper, with the third convolution and the shortcut of his airbench96, and
-    narrower in return. The first layer does not pad, so the planes have sides of 31, 15, 7 and 3; with 32, 16, 8 and 4
-    there would be a fifth more to compute, for no more accuracy.
+    arXiv:2404.00498), written afresh from the paper, with the third convolution and the shortcut of his airbench96, and
+    narrower in return. The first layer does not pad, so the planes have sides of 31, 15, 7 and 3; sides of 32, 16, 8
+    and 4 would take a fifth more computation for no more accuracy.
     """
 
     def __init__(self, num_classes: int = 10, widths: tuple[int, ...] = (64, 192, 256)) -> None:
@@ -104,7 +104,7 @@ class CifarNet(Normalized):
         self.whiten.weight.requires_grad_(False)
         self.groups = nn.Sequential(*(Group(i, o) for i, o in itertools.pairwise((24, *widths))))
         self.head = nn.Linear(widths[-1], num_classes, bias=False)
-        # Scale to a standard deviation of 1 / inputs. Not by normal_, which on the meta device imports sympy, 150 MB.
+        # Scale to a standard deviation of 1 / inputs. Not with normal_, which on the meta device imports sympy, 150 MB.
         self.head.weight.data.mul_((3 / widths[-1]) ** 0.5)
 
     @torch.no_grad()
@@ -146,7 +146,7 @@ def build(name: str, **arguments: object) -> Normalized:
         ValueError: there is no network of that name.
     """
     if name not in NETWORKS:
-        raise ValueError(f"There is no network {name!r}; known are {', '.join(NETWORKS)}.")
+        raise ValueError(f"There is no network {name!r}; there are {', '.join(NETWORKS)}.")
     return NETWORKS[name](**arguments)
 
 
@@ -161,7 +161,7 @@ def fold(network: Normalized) -> Normalized:
 
 
 def split(network: Normalized) -> tuple[Normalized, nn.Linear]:
-    """A copy without its last layer, which returns features (N, D); and that layer, which turns them into logits."""
+    """A copy without the last layer, returning features (N, D); and the last layer, which turns them into logits."""
     body = copy.deepcopy(network)
     name, head = [(name, layer) for name, layer in body.named_modules() if isinstance(layer, nn.Linear)][-1]
     setattr(body, name, nn.Identity())

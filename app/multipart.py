@@ -1,5 +1,5 @@
-"""multipart/form-data, in memory. The framework's own form parser writes files above 1 MiB to disk, which a read-only
-container cannot do, and takes twice the time; the body is bounded already."""
+"""multipart/form-data, in memory. The framework's form parser writes files above 1 MiB to disk, which a read-only
+container cannot do, and takes twice the time; the body is already bounded."""
 
 import re
 
@@ -9,10 +9,10 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from app.errors import BadRequest, RequestError
 
 MAX_PARTS = 32
-"""The web page and curl send a picture in a form of one part; each costs time in the event loop."""
+"""The limit for one picture: the web page and curl send one part, and each costs time in the event loop."""
 MAX_HEADER_BYTES, MAX_SEMICOLONS = 1024, 16
-"""Limits of a header with parameters, such as the names of field and file. Parsing it takes 50 us; the time grows with
-the square of the number of semicolons."""
+"""Limits of a header with parameters, such as the field's and the file's name. Parsing it takes 50 us, and time grows
+with the square of the number of semicolons."""
 
 BOUNDARY = re.compile(r"multipart/form-data; ?boundary=([\w'()+,./:=?-]{1,70})")
 PART = re.compile(
@@ -32,7 +32,7 @@ class _Collector:
         self.fields: list[tuple[str, bytearray]] = []
         self.complete = False
         self._disposed = False
-        """Whether the part has had its Content-Disposition."""
+        """Whether the part has already had its Content-Disposition."""
         self._header_name = b""
         self._header_value = b""
 
@@ -51,7 +51,7 @@ class _Collector:
     def on_header_end(self) -> None:
         if self._header_name.lower() == b"content-disposition":
             if self._disposed:
-                raise BadRequest("A part of the form has more than one Content-Disposition; expected is one.")
+                raise BadRequest("A part of the form has more than one Content-Disposition; it must have one.")
             self._disposed = True
             options = _parameters(self._header_value, "Content-Disposition of a part of the form")
             self.fields[-1] = (options.get(b"name", b"").decode("utf-8", "replace"), self.fields[-1][1])
@@ -67,8 +67,8 @@ class _Collector:
 def _parameters(header: bytes, name: str) -> dict[bytes, bytes]:
     if len(header) > MAX_HEADER_BYTES or header.count(b";") > MAX_SEMICOLONS:
         raise BadRequest(
-            f"The {name} has {len(header):,} bytes, with {header.count(b';'):,} semicolons; accepted are at most "
-            f"{MAX_HEADER_BYTES:,} bytes with {MAX_SEMICOLONS}. Shorten it, or the name of the file in it."
+            f"The {name} has {len(header):,} bytes, with {header.count(b';'):,} semicolons; the limit is "
+            f"{MAX_HEADER_BYTES:,} bytes and {MAX_SEMICOLONS} semicolons. Shorten it, or the file name in it."
         )
     return parse_options_header(header)[1]
 
@@ -91,7 +91,7 @@ def read_field(body: bytes, content_type: str, name: str) -> bytes:
 
 
 def _only_field(body: bytes, content_type: str, name: str) -> bytes | None:
-    """The result of `read_field` in a twentieth of the time, for a form like nearly all; None for any other."""
+    """The result of `read_field` in a twentieth of the time, for a form like nearly all forms; None for any other."""
     boundary = BOUNDARY.fullmatch(content_type)
     if boundary is None:
         return None

@@ -1,4 +1,4 @@
-"""Reads pickles of plain values and numpy arrays, as Python 2 wrote CIFAR-10: runs no code of the file, needs no numpy.
+"""Reads pickles of plain values and numpy arrays, as Python 2 wrote CIFAR-10; runs no code in them and needs no numpy.
 
 Only the four names that pickled numpy arrays refer to can be looked up, and each gives a stand-in.
 """
@@ -29,7 +29,7 @@ class _Dtype:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Each look-up makes a new function: a pickle can set attributes of what it looks up."""
+    """Makes a new function for each look-up: a pickle can set attributes on whatever it looks up."""
 
     def find_class(self, module: str, name: str) -> Any:
         match module, name:
@@ -39,16 +39,16 @@ class _Unpickler(pickle.Unpickler):
                 return _Dtype
             case "numpy.core.multiarray" | "numpy._core.multiarray", "_reconstruct":
                 return lambda *_arguments: Array()
-            case "_codecs", "encode":  # how Python 3 writes bytes in the protocol of Python 2
+            case "_codecs", "encode":  # how Python 3 writes bytes in Python 2's protocol
                 return lambda text, _encoding: text.encode("latin1")
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
 
 
 def load(raw: bytes | bytearray) -> Any:
-    """The pickled value; texts of Python 2 as bytes, numpy arrays as `Array`.
+    """The pickled value, with Python 2 strings as bytes and numpy arrays as `Array`.
 
     Raises:
-        pickle.UnpicklingError: It refers to anything but plain values and numpy arrays; nothing of it was run.
+        pickle.UnpicklingError: It refers to anything but plain values and numpy arrays; none of it was run.
         EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError: It is malformed.
     """
     return _Unpickler(io.BytesIO(raw), encoding="bytes").load()

@@ -1,7 +1,7 @@
-"""The network in OpenVINO, an optional dependency: import this file only where it may be missing.
+"""The network in OpenVINO, an optional dependency: import this file only where that may fail.
 
-Its graph is built node by node from the traced network: that takes a fifth of a second, where torch.export and
-OpenVINO's converter take two.
+The graph is built node by node from the traced network: that takes a fifth of a second, against two seconds for
+torch.export and OpenVINO's converter.
 
 Shape letters: N images, C = 3, H = W = 32, D features.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from app.model import IMAGE_SIZE
 
 # Importing OpenVINO imports its converter, which is not needed here, reports to Google Analytics, writes to the user's
-# home, and forks this process with all of its sockets to do so. Marked as a missing module, it is left out.
+# home, and forks this process with all its sockets to do so. Marking it as a missing module leaves it out.
 sys.modules.setdefault("openvino.tools.ovc", None)  # type: ignore[arg-type]
 
 import openvino  # noqa: E402
@@ -37,7 +37,7 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
 
 
 def trace(network: nn.Module) -> fx.GraphModule:
-    """Record the network's steps. Meanwhile no thread may call any network: tracing patches nn.Module for all."""
+    """Record the network's steps. Meanwhile no thread may call any network: tracing patches nn.Module globally."""
     return fx.symbolic_trace(network)
 
 
@@ -68,7 +68,7 @@ class OpenVinoEngine:
 
 
 class _Translator(fx.Interpreter):
-    """Runs a network on graph nodes instead of tensors. What depends on weights alone is computed at once."""
+    """Runs a network on graph nodes instead of tensors. Whatever depends on weights alone is computed right away."""
 
     @torch.no_grad()
     def call_module(self, target: Any, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
@@ -93,7 +93,7 @@ class _Translator(fx.Interpreter):
         match target:
             case "amax":
                 return ops.reduce_max(args[0], kwargs["dim"], keep_dims=False)
-            case "float":  # what enters the graph and what leaves it already is
+            case "float":  # the graph's inputs and outputs already are
                 return args[0]
         raise TypeError(f"{target} has no translation")
 
@@ -105,10 +105,10 @@ def _operand(value: Any) -> Any:
 
 
 def _max_pool(x: Any, side: int) -> Any:
-    """The maximum; a convolution's bias is moved after it, which gives the same.
+    """The maximum; a convolution's bias moves behind it, which gives the same result.
 
-    In float32 OpenVINO moves what follows the maximum into the convolution before it: right for increasing functions,
-    but not for GELU, which decreases below -0.75. An addition is left in its place, and so is what follows it.
+    In float32 OpenVINO moves whatever follows the maximum into the convolution before it: right for increasing
+    functions, but not for GELU, which decreases below -0.75. An addition stays in place, and so does what follows it.
     """
     if (parent := x.get_node() if isinstance(x, openvino.Output) else x).get_type_name() == "Add":
         convolved, bias = parent.input_values()

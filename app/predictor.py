@@ -1,4 +1,4 @@
-"""The loaded network, ready to answer: folded, in an engine, warm. Build it and call it in one and the same thread.
+"""The loaded network, ready to answer: folded, in an engine, warm. Build and call it in the same thread.
 
 Shape letters: N images, C = 3, H = W = 32, D features, K classes.
 """
@@ -25,7 +25,7 @@ class Estimate(NamedTuple):
 
     probabilities_K: list[float]
     familiarity: float | None
-    """Share of held-out images that resemble the training images less, in [0, 1]; None if the weights do not know."""
+    """Share of held-out images that resemble the training images less, in [0, 1]; None if the weights cannot tell."""
 
 
 class Predictor:
@@ -39,11 +39,11 @@ class Predictor:
         self._max_batch, self._device = max_batch, device
 
     def warm_up(self) -> Iterator[None]:
-        """Run batches of some sizes, one a step: the first run of a size also chooses its kernels.
+        """Run batches of several sizes, one per step: the first run of a size also chooses its kernels.
 
-        On a GPU these are 1, 2, 4, 8, ... pictures. On an NVIDIA GPU all others are filled up to these, which run
-        twice, because the second run records them. On a CPU they are one picture and the usual batch: the first batch
-        of any other size takes some 5 ms longer, and to run more of them would add up to a fifth to the start.
+        On a GPU the sizes are 1, 2, 4, 8, ... pictures. On an NVIDIA GPU all others are filled up to these, which run
+        twice, because the second run records them. On a CPU the sizes are one picture and the usual batch: the first
+        batch of any other size takes some 5 ms longer, and running more would add up to a fifth to the start.
         """
         sizes = {2**power for power in range(self._max_batch.bit_length())} | {self._max_batch}
         if self._device.type == "cpu":
@@ -83,11 +83,11 @@ class Predictor:
 def build(
     checkpoint: Checkpoint, device: torch.device, *, engine_name: str = "auto", threads: int, max_batch: int
 ) -> Generator[None, None, Predictor]:
-    """Fold and translate the network, in steps none of which takes much longer than a batch.
+    """Fold and translate the network, in steps, none of which takes much longer than a batch.
 
     Args:
         engine_name: torch, openvino, or auto for the faster one.
-        threads: Those of a forward pass on a CPU; no more than there are cores.
+        threads: How many a forward pass on a CPU uses; no more than there are cores.
         max_batch: Larger batches are split.
     """
     folded = yield from aside(lambda: model.fold(checkpoint.network()))

@@ -1,4 +1,4 @@
-"""Several processes that serve one address, and the one that looks after them.
+"""Several processes that serve one address, and the supervisor that looks after them.
 
     supervisor, without torch            processes that serve, each with the network
     binds a socket for each -----------> listens on it; Linux deals new connections out at random (SO_REUSEPORT)
@@ -10,10 +10,10 @@
     CountsRequest to each of them <----- TotalRequest: one wants to report what all have counted
     sums up, with those that died -----> TotalReply
 
-Messages travel over a pipe for each process. No question is repeated before it is answered, so that no pipe fills up
-and neither side ever waits for the other to read. A process whose supervisor is gone stops as if by SIGTERM. (One
-socket for all of them would be simpler, but the process that wakes first would take all connections of a client that
-opens several at once.)
+Messages travel over a pipe for each process. No request is repeated before it is answered, so no pipe fills up and
+neither side ever waits for the other to read. A process whose supervisor is gone stops as if by SIGTERM. (One socket
+for all processes would be simpler, but the first process to wake would take all connections of a client that opens
+several at once.)
 """
 
 import logging
@@ -49,30 +49,30 @@ from app.statistics import Counts
 logger = logging.getLogger(__name__)
 
 RETRY_SECONDS, MOST_RETRY_SECONDS = 1.0, 30.0
-"""The wait after a process that could not start; twice as long after each further one."""
+"""How long to wait before replacing a process that failed to start; doubles with each further failure."""
 CHECK_SECONDS = 5.0
-"""The time between two checks that each process still answers."""
+"""How long between two checks that each process still answers."""
 PATIENCE = 6
-"""After this many unanswered checks a process is stuck. Not timed: the whole container may have been paused."""
+"""After this many unanswered checks a process is stuck. Counted, not timed: the container may have been paused."""
 
 
 @dataclass(eq=False)
 class Worker:
-    """A process that serves, as the supervisor knows it."""
+    """The supervisor's view of a serving process."""
 
     process: SpawnProcess
     end: Connection
     ready: bool = False
     weights: str = ""
-    """The digest of what it serves."""
+    """The digest of the weights it serves."""
     outdated: bool = False
-    """The weights may have changed since it read them, while it was not ready and ignored signals."""
+    """Whether the weights may have changed after it read them, while it was not ready and ignored signals."""
     counts: Counts = field(default_factory=Counts)
-    """What it told last."""
+    """The counts it last sent."""
     asked: bool = False
-    """Whether it has been asked and has not told yet."""
+    """Whether it owes an answer to a request for its counts."""
     unanswered: int = 0
-    """Checks in a row that found it in that state."""
+    """How many checks in a row found it owing one."""
 
     def ask(self) -> None:
         if not self.asked:
@@ -99,29 +99,29 @@ class Supervisor:
     def __init__(self, settings: Settings, listener: socket.socket) -> None:
         self._settings = replace(settings, threads=max(1, settings.threads // settings.processes))
         self._family, self._address = listener.family, listener.getsockname()
-        self._reserved = self._bind()  # keeps others off the address while nobody listens; gets no connection itself
+        self._reserved = self._bind()  # keeps others off the address while nobody listens; gets no connections
         listener.close()
-        # With that option, other programs could bind to the address while nobody listens. The sockets that listen need
+        # With SO_REUSEADDR, other programs could bind to the address while nobody listens. The listening sockets need
         # it, or the next start would have to wait for a minute.
         self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
         self._context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
         self._workers: list[Worker] = []
         self._rounds: dict[Worker, tuple[set[Worker], float]] = {}
-        """For each worker that asks: the workers that have not told yet, and until when to wait for them."""
+        """For each worker that wants the total: the workers that still owe their counts, and when to stop waiting."""
         self._gone = Counts()
         self._classes: tuple[str, ...] | None = None
-        """Those of the first process, which all others must have, too."""
+        """The class names of the first process, which all others must share."""
         self._check_at = time.monotonic() + CHECK_SECONDS
         self._start_at = 0.0
-        """No process is started before that."""
+        """The earliest time to start the next process."""
         self._failures = 0
-        """Processes in a row that ended before they served."""
+        """How many processes in a row ended before they served."""
         self._announced = False
         self._stopping = False
         self._exit_code = 0
 
     def run(self) -> int:
-        """Return the exit code when the last process has ended."""
+        """Run until the last process has ended, and return the exit code."""
         signals, signalled = self._context.Pipe(duplex=False)
         for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(each, lambda sent, _frame: signalled.send(sent))
@@ -129,7 +129,7 @@ class Supervisor:
         try:
             self._look_after(signals)
         finally:
-            for worker in self._workers:  # after a defect here: the workers notice, and stop
+            for worker in self._workers:  # if we fail here, the workers notice and stop
                 worker.end.close()
         return self._exit_code
 
@@ -156,15 +156,15 @@ class Supervisor:
 
     @property
     def _missing(self) -> int:
-        """How many to start: none until the first has shown that the settings are good, so that only one complains."""
+        """How many processes to start; none until the first proves the settings good, so that only one complains."""
         return self._settings.processes - len(self._workers) if self._announced and not self._stopping else 0
 
     def _fill(self) -> None:
         while self._missing and time.monotonic() >= self._start_at:
             try:
                 self._start()
-            except OSError as error:  # no memory, or no more processes, for the moment
-                logger.error("Another process could not be started, and is tried again: %s.", error)
+            except OSError as error:  # for the moment there is no memory, or the limit on processes is reached
+                logger.error("Another process could not be started and will be tried again: %s.", error)
                 self._start_at = time.monotonic() + RETRY_SECONDS
 
     def _check(self) -> None:
@@ -233,7 +233,7 @@ class Supervisor:
                 self._count_off(worker)
 
     def _compare(self, worker: Worker, weights: str) -> None:
-        """Have those that serve other weights than `worker` read the file again."""
+        """Have every process that serves other weights than `worker` read the file again."""
         worker.weights = weights
         for each in self._workers:
             if each.ready and each.weights != weights:
@@ -266,20 +266,20 @@ class Supervisor:
                 logger.error("Process %d ended (exit code %s) before it could serve.", pid, exit_code)
             self._exit_code = COULD_NOT_START
             return
-        logger.error("Process %d ended (exit code %s). Another one takes its place.", pid, exit_code)
-        if exit_code == -signal.SIGKILL and worker.unanswered < PATIENCE:  # else it was killed here
-            logger.error("It was killed, for want of memory most likely: give it more, or set CIFAR_PROCESSES lower.")
+        logger.error("Process %d ended (exit code %s). Another one replaces it.", pid, exit_code)
+        if exit_code == -signal.SIGKILL and worker.unanswered < PATIENCE:  # otherwise we killed it
+            logger.error("It was killed, most likely for lack of memory: give it more, or lower CIFAR_PROCESSES.")
         if not worker.ready:  # an immediate retry would fail, too, so wait longer each time
             self._failures += 1
             self._start_at = time.monotonic() + min(RETRY_SECONDS * 2 ** (self._failures - 1), MOST_RETRY_SECONDS)
 
 
 def _work(settings: Settings, listener: socket.socket, end: Connection, classes: tuple[str, ...] | None) -> None:
-    """Run in the new process; `classes` are those of the others, if it is not the first."""
+    """Run in the new process. `classes` are the class names that the others serve, None in the first process."""
     os.setpgrp()  # Ctrl-C goes to the supervisor alone, which passes it on
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     logs.configure(sys.stderr)
     logs.escape_unprintable(sys.stdout)
-    from app.server import serve  # imports torch, which the supervisor does without
+    from app.server import serve  # imports torch, which the supervisor does not need
 
     raise SystemExit(serve(settings, listener, Link(end), classes))

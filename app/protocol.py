@@ -20,18 +20,18 @@ from app.errors import BadRequest, HeadTooLarge, RequestError, TooSlow
 from app.exchange import LIGHT_BYTES, RawReply
 
 MAX_HEAD_BYTES = 64 * 1024
-"""A longer head is refused, and so is more than this after a chunked body: nothing else would stop it."""
+"""A longer head is refused, as are more bytes than this after a chunked body: nothing else would stop them."""
 MAX_PIPELINED = 64
-"""Requests that may wait behind one that runs. Any further ones are dropped, and the connection ends after these: a
-client that does not wait for answers can send fourteen thousand at once."""
+"""How many requests may wait behind a running one. Any more are dropped, and the connection ends after these: a client
+that does not wait for answers can send fourteen thousand at once."""
 OFFER = frozenset({b"connection", b"upgrade", b"http2-settings"})
-"""The headers with which a client offers to go on in another protocol."""
+"""The headers in which a client offers to switch to another protocol."""
 
 
 class Turnstile:
     """Lets in at most `PER_ITERATION` requests per iteration of the event loop; the others follow in order.
 
-    An iteration would take in all that has arrived: a third of a second for a wave of a thousand requests. A health
+    Otherwise one would take in all that has arrived: a third of a second for a wave of a thousand requests. A health
     check, which takes a few iterations from its connection to its answer, would wait that long for each.
     """
 
@@ -92,8 +92,8 @@ class CoalescingTransport:
 class NoUpgradeParser:
     """A parser that stays with HTTP/1.1 when a client offers another protocol, as RFC 9110, section 7.8 allows.
 
-    httptools alone assumes that the other protocol follows the head: the body is lost, or read as the next request.
-    Java's own client and `curl --http2` offer HTTP/2 with their first request.
+    httptools alone assumes that the other protocol follows the head: it loses the body, or reads it as the next
+    request. Java's own client and `curl --http2` offer HTTP/2 with their first request.
     """
 
     def __init__(self, protocol: "HttpProtocol") -> None:
@@ -111,28 +111,29 @@ class NoUpgradeParser:
                 return
             except HttpParserUpgrade as offer:
                 if (head := self._protocol.take_head_without_offer()) is None:
-                    return  # CONNECT, which the application refuses; what follows would be for the tunnel
+                    return  # CONNECT, which the application refuses; the rest would be for the tunnel
                 rest = rest[offer.args[0] :]
-                self._parser = HttpRequestParser(self._protocol)  # after `close` the old one accepts nothing more
+                self._parser = HttpRequestParser(self._protocol)  # after `close` the old one takes nothing more
                 self._parser.feed_data(head)
 
 
 Refuse = Callable[[str, Iterable[tuple[bytes, bytes]]], Callable[[], RawReply] | None]
-"""Takes the path and the headers of a POST request; returns what refuses it at its end, or None if it may come in."""
+"""Takes a POST request's path and headers; returns a function that refuses it at its end, or None to let it in."""
 Reject = Callable[[RequestError], RawReply]
 """Returns the answer to bytes that are not a valid request."""
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """For connections that share a turnstile. The application decides what is refused, and how."""
+    """Serves connections that share a turnstile. The application decides what to refuse, and how."""
 
     _held = b""
     _early_reply: Callable[[], RawReply] | None = None
+    """How to refuse the request being read, called at its end; None to let it in."""
     _head_without_offer: bytes | None = None
     _running: RequestResponseCycle | None = None
-    """The request that the application works on; uvicorn's `cycle` is the latest, which may be queued behind it."""
+    """The request that the application is answering; uvicorn's `cycle` is the latest, which may be queued behind it."""
     _undigested_bytes = 0
-    """What has come since a head was last complete, or part of a body came."""
+    """How much has arrived since a head was last complete or part of a body arrived."""
 
     def __init__(self, *args: Any, turnstile: Turnstile, refuse: Refuse, reject: Reject, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -173,18 +174,18 @@ class HttpProtocol(HttpToolsProtocol):
         if clock is not None:
             clock.cancel()
         if self.timeout_keep_alive_task is None and (self.cycle is None or self.cycle.response_complete):
-            self._start_clock()  # for the rest of a body that nobody reads: its request was already refused or answered
+            self._start_clock()  # for the rest of a body that nobody reads: its request has been refused or answered
 
     def _start_clock(self) -> None:
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def timeout_keep_alive_handler(self) -> None:
         """Called when the clock has run down."""
-        if self._held:  # a request has come in time, and waits for its turn
+        if self._held:  # a request arrived in time and waits its turn
             self._start_clock()
         elif self._undigested_bytes and not self.transport.is_closing():
             seconds = f"{self.timeout_keep_alive:g} seconds"
-            self._reject(TooSlow(f"The head of the request was not whole after {seconds}; send it faster."))
+            self._reject(TooSlow(f"The head of the request was not complete within {seconds}; send it faster."))
         elif self.transport.get_write_buffer_size():  # nobody reads the answer, and closing would wait for that
             self.transport.abort()
         else:
@@ -195,19 +196,19 @@ class HttpProtocol(HttpToolsProtocol):
         if self._running is not None and not self._running.response_complete:
             self._running.disconnected = True
             self._running.message_event.set()
-        self._unset_keepalive_if_required()  # which uvicorn does only if the connection was closed, not reset
+        self._unset_keepalive_if_required()  # uvicorn does so only after a close, not a reset
 
     def shutdown(self) -> None:
         self._come_in()
         super().shutdown()
 
     def take_head_without_offer(self) -> bytes | None:
-        """The head of a request that offered another protocol, without the offer; only once."""
+        """The head of a request that offered another protocol, without the offer; None the second time."""
         head, self._head_without_offer = self._head_without_offer, None
         return head
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        super().on_header(name, value.rstrip(b" \t"))  # RFC 9110, section 5.5; llhttp strips the front only
+        super().on_header(name, value.rstrip(b" \t"))  # RFC 9110, section 5.5; llhttp strips only the front
 
     def on_headers_complete(self) -> None:
         self._undigested_bytes = 0
@@ -222,7 +223,7 @@ class HttpProtocol(HttpToolsProtocol):
             lines += [b"connection: " + option for option in options if option.strip().lower() not in OFFER]
             self._head_without_offer = b"\r\n".join([*lines, b"\r\n"])
             return
-        in_turn = self.cycle is None or self.cycle.response_complete  # not behind another of the same connection
+        in_turn = self.cycle is None or self.cycle.response_complete  # not behind another on the same connection
         if in_turn and not self.expect_100_continue and method == b"POST":
             self._early_reply = self._refuse(self.url.decode("latin-1"), self.headers)
         if len(self.pipeline) >= MAX_PIPELINED:
@@ -231,7 +232,7 @@ class HttpProtocol(HttpToolsProtocol):
             super().on_headers_complete()
             if not self.pipeline:
                 self._running = self.cycle
-        self.headers = []  # so that trailers do not join those of the head (RFC 9110, section 6.5.1)
+        self.headers = []  # so that trailers do not join the head's (RFC 9110, section 6.5.1)
 
     def on_response_complete(self) -> None:
         if self.pipeline:
@@ -257,17 +258,17 @@ class HttpProtocol(HttpToolsProtocol):
     def send_400_response(self, _msg: str) -> None:
         """Called by uvicorn when the bytes are not HTTP. Its own answer would be plain text."""
         sentence = (
-            "The bytes are not an HTTP request, or break its rules. Send one of HTTP/1.1: without TLS, the path "
-            "in ASCII, one Host, at most one Content-Length, and each chunk as long as it says."
+            "The bytes are not an HTTP request, or break its rules. Send HTTP/1.1 without TLS, with the path in ASCII, "
+            "one Host, at most one Content-Length, and each chunk as long as it says."
         )
         self._reject(BadRequest(sentence))
 
     def _reject(self, error: RequestError) -> None:
-        if self.pipeline and self.cycle.more_body:  # the broken one is behind a request that is still to be answered
+        if self.pipeline and self.cycle.more_body:  # a request ahead of the broken one is still unanswered
             self.pipeline.popleft()
             self.cycle = self.pipeline[0][0] if self.pipeline else cast(RequestResponseCycle, self._running)
         if self.cycle is not None and not (self.cycle.more_body or self.cycle.response_complete):
-            self.cycle.keep_alive = False  # the request before it is answered first, and nothing after that
+            self.cycle.keep_alive = False  # the request ahead is answered first, then nothing more
             self.flow.pause_reading()
             return
         self._write(self._reject_with(error), keep_alive=False)

@@ -1,4 +1,4 @@
-"""Work on an NVIDIA GPU whose kernels are recorded once, and from then on are started together.
+"""Work on an NVIDIA GPU whose kernels are recorded once and from then on started together.
 
 Starting the kernels of these small networks one by one takes several times as long as running them (CUDA graphs:
 https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). On an H200 the service's engine takes 0.20 ms for one
@@ -18,7 +18,7 @@ Step = Callable[..., Tensor]
 
 @dataclass
 class Recording:
-    """A step for inputs of some shapes: its kernels, and the memory that they read and write."""
+    """A step for inputs of given shapes: its kernels, and the memory that they read and write."""
 
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, ...]
@@ -26,18 +26,18 @@ class Recording:
 
 
 class Recorded:
-    """The same as `step`, a function of tensors on the GPU that returns one.
+    """Does the same as `step`, which takes tensors on the GPU and returns one.
 
     Whatever else the step reads and changes must stay in the same memory: weights, optimizer state, learning rates.
-    Build and call it with that GPU as the current one.
+    Build and call it while that GPU is the current one.
     """
 
     def __init__(self, step: Step, *, warm_up: int, shared_memory: Any = None) -> None:
         """
         Args:
-            warm_up: How many calls run as usual first: libraries choose kernels, optimizers create their state.
-            shared_memory: A torch.cuda.graph_pool_handle() for what recordings need while they run. By default each
-                has its own.
+            warm_up: How many calls first run as usual: libraries choose kernels, optimizers create their state.
+            shared_memory: A torch.cuda.graph_pool_handle() for the memory that recordings need while they run. By
+                default each has its own.
         """
         self._step, self._warm_up, self._shared_memory = step, warm_up, shared_memory
         self._stream = torch.cuda.Stream()
@@ -59,7 +59,7 @@ class Recorded:
         return recording.output
 
     def _aside(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        """Run it in a stream of its own, as the notes ask: a recording must not depend on what the default one does."""
+        """Run it in its own stream, as the notes ask: a recording must not depend on the default stream's work."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             output = self._step(*inputs)
@@ -69,8 +69,8 @@ class Recorded:
     def _record(self, inputs: tuple[Tensor, ...]) -> Recording:
         """Capture the kernels; nothing is computed yet."""
         graph, memory = torch.cuda.CUDAGraph(), tuple(map(torch.clone, inputs))
-        # In that stream, too: cuBLAS has working memory for each stream. By default torch records all networks in one,
-        # and that memory would lie in the pool of the first of them, which may be gone by then.
+        # Also in that stream: cuBLAS has working memory for each stream. By default torch records all networks in one
+        # stream, whose working memory would lie in the pool of the first network, which may be gone by then.
         with torch.cuda.graph(graph, pool=self._shared_memory, stream=self._stream):
             output = self._step(*memory)
         return Recording(graph, memory, output)

@@ -21,29 +21,29 @@ class Evaluation:
     """What was measured for one set of weights on one set of images."""
 
     dataset: str
-    """What the images are, in words: "CIFAR-10 test"."""
+    """The images in words: "CIFAR-10 test"."""
     digest: str
     """sha256 over their pixels and labels."""
     evaluated_at: str
     """UTC time, ISO 8601."""
     confusion_KK: Tensor
-    """int64; row = true class, column = predicted class."""
+    """Counts as int64; row = true class, column = predicted class."""
     nll: float
     """Mean negative log likelihood of the true class, in nats."""
     brier: float
     """Mean over images of the sum over classes of (probability - truth)**2; between 0 and 2."""
     ece: float
-    """Expected calibration error, see `calibration_error`."""
+    """Expected calibration error; see `calibration_error`."""
     bins_B3: Tensor
-    """Count, mean confidence and accuracy of each of its bins: the reliability diagram."""
+    """Count, mean confidence and accuracy of each bin of the calibration error: the reliability diagram."""
     uncalibrated_nll: float
     """The same three before calibration."""
     uncalibrated_brier: float
     uncalibrated_ece: float
     coverage: float | None = None
-    """Share of images whose prediction set holds the true class; None if the weights know of no such sets."""
+    """Share of images whose prediction set holds the true class; None if the weights have no threshold for them."""
     set_size: float | None = None
-    """Mean number of classes in a set."""
+    """Mean number of classes in a prediction set."""
 
     @property
     def accuracy(self) -> float:
@@ -60,7 +60,7 @@ def confusion_matrix(predicted_N: Tensor, labels_N: Tensor, num_classes: int) ->
 def calibration_bins(probabilities_NK: Tensor, labels_N: Tensor, bins: int = CALIBRATION_BINS) -> Tensor:
     """Count, mean confidence and accuracy (B, 3) of the images sorted by confidence and cut into `bins` equal parts.
 
-    Equal-mass bins are the less biased estimator of the two usual ones (Nixon et al., 2019, arXiv:1904.01685).
+    Of the two usual estimators, equal-mass bins are the less biased (Nixon et al., 2019, arXiv:1904.01685).
     """
     confidence_N, predicted_N = probabilities_NK.double().max(dim=1)
     right_N = (predicted_N == labels_N).double()
@@ -114,7 +114,7 @@ def evaluate_probabilities(
 
 
 def negative_log_likelihood(probabilities_NK: Tensor, labels_N: Tensor) -> float:
-    """The mean over the images, in nats."""
+    """The mean negative log likelihood of the true classes, in nats."""
     true_N = probabilities_NK.gather(1, labels_N[:, None])
     # Below the smallest normal float32 a probability has underflowed; the logarithm must stay finite.
     return -true_N.clamp_min(torch.finfo(torch.float32).tiny).log().mean().item()
@@ -134,7 +134,7 @@ def _prediction_sets(
     """Coverage and mean size of the sets that `Calibration.prediction_set` makes."""
     if threshold is None:
         return None, None
-    # The most probable class is in each set, the others from the threshold on.
+    # Each set holds the most probable class, and any other from the threshold up.
     sets_NK = probabilities_NK >= probabilities_NK.amax(dim=1, keepdim=True).clamp_max(threshold)
     coverage = sets_NK.gather(1, labels_N[:, None]).double().mean().item()
     return coverage, sets_NK.sum(dim=1).double().mean().item()
@@ -157,10 +157,10 @@ def _ratio(part: int, whole: int) -> float:
 
 
 def per_class(confusion_KK: Tensor, classes: tuple[str, ...]) -> list[dict[str, Any]]:
-    """For each class: support, predicted, correct, accuracy (= recall), precision, f1 and the accuracy's interval,
-    and at most `CONFUSIONS` other classes that its images are most often taken for, by number of images.
+    """For each class: support, predicted, correct, accuracy (= recall), precision, f1, the accuracy's interval, and
+    the other classes that its images are most often taken for, at most `CONFUSIONS`, by number of images.
 
-    A ratio without any case (a class never predicted, a class without images) is 0, never a division by zero.
+    A ratio without cases (a class never predicted, a class without images) is 0, never a division by zero.
     """
     rows = []
     for index, name in enumerate(classes):
@@ -191,7 +191,7 @@ def _confusions(counts_K: list[int], own: int, classes: tuple[str, ...]) -> list
 
 
 def report(evaluation: Evaluation, classes: tuple[str, ...]) -> dict[str, Any]:
-    """The whole report as plain types: what GET /metrics/per-class and `python -m training evaluate --json` answer."""
+    """The whole report as plain types: what GET /metrics/per-class and `python -m training evaluate --json` return."""
     total = int(evaluation.confusion_KK.sum())
     correct = int(evaluation.confusion_KK.diagonal().sum())
     return {

@@ -12,11 +12,11 @@ class ErrorBody(BaseModel):
     """The body of every answer that is not a success."""
 
     error: str = Field(
-        description="What was given, what is accepted and what to do, in one or two sentences.",
+        description="What was given, what it must be and what to do, in one or two sentences.",
         examples=["The picture is 640 x 480; the network takes 32 x 32. Send that size, or add ?resize=crop, ..."],
     )
-    detail: Any = Field(description="The same for programs, where that says more; otherwise null.")
-    request_id: str = Field(description="Also in the header X-Request-ID and in the log of the service.")
+    detail: Any = Field(description="Details for programs, if there are any; otherwise null.")
+    request_id: str = Field(description="Also in the header X-Request-ID and in the service's log.")
 
 
 class ModelInfo(BaseModel):
@@ -30,37 +30,37 @@ class Scores(BaseModel):
     """What the network makes of one picture."""
 
     label: str = Field(description="The most probable class.", examples=["cat"])
-    class_id: int = Field(description="Its index in the order of the classes.", examples=[3])
-    confidence: float = Field(description="Its probability, from 0 to 1.", examples=[0.9316])
+    class_id: int = Field(description="Index of that class, in the order of the classes.", examples=[3])
+    confidence: float = Field(description="Probability of that class, from 0 to 1.", examples=[0.9316])
     probabilities: dict[str, float] = Field(
         description="The probability of every class by name, in the order of the classes, unrounded; they sum to 1. "
-        "With top_k only the k most probable, highest first."
+        "With top_k, only the k most probable, highest first."
     )
     prediction_set: list[str] | None = Field(
-        description="The classes it may be, the most probable first, at least one. Such a set holds the true class "
-        "for 95 % of pictures of the kind that the network was trained on (split conformal prediction, least ambiguous "
-        "sets). Null for weights without calibration.",
+        description="The classes the picture may show, most probable first, at least one. Such a set holds the true "
+        "class for 95 % of pictures of the kind that the network was trained on (split conformal prediction, least "
+        "ambiguous sets). Null for weights without calibration.",
         examples=[["cat", "dog"]],
     )
     familiarity: float | None = Field(
-        description="How much the picture resembles what the network was trained on: the share of held-out images of "
-        "that kind that resemble it less, 0 to 1. Null for weights without calibration.",
+        description="How much the picture resembles those the network was trained on: the share of held-out images of "
+        "that kind that resemble them less, 0 to 1. Null for weights without calibration.",
         examples=[0.62],
     )
     unfamiliar: bool | None = Field(
-        description="Whether `familiarity` is below 0.05: then the picture may well show something else, and the "
-        "probabilities mean little. True of one in twenty of the held-out images, too, and of somewhat more JPEGs."
+        description="Whether `familiarity` is below 0.05: the picture may well show something else, and the "
+        "probabilities mean little. Also true of one in twenty held-out images, and of somewhat more JPEGs."
     )
 
 
 class Prediction(Scores):
-    """What the network makes of one picture, and which network."""
+    """What the network makes of one picture, and which weights answered."""
 
     model: ModelInfo = Field(description="Which weights answered.")
 
 
 class PictureError(BaseModel):
-    """What is wrong with one picture of several."""
+    """What is wrong with one of several pictures."""
 
     error: str = Field(description="As in ErrorBody.")
     detail: Any = Field(description="As in ErrorBody.")
@@ -70,7 +70,7 @@ class BatchPrediction(BaseModel):
     """What the network makes of many pictures."""
 
     predictions: list[Scores | PictureError] = Field(
-        description="In the order of the pictures. One that cannot be read has its error in its place."
+        description="One entry per picture, in order; for a picture that cannot be read, its error."
     )
     model: ModelInfo = Field(description="Which weights answered.")
 
@@ -78,8 +78,8 @@ class BatchPrediction(BaseModel):
 class Confusion(BaseModel):
     """What images of a class are taken for."""
 
-    label: str = Field(description="The class that was answered.")
-    images: int = Field(description="How many images of the true class were given it.")
+    label: str = Field(description="The class they are taken for.")
+    images: int = Field(description="How many of them.")
 
 
 class ClassReport(BaseModel):
@@ -100,9 +100,9 @@ class ClassReport(BaseModel):
 
 
 class DatasetInfo(BaseModel):
-    """What was evaluated on."""
+    """The data set of an evaluation."""
 
-    name: str = Field(description="The data set in words.", examples=["CIFAR-10 test"])
+    name: str = Field(description="Its name in words.", examples=["CIFAR-10 test"])
     sha256: str = Field(description="Digest of its pixels and labels.")
     images: int = Field(description="Number of images.")
 
@@ -116,17 +116,17 @@ class Certainty(BaseModel):
 
 
 class CalibrationReport(Certainty):
-    """How well the served probabilities agree with the share of right answers; and those before calibration."""
+    """How well the served probabilities agree with the share of right answers, and how well before calibration."""
 
     ece_estimator: str = Field(description="How the calibration error is estimated.")
-    uncalibrated: Certainty = Field(description="The three before calibration.")
+    uncalibrated: Certainty = Field(description="The same three before calibration.")
 
 
 class PredictionSets(BaseModel):
     """How well the sets of classes keep their promise."""
 
     target: float = Field(description="Share of pictures whose set should hold the true class.", examples=[0.95])
-    coverage: float = Field(description="Share of images whose set does.")
+    coverage: float = Field(description="Share of images whose set holds it.")
     mean_size: float = Field(description="Mean number of classes in a set.")
 
 
@@ -141,16 +141,16 @@ class Report(BaseModel):
     """Figures per class and overall."""
 
     source: Literal["checkpoint", "measured"] = Field(
-        description="`checkpoint`: found in the weights file, where training put them. `measured`: by this service, "
-        "with the loaded weights, on the test set it was given.",
+        description="`checkpoint`: read from the weights file, where training put the figures. `measured`: by this "
+        "service, with the loaded weights, on the test set it was given.",
         examples=["checkpoint"],
     )
     weights: WeightsInfo = Field(description="Which weights the figures belong to.")
     trained: dict[str, Any] = Field(description="Where the weights come from: recipe, seed, versions, device, time.")
-    dataset: DatasetInfo = Field(description="The data set that was evaluated on.")
+    dataset: DatasetInfo = Field(description="The data set the weights were evaluated on.")
     evaluated_at: str = Field(description="Date and time in UTC, ISO 8601.")
     accuracy: float = Field(description="Share of images whose most probable class is the true one.")
-    correct: int = Field(description="The number of those images.")
+    correct: int = Field(description="Number of those images.")
     interval: tuple[float, float] = Field(description="95 % Wilson interval of the accuracy.")
     calibration: CalibrationReport = Field(
         description="How well the probabilities agree with the share of right answers."
@@ -158,24 +158,24 @@ class Report(BaseModel):
     prediction_sets: PredictionSets | None = Field(
         description="How well the sets of classes keep their promise; null if these weights have none."
     )
-    classes: list[ClassReport] = Field(description="In the order of the classes.")
-    confusion: list[list[int]] = Field(description="Rows are true classes, columns predicted ones.")
+    classes: list[ClassReport] = Field(description="One entry per class, in the order of the classes.")
+    confusion: list[list[int]] = Field(description="Numbers of images; rows are true classes, columns predicted ones.")
 
 
 class Reloaded(BaseModel):
     """Which weights are served after a reload."""
 
-    model: ModelInfo = Field(description="Which weights are served now.")
-    changed: bool = Field(description="False if the file holds what was served already.")
+    model: ModelInfo = Field(description="The weights being served now.")
+    changed: bool = Field(description="False if the file holds the weights that were already being served.")
 
 
 class Health(BaseModel):
-    """The process answers, or is ready for requests."""
+    """The process is alive, or ready for requests."""
 
-    status: Literal["ok", "ready"] = Field(description="What was asked about.")
+    status: Literal["ok", "ready"] = Field(description="`ok` for liveness, `ready` for readiness.")
 
 
-# What a query may say. The framework would describe null as well, which a query cannot say.
+# What a query can express. The framework would also describe null, which a query cannot.
 RESIZE = WithJsonSchema({"type": "string", "enum": list(get_args(Resize)), "title": "Resize"})
 TOP_K = WithJsonSchema({"type": "integer", "minimum": 1, "title": "Top K"})
 
@@ -194,20 +194,20 @@ MEANINGS = {
     401: "The key is missing or wrong.",
     404: "There is no such page, or no report.",
     408: "The body was not complete within the deadline.",
-    409: "The weights file cannot take the place of the one that is served, which goes on serving.",
+    409: "The weights file cannot replace the weights being served, which stay in service.",
     413: "The body has too many bytes, or the picture too many pixels or pieces.",
-    415: "A content type or content encoding that the service does not read.",
-    422: "A picture that is not 32x32 without `resize`, or a parameter with a value that is not accepted.",
+    415: "The service does not read this content type or content encoding.",
+    422: "A picture that is not 32x32, without `resize`; or a parameter with an invalid value.",
     429: "The service is overloaded. The header Retry-After says when to try again.",
-    500: "A bug in the service; its log has the details under the request_id.",
-    501: "A part of the protocol that this service does not support.",
+    500: "Internal error; the log has the details under the request_id.",
+    501: "This service does not support this part of the protocol.",
     503: "The service is stopping, or is not running. The header Retry-After says when to try again.",
     504: "The request waited too long for its turn.",
 }
 
 
 def error_responses(*statuses: int, meanings: Mapping[int, str] = {}) -> dict[int | str, dict[str, Any]]:
-    """The documentation of error answers, for a route's `responses`; `meanings` replace the usual ones."""
+    """The documentation of a route's error answers, for its `responses`; `meanings` replace the usual ones."""
     return {
         status: {
             "model": ErrorBody,

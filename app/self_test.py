@@ -1,4 +1,4 @@
-"""Checks that a network can be trusted with pictures, before it is put to work.
+"""Checks that a network can be trusted with pictures before it is put to work.
 
 Shape letters: N pictures, K classes.
 """
@@ -13,14 +13,14 @@ from app.errors import CheckpointError
 from app.model import IMAGE_SIZE
 
 NEIGHBOURS_TOLERANCE = 0.02
-"""How far two runs of one picture may differ; the kernels for one picture and for several round differently."""
+"""How far two runs of a picture may differ; kernels for one picture and for several round differently."""
 TOLERANCE = 0.05
-"""How far a probability may be from the one in float32. In bfloat16 it was up to 0.01 on these drawings and 0.015 on
-all test images; with the kernels of any one layer shuffled, half or more."""
+"""How far a probability may be from its float32 value. In bfloat16 the distance was up to 0.01 on these drawings and
+0.015 on all test images; with the kernels of any one layer shuffled, half or more."""
 
 
 def drawings() -> Tensor:
-    """Pictures that are numerically easy and hard: black, white, a gradient, noise, clouds; uint8 (8, 3, 32, 32)."""
+    """Pictures, numerically easy and hard: black, white, a gradient, noise, clouds; uint8 (8, 3, 32, 32)."""
     pixels_NCHW = torch.zeros(8, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
     pixels_NCHW[1] = 255
     pixels_NCHW[2] = torch.linspace(0, 255, IMAGE_SIZE)
@@ -35,10 +35,10 @@ def check(predict: Callable[[Tensor], Tensor], expected_NK: Tensor | None = None
     """Try `predict`, from pixels (N, 3, 32, 32) to probabilities (N, K), on a few drawings.
 
     Args:
-        expected_NK: What the same weights gave for them in float32, where that is known.
+        expected_NK: The probabilities that the same weights gave for them in float32, if known.
 
     Raises:
-        CheckpointError: the probabilities are not finite, depend on which pictures run together, or are not those
+        CheckpointError: the probabilities are not finite, depend on which pictures run together, or are not as
             expected.
     """
     pixels_NCHW = drawings()

@@ -1,4 +1,4 @@
-"""One process that serves: an application behind uvicorn, until a signal says stop."""
+"""One serving process: an application behind uvicorn, until a signal stops it."""
 
 import asyncio
 import gc
@@ -27,18 +27,19 @@ from app.settings import Settings
 logger = logging.getLogger(__name__)
 
 REQUEST_SECONDS = 0.2
-"""How long a connection that was accepted just as the socket closed has to send its request."""
+"""How long a connection accepted just as the socket closed has to send its request."""
 BROKEN = 70
 """The exit code of a process whose engine has failed (EX_SOFTWARE of sysexits.h)."""
 
 
 class Server(uvicorn.Server):
-    """uvicorn alone closes its socket at the first signal, which fails what a load balancer still sends.
+    """uvicorn alone closes its socket at the first signal, so that requests a load balancer still sends fail.
 
     Here SIGTERM first makes /readyz answer 503 while all else goes on, and closes the socket after `drain_seconds`.
-    Ctrl-C or a second signal closes it at once. However many come, what was admitted is answered; the exit code is 0.
+    Ctrl-C or a second signal closes it at once. However many signals come, admitted requests are answered; the exit
+    code is 0.
 
-    SIGHUP has the weights file read anew. When no batch can be run any more, the server stops with another exit code.
+    SIGHUP reads the weights file again. When no batch can run any more, the server stops with another exit code.
 
     Args:
         on_started: Called when the socket is open.
@@ -51,28 +52,28 @@ class Server(uvicorn.Server):
         self._close_at = math.inf
         self._draining_logged = False
         self._reloads: set[asyncio.Task[None]] = set()
-        """Kept here, or they might be garbage-collected before their end."""
+        """Running reloads, kept here or they might be garbage-collected."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         try:
             await self._service.start()
-        except StartError as error:  # raised in the application's lifespan, it would be a traceback
+        except StartError as error:  # from the application's lifespan it would be a traceback
             print(error, file=sys.stderr)
             self.should_exit = True
             return
         try:
             for listener in sockets or ():
-                listener.listen(self.config.backlog)  # here, because uvloop does not report a failure
-        except OSError as error:  # it is bound, but another program has begun to listen there
+                listener.listen(self.config.backlog)  # not by uvloop, which does not report failure
+        except OSError as error:  # it is bound, but another program began to listen there
             print(f"The service cannot listen: {error.strerror}. Choose another port with --port.", file=sys.stderr)
             self.should_exit = True
-        if self.should_exit:  # or a signal has come meanwhile
-            await self._service.close()  # a thread that still computes when the interpreter ends would abort it
+        if self.should_exit:  # perhaps a signal came meanwhile
+            await self._service.close()  # a thread still computing when the interpreter ends would abort it
             return
-        # What is loaded by now stays; otherwise a full garbage collection stops all requests for 60 ms now and then.
+        # Everything loaded by now stays; otherwise full garbage collections stop all requests for 60 ms now and then.
         gc.collect()
         gc.freeze()
-        gc.set_threshold(20_000)  # a request leaves no cycles; looking for some every 700 objects takes 3 % of the time
+        gc.set_threshold(20_000)  # requests leave no cycles; a search every 700 objects takes 3 % of the time
         await super().startup(sockets)
         if not self.started:
             return
@@ -81,9 +82,9 @@ class Server(uvicorn.Server):
         self._on_started()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close the socket and answer everything that came before, even on connections that are not accepted yet.
+        """Close the socket and answer everything that came before, even on connections not accepted yet.
 
-        uvicorn alone resets those, and closes accepted ones whose request it has not read yet.
+        uvicorn alone resets those, and closes accepted connections whose request it has not read yet.
         """
         loop = asyncio.get_running_loop()
         for listener in sockets or ():
@@ -99,7 +100,7 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
         if hasattr(signal, "SIGHUP"):
             loop.remove_signal_handler(signal.SIGHUP)
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # or one that comes now would kill the process
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # one that comes now would kill the process
 
     def _protocol(self) -> asyncio.Protocol:
         return self.config.http_protocol_class(  # type: ignore[call-arg]
@@ -114,12 +115,12 @@ class Server(uvicorn.Server):
         if self._service.draining:
             return
         self._service.draining = True
-        # Clients that reuse connections are told to take another one before this one is closed.
+        # Tell clients that reuse connections to take another one before theirs is closed.
         for headers in (self.config.encoded_headers, self.server_state.default_headers):  # for later ticks, and now
             headers.append((b"connection", b"close"))
 
     def start_reload(self) -> None:
-        """Read the weights file anew, in the background."""
+        """Read the weights file again, in the background."""
         reload = asyncio.create_task(self._reload())
         self._reloads.add(reload)
         reload.add_done_callback(self._reloads.discard)
@@ -128,17 +129,17 @@ class Server(uvicorn.Server):
         try:
             await self._service.reload()
         except RequestError as error:
-            logger.error("The weights were not exchanged. %s", error)
-        except Exception:  # a defect here would vanish with the task that nobody awaits
-            logger.exception("The weights were not exchanged.")
+            logger.error("The weights were not replaced. %s", error)
+        except Exception:  # a bug here would vanish with the task, which nobody awaits
+            logger.exception("The weights were not replaced.")
 
     async def on_tick(self, counter: int) -> bool:
         if self._service.broken and not self.should_exit:
-            logger.critical("No batch can be run any more. This process ends, so that another one can take its place.")
+            logger.critical("No batch can run any more. This process ends so that another can take its place.")
             self.should_exit = self._service.draining = True
-        if self._service.draining and not self._draining_logged:  # not by the signal's handler: it interrupts anything
+        if self._service.draining and not self._draining_logged:  # not in the signal handler, which interrupts anything
             self._draining_logged = True
-            logger.info("Stopping: /readyz says 503; what arrives before the socket closes is answered.")
+            logger.info("Stopping: /readyz answers 503; requests that arrive before the socket closes are answered.")
         self.should_exit |= time.monotonic() >= self._close_at
         return await super().on_tick(counter)
 
@@ -149,17 +150,18 @@ def serve(
     link: Link | None = None,
     classes: tuple[str, ...] | None = None,
 ) -> int:
-    """Serve on `listener` until a signal says stop, and return the exit code.
+    """Serve on `listener` until a signal stops it, and return the exit code.
 
     Args:
-        link: To the supervisor, if this is one of several processes.
-        classes: Those of processes that serve already. Without them, what is served and where is printed once it is.
+        link: The link to the supervisor, if this is one of several processes.
+        classes: The class names that running processes serve; None for the first process, which prints what it serves
+            and where.
     """
-    # The inference thread releases the GIL at every step of torch, and would get it back from a busy event loop only
+    # The inference thread releases the GIL at every torch operation, and would get it back from a busy event loop only
     # after Python's usual 5 ms. Measured with tests/soak.py: 445 -> 636 answers/s with torch, 967 -> 1,049 with
-    # OpenVINO, which has one step.
+    # OpenVINO, which runs as one operation.
     sys.setswitchinterval(0.0005)
-    # A SIGHUP after the weights were read must not be lost. (One of several gets it again from the supervisor.)
+    # A SIGHUP after the weights were read must not be lost. (The supervisor repeats it to one of several processes.)
     early_reloads: list[int] = []
     if link is None and hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, lambda sent, _frame: early_reloads.append(sent))
@@ -173,11 +175,11 @@ def serve(
         app,
         http=cast(Any, partial(HttpProtocol, turnstile=Turnstile(), refuse=app.refuse, reject=app.reject)),
         log_config=None,
-        proxy_headers=False,  # nothing here depends on who asks, and looking takes time for each request
+        proxy_headers=False,  # nothing here depends on who asks, and looking costs time in each request
         access_log=False,  # ours is cheaper, and knows the request's id and route
         ws="none",
-        timeout_keep_alive=75,  # load balancers keep theirs for 60, and would now and then use a closed connection
-        timeout_graceful_shutdown=2 * math.ceil(settings.deadline_seconds) + 1,  # for a body, and for its answer
+        timeout_keep_alive=75,  # load balancers keep theirs for 60, and must not find one closed
+        timeout_graceful_shutdown=2 * math.ceil(settings.deadline_seconds) + 1,  # for a body and its answer
     )
 
     def on_started() -> None:
@@ -199,11 +201,11 @@ def serve(
 
 
 def say(text: str) -> None:
-    """Print to stdout, if that works: serving must not depend on a disk with room, or on a reader."""
+    """Print to stdout, if that works: serving must not depend on room on a disk, or on a reader."""
     try:
         print(text, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing the rest at exit would fail
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushing the rest at exit would fail
 
 
 def url(listener: socket.socket) -> str:

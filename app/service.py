@@ -1,4 +1,4 @@
-"""What the routes serve: one loaded network behind a batcher, its report, and the limits on request bodies."""
+"""What the routes serve: a loaded network behind a batcher, its report, and the limits on request bodies."""
 
 import asyncio
 import logging
@@ -30,20 +30,20 @@ from app.steps import aside, finish
 logger = logging.getLogger(__name__)
 
 EVALUATION_BATCH = 8
-"""Images per idle step of the evaluation: what a request that comes at the wrong moment waits for, some 3 ms."""
+"""Images per idle step of the evaluation; a request that comes at the wrong moment waits for one step, some 3 ms."""
 EVALUATION_SECONDS = 10
-"""When to ask again for what is being measured; in seconds, for the header Retry-After."""
+"""When to ask again for figures being measured: seconds for the header Retry-After."""
 
 Pixels = bytes | memoryview
 """The pixels of one picture or of several, a byte each (N, H, W, C)."""
 Item = tuple[bytes, Resize | None] | memoryview
-"""A picture as it was uploaded, or raw pixels."""
+"""A picture as uploaded, or raw pixels."""
 Rows = list[Estimate]
-"""One for each picture."""
+"""An estimate for each picture."""
 
 
 class Verdict(NamedTuple):
-    """Estimates, and the weights they came from, which may have been exchanged since."""
+    """Estimates, and the weights they came from, which may have been replaced since."""
 
     rows: Rows
     checkpoint: Checkpoint
@@ -51,11 +51,11 @@ class Verdict(NamedTuple):
 
 @dataclass
 class Served:
-    """Weights, the network made of them, and how well it does here."""
+    """Weights, the network made from them, and its figures measured here."""
 
     checkpoint: Checkpoint
     predictor: Predictor = field(init=False)
-    """Made in the inference thread."""
+    """The network; made in the inference thread."""
     measured: Evaluation | None = None
     not_measured: str | None = None
     """Why it cannot be measured here."""
@@ -70,7 +70,7 @@ class Service:
         self.draining = False
         self.predictions = Predictions()
         self.on_swap: Callable[[str], None] = lambda _sha256: None
-        """Called with the digest of what serves, when the weights file has been read again."""
+        """Called with the digest of the weights being served, after each successful reload."""
         self.intake = Intake(
             max_bytes=settings.max_body_bytes,
             max_waiting_bytes=settings.max_waiting_bytes,
@@ -90,7 +90,7 @@ class Service:
         return Batcher(self._prepare, self._limits)
 
     async def start(self) -> None:
-        """Return when the network is warm. An evaluation, if data were given, goes on in the background.
+        """Return when the network is warm. If there is a data set, an evaluation goes on in the background.
 
         A closed service may be started again, as tests do with each `with TestClient(app)`.
         """
@@ -101,7 +101,7 @@ class Service:
         self._start_evaluation()
 
     def check_here(self) -> None:
-        """Refuse to be used by an event loop other than that which started it.
+        """Raise unless this event loop started it.
 
         Raises:
             NotReady: as `Batcher.check_open`.
@@ -109,16 +109,16 @@ class Service:
         self._batcher.check_open()
 
     async def close(self) -> None:
-        """Answer everything that was admitted, then end."""
+        """Answer everything admitted, then end."""
         await self._batcher.close()
 
     async def reload(self) -> bool:
-        """Serve what the weights file holds by now, and return whether that is anything new.
+        """Serve what the weights file holds now, and return whether that is new.
 
         Requests are answered meanwhile. An unfinished evaluation of the old weights is dropped.
 
         Raises:
-            WeightsRefused: the file cannot be used, or it is for other classes. The old weights go on serving.
+            WeightsRefused: the file cannot be used, or is for other classes. The old weights stay in service.
             NotReady: the service has not been started, or is stopping.
         """
         self._batcher.check_open()
@@ -126,22 +126,22 @@ class Service:
             try:
                 served = Served(await asyncio.to_thread(load_aside, self.settings.weights))
                 if served.checkpoint.sha256 == self.checkpoint.sha256:
-                    logger.info("The weights file was read: it is the one that is served.")
-                    self.on_swap(self.checkpoint.sha256)  # other processes may have failed to read it before
+                    logger.info("The weights file was read: it is the one being served.")
+                    self.on_swap(self.checkpoint.sha256)  # other processes may have failed to read it
                     return False
                 check_replaces(served.checkpoint, self.checkpoint.classes)
                 await self._batcher.swap(self._build(served, self.engine))
             except CheckpointError as error:
-                raise WeightsRefused(f"{error} The weights {self.checkpoint.sha256[:12]} go on serving.") from None
+                raise WeightsRefused(f"{error} The weights {self.checkpoint.sha256[:12]} stay in service.") from None
             self._served = served
             self.on_swap(served.checkpoint.sha256)
             self._start_evaluation()
-            logger.info("The weights were exchanged. Serving %s.", self.describe())
+            logger.info("The weights were replaced. Serving %s.", self.describe())
             return True
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """What new requests are answered with. An answer itself says what it came from."""
+        """The weights that answer new requests. An answer itself says which weights it came from."""
         return self._served.checkpoint
 
     @property
@@ -161,11 +161,11 @@ class Service:
 
     @property
     def broken(self) -> bool:
-        """Whether nothing can be answered any more, and only another process can help."""
+        """Whether nothing can be answered any more, and only a new process can help."""
         return self._batcher.broken
 
     def describe(self) -> str:
-        """What is served, in words, for the line that a person sees at the start."""
+        """What is served, in words, for the line that people see at the start."""
         engine, known = self._served.predictor.engine, self.checkpoint.evaluation
         accuracy = f" ({known.accuracy:.2%} on {known.dataset})" if known is not None else ""
         return (
@@ -184,7 +184,7 @@ class Service:
         return self._batcher.statistics
 
     def check_room(self) -> None:
-        """Refuse if not even a small picture could be admitted now.
+        """Raise if not even a small picture could be admitted now.
 
         Raises:
             Overloaded, NotReady: it could not.
@@ -202,7 +202,7 @@ class Service:
     def predict_pictures(
         self, pictures: Sequence[bytes], resize: Resize | None, deadline_seconds: float | None = None
     ) -> list[Answer[Verdict]]:
-        """For each picture a verdict of one row, or what is wrong with it; all from the same weights.
+        """For each picture, a verdict of one row or what is wrong with it; all from the same weights.
 
         Raises:
             Overloaded, NotReady: at once, if not all of them can be admitted.
@@ -212,9 +212,9 @@ class Service:
         return self._batcher.submit_all(items, deadline_seconds, light=light)
 
     def predict_pixels(self, pixels: memoryview, deadline_seconds: float | None = None) -> list[Answer[Verdict]]:
-        """The rows of many pictures of raw pixels, in groups for the caller to join; all from the same weights.
+        """The verdicts on many pictures of raw pixels, in groups for the caller to join; all from the same weights.
 
-        Each group is a usual batch: a whole request would hold up everything else for as long as it takes.
+        Each group is a usual batch: a whole request would hold up everything else for as long as it runs.
 
         Raises:
             Overloaded, NotReady: as `predict_pictures`.
@@ -253,7 +253,7 @@ class Service:
         if self.settings.data is not None:
             threading.Thread(target=self._read_data, args=(self._served,), name="data", daemon=True).start()
 
-    # Event loop for what is light, else decode thread
+    # Event loop for light items, else decode thread
 
     def _prepare(self, item: Item) -> Pixels:
         if isinstance(item, memoryview):
@@ -278,7 +278,7 @@ class Service:
             tried = served.predictor.engine.name
             if engine_name != "auto" or tried == "torch":
                 raise
-            logger.warning("With the engine %s: %s The engine is torch.", tried, error)
+            logger.warning("With the engine %s: %s Using the engine torch.", tried, error)
             return (yield from self._build(served, "torch"))
         return partial(self._run, served)
 
@@ -291,7 +291,7 @@ class Service:
     def _evaluate(self, served: Served, split: data.Split, digest: str) -> Iterator[None]:
         parts = []
         for pixels_NCHW in split.pixels_NCHW.split(EVALUATION_BATCH):
-            if served is not self._served:  # exchanged; the new weights get an evaluation of their own
+            if served is not self._served:  # replaced; the new weights get their own evaluation
                 return
             parts.append(served.predictor.logits(pixels_NCHW))
             yield
@@ -299,7 +299,7 @@ class Service:
         served.measured = served.checkpoint.evaluate(logits_NK, split.labels_N, dataset=split.name, digest=digest)
         logger.info("Evaluated on %s: %d images.", split.name, len(split))
 
-    # A thread of its own: reading takes seconds and none of the others may wait
+    # Its own thread: reading takes seconds, and no other thread may wait
 
     def _read_data(self, served: Served) -> None:
         assert self.settings.data is not None
@@ -314,20 +314,20 @@ class Service:
 
 
 def _is_light(picture: bytes, resize: Resize | None) -> bool:
-    """Whether decoding is little work: at most 1,024 pixels, from little data. One to resize may have fifty million."""
+    """Whether decoding is little work: at most 1,024 pixels from little data. One to resize may have fifty million."""
     return resize is None and len(picture) <= LIGHT_BYTES
 
 
 def check_replaces(checkpoint: Checkpoint, classes: tuple[str, ...]) -> None:
-    """Check that it is for the `classes` that are served. Clients may rely on the names or on class_id, and would
-    misread other answers unnoticed.
+    """Check that it is for the `classes` being served. Clients may rely on the names or on class_id, and would misread
+    other answers without noticing.
 
     Raises:
         CheckpointError: it is for others.
     """
     if checkpoint.classes != classes:
         raise CheckpointError(
-            f"The weights file is for the classes {', '.join(checkpoint.classes)}; the weights that are served "
+            f"The weights file is for the classes {', '.join(checkpoint.classes)}; the weights being served "
             f"are for {', '.join(classes)}. Start a separate service for it."
         )
 

@@ -1,4 +1,4 @@
-"""What can be set, where each value comes from, and what it may be.
+"""The settings, where each value comes from, and what it may be.
 
 A flag of `python -m app` beats its environment variable, which beats the default. Flag and variable follow from the
 field's name: `max_body_bytes` is `--max-body-bytes` and CIFAR_MAX_BODY_BYTES. Nothing here reads the real environment:
@@ -29,11 +29,11 @@ KUBERNETES = re.compile(r"CIFAR_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d
 """What Kubernetes sets in every container of a namespace with a Service named cifar or cifar-*; also CIFAR_PORT as an
 address: https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables."""
 MAX_PIXELS = 50_000_000
-"""Of a picture: enough for the cameras of today's phones."""
+"""Limit for a picture: enough for the cameras of today's phones."""
 BYTES_OF_A_PROCESS = 1024 * MIB
-"""Memory reckoned for each when their number is chosen: 0.75 GB, and what a large picture takes."""
+"""Memory allowed for each process when choosing how many: 0.75 GB, and what a large picture takes."""
 SHARES_ADDRESS = sys.platform == "linux"
-"""Whether the system deals connections out among several processes that listen on one address."""
+"""Whether the system deals connections out among processes that listen on one address."""
 
 
 def whole(least: int, most: int) -> Callable[[str], int]:
@@ -108,7 +108,7 @@ def engine_name(value: str) -> str:
 
 
 def usual_processes(threads: int | None = None) -> int:
-    """How many: each keeps two cores busy, and gives both to a lone client with many pictures."""
+    """The default number: each process keeps two cores busy, and gives both to a lone client with many pictures."""
     if not SHARES_ADDRESS:
         return 1
     return int(max(1, min((threads or available_cpus()) // 2, 4, available_memory() // BYTES_OF_A_PROCESS)))
@@ -116,7 +116,7 @@ def usual_processes(threads: int | None = None) -> int:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of a field besides its type and default."""
+    """How a field is parsed and explained."""
 
     parse: Callable[[str], Any]
     help: str
@@ -129,19 +129,19 @@ class Settings:
     weights: Annotated[Path, Setting(location, "the weights file to serve")] = PROJECT / "weights" / "cifar_net.pth"
     data: Annotated[
         Path | None,
-        Setting(location, "a data set; the weights are evaluated on its test part after start-up (default: none)"),
+        Setting(location, "a data set on whose test part to evaluate the weights after start-up (default: none)"),
     ] = None
-    host: Annotated[str, Setting(host_name, "where to listen; 0.0.0.0 is everywhere")] = "127.0.0.1"
+    host: Annotated[str, Setting(host_name, "the address to listen on; 0.0.0.0 for all")] = "127.0.0.1"
     port: Annotated[int, Setting(whole(0, 65_535), "the port; 0 takes a free one and prints it")] = 8000
     device: Annotated[
-        str | None, Setting(device_name, "cuda, cuda:1, mps or cpu (default: the first of them that works here)")
+        str | None, Setting(device_name, "cuda, cuda:1, mps or cpu (default: the first that works here)")
     ] = None
     engine: Annotated[
         str,
-        Setting(engine_name, "torch, openvino (if installed; on a CPU only), or auto: whichever is faster at start-up"),
+        Setting(engine_name, "torch, openvino (if installed; CPU only), or auto: whichever is faster at start-up"),
     ] = "auto"
     threads: Annotated[
-        int, Setting(whole(1, 1024), "threads on a CPU, shared out among the processes (default: the cores it may use)")
+        int, Setting(whole(1, 1024), "threads on a CPU, divided among the processes (default: the cores it may use)")
     ] = dataclasses.field(default_factory=available_cpus)
     processes: Annotated[
         int,
@@ -160,21 +160,21 @@ class Settings:
     ] = 1024
     max_batch: Annotated[
         int,
-        Setting(whole(1, 1024), "at most this many pictures per forward pass; usually at most 32, more if many wait"),
+        Setting(whole(1, 1024), "largest batch per forward pass; usually 32, more under a backlog"),
     ] = 128
-    # Twice as many as a request may have, so that single pictures are still admitted beside the largest request.
+    # Twice a request's limit, so that single pictures are still admitted beside the largest request.
     max_waiting: Annotated[
-        int, Setting(whole(1, 1_000_000), "pictures admitted by a process and not yet answered; more get 429")
+        int, Setting(whole(1, 1_000_000), "pictures that a process has admitted and not yet answered; more get 429")
     ] = 2048
     max_waiting_bytes: Annotated[
         int, Setting(whole(1, 64 * 1024 * MIB), "the same limit for the bytes of their bodies")
     ] = 64 * MIB
     deadline_seconds: Annotated[
         float,
-        Setting(seconds(0.001, 3600), "a request that would wait longer gets 429, one that has waited longer 504"),
+        Setting(seconds(0.001, 3600), "a request that would wait longer gets 429; one that has waited longer gets 504"),
     ] = 5.0
     drain_seconds: Annotated[
-        float, Setting(seconds(0, 3600), "after SIGTERM: how long requests are still accepted while /readyz says 503")
+        float, Setting(seconds(0, 3600), "after SIGTERM: how long to accept requests while /readyz answers 503")
     ] = 5.0
     # On, because a service that cannot say what it did costs more than 4 % of its requests per second.
     access_log: Annotated[bool, Setting(switch, "on or off: a line on stderr for each request")] = True
@@ -196,7 +196,7 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
     """Settings from the command line and the environment, where an empty variable counts as none.
 
     Raises:
-        SettingsError: a value is not accepted, or a flag or a CIFAR_ variable does not exist.
+        SettingsError: a value is invalid, or a flag or a CIFAR_ variable does not exist.
         SystemExit: `--help` was asked for and printed.
     """
     flags = _read_flags(arguments)
@@ -225,7 +225,7 @@ def _parse(setting: Setting, source: str, value: str) -> Any:
         return setting.parse(value)
     except ValueError as error:
         given = "has a value that is not shown here" if setting.parse is secret else f"is {value!r}"
-        raise SettingsError(f"{source} {given}; accepted is {error}.") from None
+        raise SettingsError(f"{source} {given}; it must be {error}.") from None
 
 
 def _flag(name: str) -> str:
@@ -233,14 +233,14 @@ def _flag(name: str) -> str:
 
 
 def _nearest(given: str, known: list[str], prefix: str) -> str:
-    """What was meant, if it is clear without the prefix that all have."""
+    """A guess at what was meant, ignoring the prefix that all names share."""
     names = {name.removeprefix(prefix).lower(): name for name in known}
     close = difflib.get_close_matches(given.removeprefix(prefix).lower(), names, n=1)
     return f"Did you mean {names[close[0]]}?" if close else f"There are {', '.join(known)}."
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises an error with a sentence of ours, instead of printing the usage and exiting."""
+    """Raises an error with our own sentence instead of printing the usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise SettingsError(f"The command line was not understood: {message}. See `python -m app --help`.")
@@ -261,6 +261,6 @@ def _read_flags(arguments: Sequence[str]) -> dict[str, str | None]:
     if unknown:
         given = unknown[0].partition("=")[0]
         if not given.startswith("-"):
-            raise SettingsError(f"There is no argument {given!r}; only flags are accepted. See `python -m app --help`.")
+            raise SettingsError(f"There is no argument {given!r}; there are only flags. See `python -m app --help`.")
         raise SettingsError(f"There is no flag {given}. {_nearest(given, [_flag(name) for name in KNOWN], '--')}")
     return vars(flags)

@@ -1,6 +1,6 @@
-"""What has been done since the start, and where the time went, in plain numbers; seconds throughout.
+"""What the service has done since the start, and where the time went, in plain numbers; seconds throughout.
 
-Counted where it happens, each number by one thread only, so that nothing is locked; read by whoever reports.
+Each number is counted where the event happens, by one thread only, so that nothing is locked; any report may read it.
 """
 
 from bisect import bisect_left
@@ -15,7 +15,7 @@ CONFIDENCES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 
 
 class Histogram:
-    """How many values there were up to each bound and beyond the last, and their sum.
+    """How many values fell up to each bound and beyond the last, and their sum.
 
     Adding a value takes a tenth of a microsecond; in the metrics library's own histogram, seven times as much.
     """
@@ -38,7 +38,7 @@ class Histogram:
         self.sum += sum(values)
 
     def merge(self, other: "Histogram") -> None:
-        """Take in another one with the same bounds."""
+        """Add another histogram with the same bounds."""
         self.counts = [own + further for own, further in zip(self.counts, other.counts, strict=True)]
         self.sum += other.sum
 
@@ -48,13 +48,13 @@ class Histogram:
 
 
 class Timing(NamedTuple):
-    """Where the time of one item went, from its admission to its result: the three add up to all of it."""
+    """Where an item's time went, from its admission to its result: the three add up to all of it."""
 
     queue_seconds: float
-    """Waiting for its turn."""
+    """Its wait for a batch."""
     prepare_seconds: float
     run_seconds: float
-    """That of the whole batch, which each of its items has waited for."""
+    """Time of the whole batch, for which each of its items waited."""
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Statistics:
     """What the batcher has done. Counted in the event loop."""
 
     success: Histogram = field(default_factory=Histogram)
-    """From the admission of an item to its result."""
+    """Seconds from the admission of an item to its result."""
     fail: Histogram = field(default_factory=Histogram)
     queue: Histogram = field(default_factory=Histogram)
     prepare: Histogram = field(default_factory=Histogram)
@@ -71,10 +71,10 @@ class Statistics:
     """Pictures that ran together."""
     pictures: int = 0
     last_at: float = 0.0
-    """Seconds since 1970 when a batch last ended; 0 before the first."""
+    """When a batch last ended, in seconds since 1970; 0 before the first."""
 
     def record(self, timings: Sequence[Timing], pictures: int, now: float) -> None:
-        """Count a batch: the timings of its items, each of one picture or several, and how many pictures these are."""
+        """Count a batch: the timings of its items, each of one or several pictures, and its number of pictures."""
         queue, prepare, run = zip(*timings, strict=True)
         self.queue.extend(queue)
         self.prepare.extend(prepare)
@@ -95,7 +95,7 @@ class Predictions:
     """What the network has answered. Counted in the inference thread."""
 
     classes: Counter[str] = field(default_factory=Counter)
-    """How often each was the most probable."""
+    """How often each class was the most probable."""
     confidence: Histogram = field(default_factory=lambda: Histogram(CONFIDENCES))
 
     def record(self, rows: Sequence[Sequence[float]], classes: Sequence[str]) -> None:
@@ -113,9 +113,9 @@ class Traffic:
     """What came in over HTTP and how it ended. Counted in the event loop."""
 
     seconds: defaultdict[tuple[str, str, int], Histogram] = field(default_factory=lambda: defaultdict(Histogram))
-    """By route, method and status."""
+    """Seconds per request, by route, method and status."""
     refusals: Counter[str] = field(default_factory=Counter)
-    """By reason."""
+    """Requests answered with an error, by reason."""
 
     def merge(self, other: "Traffic") -> None:
         for key, seconds in other.seconds.items():
@@ -125,15 +125,15 @@ class Traffic:
 
 @dataclass
 class Counts:
-    """All that a process reports, or several together."""
+    """Everything that a process reports, or several together."""
 
     traffic: Traffic = field(default_factory=Traffic)
     statistics: Statistics = field(default_factory=Statistics)
     predictions: Predictions = field(default_factory=Predictions)
     lines_dropped: int = 0
-    """Of the access log."""
+    """Lines of the access log that nobody read in time."""
     pids: tuple[int, ...] = ()
-    """Of the processes that serve."""
+    """Ids of the serving processes."""
     waiting: int = 0
     """Pictures admitted and not yet answered."""
     ready: bool = True

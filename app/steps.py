@@ -1,4 +1,4 @@
-"""Work in steps, between which its thread does something else: how weights are exchanged while requests run."""
+"""Work in steps, between which its thread does something else: how weights are replaced while requests run."""
 
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -7,7 +7,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 STEP_SECONDS = 0.002
-"""How long a step waits for the other thread, so that waiting takes no processor time from it."""
+"""How long a step waits for the other thread, so that the wait costs that thread no processor time."""
 
 
 def finish(steps: Generator[None, None, T]) -> T:
@@ -21,10 +21,10 @@ def finish(steps: Generator[None, None, T]) -> T:
 
 
 def aside(work: Callable[[], T]) -> Generator[None, None, T]:
-    """What `work` returns or raises, run in a thread of its own.
+    """What `work` returns or raises, run in its own thread.
 
-    It has to end: a thread that ran parallel torch code and lives on would keep a pool of OpenMP threads, and with more
-    of those than cores OpenMP stops spinning, which makes a forward pass of the service twice as slow.
+    That thread has to end: one that ran parallel torch code and lives on would keep a pool of OpenMP threads, and with
+    more of those than cores OpenMP stops spinning, which makes a forward pass of the service twice as slow.
     """
     with ThreadPoolExecutor(1) as helper:
         future = helper.submit(work)

@@ -102,21 +102,21 @@ def test_resize_and_top_k_work_as_for_predict(client: TestClient) -> None:
 def test_raw_pixels_must_be_whole_pictures(client: TestClient, length: int) -> None:
     response = client.post("/predict/batch", content=bytes(length), headers=OCTETS)
     assert response.status_code == 400
-    assert f"have {length:,} bytes; accepted is a multiple of 3,072" in response.json()["error"]
+    assert f"have {length:,} bytes; that must be a multiple of 3,072" in response.json()["error"]
 
 
 @pytest.mark.parametrize(
     ("kwargs", "status", "sentence"),
     [
-        pytest.param({"files": form(b"x", field="photo")}, 400, "a field 'photo'; accepted are", id="other field"),
-        pytest.param({"json": {}}, 415, "content type 'application/json'. Accepted are", id="content type"),
+        pytest.param({"files": form(b"x", field="photo")}, 400, "a field 'photo'; each must be", id="other field"),
+        pytest.param({"json": {}}, 415, "content type 'application/json'. Send", id="content type"),
         pytest.param(
             {"content": raw(1), "headers": OCTETS | {"content-encoding": "gzip"}}, 415, "'gzip'", id="encoding"
         ),
         pytest.param(
             {"content": b"--x--\r\n", "headers": {"content-type": "multipart/form-data; boundary=x"}},
             400,
-            "The form has no field; expected",
+            "The form has no field; it must",
             id="no field",
         ),
         pytest.param(

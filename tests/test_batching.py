@@ -279,7 +279,7 @@ async def test_items_beyond_max_waiting_are_refused_and_told_when_to_retry() -> 
     batcher = await start(doubler, Limits(max_batch=4, max_waiting=3, max_waiting_bytes=10_000, deadline_seconds=60))
     held = await hold(doubler, batcher)
     admitted = [batcher.submit("1", 1, light=True), batcher.submit("2", 1, light=True)]
-    with pytest.raises(Overloaded, match=r"3 pictures wait\. Try again in 1 second\.") as refusal:
+    with pytest.raises(Overloaded, match=r"3 pictures are waiting\. Try again in 1 second\.") as refusal:
         batcher.submit("3", 1, light=True)
     assert refusal.value.retry_after_seconds == 1
     doubler.gate.set()
@@ -671,7 +671,7 @@ async def test_check_room_refuses_when_an_item_would_be_refused() -> None:
     held = await hold(doubler, batcher)
     batcher.check_room()
     waiting = batcher.submit("1", 1, light=True)
-    with pytest.raises(Overloaded, match="2 pictures wait"):
+    with pytest.raises(Overloaded, match="2 pictures are waiting"):
         batcher.check_room()
     doubler.gate.set()
     assert (await held, await waiting) == (0, 2)

@@ -49,7 +49,7 @@ def test_a_device_is_chosen_by_name_or_the_best_available_is_taken(name: str | N
 def test_an_unknown_device_name_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="is unknown") as refusal:
         choose_device(name)
-    assert str(refusal.value) == f"The device {name!r} is unknown; accepted is cuda, cuda:0, cuda:1, ..., mps or cpu."
+    assert str(refusal.value) == f"The device {name!r} is unknown; it must be cuda, cuda:0, cuda:1, ..., mps or cpu."
 
 
 @pytest.mark.usefixtures("machine")

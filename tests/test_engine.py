@@ -253,7 +253,7 @@ def test_openvino_is_refused_if_it_is_not_installed(monkeypatch: pytest.MonkeyPa
 
 
 def test_openvino_on_another_device_is_refused() -> None:
-    with pytest.raises(SettingsError, match="computes on a CPU only, and the device is cuda:1"):
+    with pytest.raises(SettingsError, match="computes only on a CPU, and the device is cuda:1"):
         engine.check_available("openvino", torch.device("cuda:1"))
 
 

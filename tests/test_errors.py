@@ -65,25 +65,25 @@ def form(*fields: tuple[str, bytes], end: bytes = b"--x--\r\n") -> bytes:
         ("/predict", form(("file", b"a"), ("file", b"b")), "multipart/form-data; boundary=x", 400, "exactly one field"),
         ("/predict", form(*[("a", b"")] * 40), "multipart/form-data; boundary=x", 400, "more than 32 fields"),
         ("/predict", b"a=b", "application/x-www-form-urlencoded", 400, "The 3 bytes are not a readable picture"),
-        ("/predict", b"{}", "application/json", 415, "The body has the content type 'application/json'. Accepted"),
+        ("/predict", b"{}", "application/json", 415, "The body has the content type 'application/json'. Send"),
         ("/predict", encode(drawing(40, 40)), "image/png", 422, "The picture is 40 x 40; the network takes 32 x 32."),
         (
             "/predict?resize=zoom",
             b"",
             "image/png",
             422,
-            "The parameter resize is 'zoom'; accepted is 'crop',",
+            "The parameter resize is 'zoom'; it must be 'crop',",
         ),
         (
             "/predict?top_k=0",
             b"",
             "image/png",
             422,
-            "The parameter top_k is '0'; accepted is a number of at least 1.",
+            "The parameter top_k is '0'; it must be a number of at least 1.",
         ),
         ("/predict?top_k=" + "9" * 5000, b"", "image/png", 422, "9...9999"),
-        ("/predict?top_k=many", b"", "image/png", 422, "The parameter top_k is 'many'; accepted is a whole number."),
-        ("/nowhere", b"", "image/png", 404, "There is nothing at /nowhere. The page /docs lists what there is."),
+        ("/predict?top_k=many", b"", "image/png", 422, "The parameter top_k is 'many'; it must be a whole number."),
+        ("/nowhere", b"", "image/png", 404, "There is nothing at /nowhere. The page /docs lists all paths."),
         ("/static/nothing.js", b"", "image/png", 405, "does not take POST"),
         ("/healthz", b"", "image/png", 405, "/healthz does not take POST; it takes GET, HEAD."),
     ],
@@ -147,7 +147,7 @@ def test_a_body_above_the_limit_is_refused_however_it_is_sent(
     content = chunks(201_000) if chunked else b"x" * 200_001
     response = client.post(path, content=content, headers={"content-type": content_type})
     assert ("content-length" not in response.request.headers) is chunked
-    body = refused(response, 413, "The request body is too large; accepted are at most 200,000 bytes. Send smaller")
+    body = refused(response, 413, "The request body is too large; the limit is 200,000 bytes. Send smaller")
     assert body["detail"] == {"max_body_bytes": 200_000}
 
 
@@ -185,7 +185,7 @@ def test_too_many_pixels(settings: Settings) -> None:
     app = create_app(Settings(weights=settings.weights, device="cpu", threads=1, max_pixels=1024))
     with TestClient(app) as client:
         response = client.post("/predict?resize=crop", content=encode(drawing(33, 32)), headers=OCTETS)
-        refused(response, 413, "The picture is 33 x 32; accepted are at most 1,024 pixels.")
+        refused(response, 413, "The picture is 33 x 32; the limit is 1,024 pixels.")
 
 
 @pytest.mark.parametrize("path", ["/predict", "/predict?top_k=1"])

@@ -92,7 +92,7 @@ def test_an_application_that_was_never_started_says_so(settings: Settings, png: 
     client = TestClient(create_app(settings))  # without `with`
     response = client.request(method, path, files=[("file", png)] if method == "POST" else None)
     assert response.status_code == 503
-    assert "has to run its lifespan" in response.json()["error"]
+    assert "must run the application's lifespan" in response.json()["error"]
     if path == "/readyz":
         assert response.headers["retry-after"] == "1"
     assert client.post("/v2/repository/index").json()[0]["reason"] == "not running"
@@ -107,7 +107,7 @@ def test_a_request_from_another_event_loop_is_refused(settings: Settings, png: b
         with pytest.raises(NotReady, match="in another event loop"), TestClient(app):
             pass
         assert client.post("/predict", content=png).status_code == 200
-    assert "has to run its lifespan" in TestClient(app).post("/predict", content=png).json()["error"]
+    assert "must run the application's lifespan" in TestClient(app).post("/predict", content=png).json()["error"]
 
 
 async def deny(_request: Request, _call_next: object) -> Response:

@@ -151,7 +151,7 @@ def test_a_large_compressed_bmp_is_refused_before_it_is_decoded() -> None:
     """Pillow reads these in Python."""
     head = struct.pack("<IIIHHIIIIII", 40, 7000, 7000, 1, 8, 1, 2, 0, 0, 1, 0) + bytes(4) + b"\0\1"
     data = struct.pack("<2sIHHI", b"BM", 14 + len(head), 0, 0, 58) + head
-    with pytest.raises(BodyTooLarge, match="compressed BMP of 7000 x 7000; accepted of these are at most 1,000,000"):
+    with pytest.raises(BodyTooLarge, match="compressed BMP of 7000 x 7000; the limit for those is 1,000,000"):
         decode(data, "crop")
 
 
@@ -243,11 +243,11 @@ def png_header(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize("resize", [None, "crop"])
 def test_a_tiny_file_that_claims_to_be_huge_is_refused_by_its_header(resize: Resize | None) -> None:
-    with pytest.raises(BodyTooLarge, match="The picture is 60000 x 1000; accepted are at most 50,000,000 pixels"):
+    with pytest.raises(BodyTooLarge, match="The picture is 60000 x 1000; the limit is 50,000,000 pixels"):
         pixels(png_header(60_000, 1000), resize)
-    with pytest.raises(BodyTooLarge, match="more than 100,000,000 pixels; accepted are at most 50,000,000"):
+    with pytest.raises(BodyTooLarge, match="more than 100,000,000 pixels; the limit is 50,000,000"):
         pixels(png_header(60_000, 2000), resize)  # Pillow's own limit would let it pass
-    with pytest.raises(BodyTooLarge, match="The picture is 65536 x 1; accepted are at most 65,535 pixels on a side"):
+    with pytest.raises(BodyTooLarge, match="The picture is 65536 x 1; the limit is 65,535 pixels on a side"):
         pixels(png_header(65_536, 1), resize)
 
 
@@ -311,7 +311,7 @@ def texts(count: int, *, zip: bool) -> bytes:
 @pytest.mark.parametrize("zip", [False, True])
 def test_a_png_with_too_much_text_is_refused(zip: bool) -> None:
     assert torch.equal(pixels(texts(1, zip=zip)), as_tensor(drawing()))
-    with pytest.raises(BodyTooLarge, match="The PNG has more than 1 MB of text beside its pixels"):
+    with pytest.raises(BodyTooLarge, match="The PNG has more than 1 MB of text besides its pixels"):
         pixels(texts(2, zip=zip))
 
 
@@ -383,7 +383,7 @@ def test_an_unreadable_picture_is_refused_naming_accepted_formats(data: bytes) -
         pixels(data)
     assert str(refusal.value) == (
         f"The {len(data):,} bytes are not a readable picture: another format, cut short or damaged. "
-        "Accepted are PNG, JPEG, WebP, BMP and GIF."
+        "PNG, JPEG, WebP, BMP and GIF are accepted."
     )
 
 
@@ -392,17 +392,17 @@ def test_an_unreadable_picture_is_refused_naming_accepted_formats(data: bytes) -
     [
         (
             encode(drawing()).replace(b"\r", b"").replace(b"\n", b""),
-            "a PNG without its line ends, as `curl -d`",
+            "a PNG without its line endings, as `curl -d`",
         ),
         (b"data:image/png;base64," + base64.b64encode(encode(drawing())), "they begin like a data URL; send the bytes"),
         (base64.b64encode(encode(drawing())), "they begin like a PNG in base64; send the bytes"),
         (base64.b64encode(encode(drawing(), "JPEG")), "they begin like a JPEG in base64; send the bytes"),
-        (encode(drawing(), "PDF"), "they begin like a PDF. Accepted are"),
-        (b"<svg/>", "they begin like SVG. Accepted are"),
-        (b'<?xml version="1.0"?><svg/>', "they begin like SVG or other XML. Accepted are"),
-        (encode(drawing(), "TIFF"), "they begin like TIFF. Accepted are"),
-        (b"\0\0\0\x18ftypheic", "they begin like HEIC or a film. Accepted are"),
-        (b"\0\0\0\x20ftypavif", "they begin like AVIF. Accepted are"),
+        (encode(drawing(), "PDF"), "they begin like a PDF. PNG, JPEG"),
+        (b"<svg/>", "they begin like SVG. PNG, JPEG"),
+        (b'<?xml version="1.0"?><svg/>', "they begin like SVG or other XML. PNG, JPEG"),
+        (encode(drawing(), "TIFF"), "they begin like TIFF. PNG, JPEG"),
+        (b"\0\0\0\x18ftypheic", "they begin like HEIC or a film. PNG, JPEG"),
+        (b"\0\0\0\x20ftypavif", "they begin like AVIF. PNG, JPEG"),
     ],
     ids=["curl -d", "data url", "png64", "jpeg64", "pdf", "svg", "xml", "tiff", "heic", "avif"],
 )

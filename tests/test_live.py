@@ -279,7 +279,7 @@ def test_sighup_reloads_the_weights_and_a_bad_file_is_logged(weights: Path, tmp_
         path.write_bytes(b"not a network")
         process.send_signal(signal.SIGHUP)
         assert process.stderr is not None
-        while "were not exchanged" not in (line := process.stderr.readline()):  # empty, and then a failure, at the end
+        while "were not replaced" not in (line := process.stderr.readline()):  # empty, and then a failure, at the end
             assert line
         assert "is not a PyTorch file" in line
         assert served(url, png) == old

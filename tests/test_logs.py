@@ -314,5 +314,5 @@ def test_a_running_service_logs_nothing_but_json(weights: Path, png: bytes) -> N
         "POST /predict 400",
         "Invalid HTTP request received.",
         "OTHER unmatched 400",
-        "Stopping: /readyz says 503; what arrives before the socket closes is answered.",
+        "Stopping: /readyz answers 503; requests that arrive before the socket closes are answered.",
     }

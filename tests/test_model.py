@@ -111,5 +111,5 @@ def test_the_default_network_is_small() -> None:
 
 
 def test_an_unknown_network_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="no network 'vgg'; known are net, cifar_net, wide_cifar_net"):
+    with pytest.raises(ValueError, match="no network 'vgg'; there are net, cifar_net, wide_cifar_net"):
         model.build("vgg")

@@ -161,12 +161,12 @@ def test_a_compressed_request(client: TestClient, encoding: str, compress: Any) 
 
 def test_a_decompression_bomb_is_refused(client: TestClient) -> None:
     response = infer(client, gzip.compress(bytes(50_000_000)), {"content-encoding": "gzip"})
-    refused(response, 413, "too large when decompressed; accepted are at most 200,000 bytes")
+    refused(response, 413, "too large when decompressed; the limit is 200,000 bytes")
 
 
 def test_an_unsupported_encoding_is_refused_naming_those_accepted(client: TestClient) -> None:
     response = infer(client, b"", {"content-encoding": "br"})
-    refused(response, 415, "content encoding 'br'; accepted are gzip and deflate")
+    refused(response, 415, "content encoding 'br'; it must be gzip or deflate")
     assert response.headers["accept-encoding"] == "gzip, deflate"
 
 
@@ -201,7 +201,7 @@ def test_an_unreadable_element_fails_the_request_and_is_named(client: TestClient
 def test_a_full_queue_gives_429(client: TestClient) -> None:
     with occupied(client.app.service, 2048):  # type: ignore[attr-defined]
         response = infer(client, *request())
-    refused(response, 429, "The service has as much work as it accepts: 2,048 pictures wait.")
+    refused(response, 429, "The service has as much work as it accepts: 2,048 pictures are waiting.")
     assert int(response.headers["retry-after"]) >= 1
 
 
@@ -221,7 +221,7 @@ def test_many_raw_pixels_run_in_batches_of_the_usual_size(settings: Settings) ->
 
 def test_more_pictures_than_max_pictures_are_refused(settings: Settings) -> None:
     with TestClient(create_app(replace(settings, max_pictures=2))) as client:
-        refused(infer(client, *request(3)), 413, "Input 'pixels' has 3 pictures; accepted are at most 2")
+        refused(infer(client, *request(3)), 413, "Input 'pixels' has 3 pictures; the limit for one request is 2")
 
 
 @pytest.mark.parametrize(
@@ -384,9 +384,7 @@ def test_bodies_waiting_to_be_parsed_count_towards_max_waiting_bytes(
     with TestClient(app) as client, ThreadPoolExecutor(1) as pool:
         first = pool.submit(client.post, INFER, content=body)
         assert reading.wait(60)
-        refused(
-            client.post(INFER, content=body), 429, "The service is receiving as many bytes as it accepts at a time."
-        )
+        refused(client.post(INFER, content=body), 429, "The service is receiving as many bytes as it accepts at once.")
         read_on.set()
-        refused(first.result(), 400, "expected is exactly one")
-        refused(client.post(INFER, content=body), 400, "expected is exactly one")
+        refused(first.result(), 400, "it must have exactly one")
+        refused(client.post(INFER, content=body), 400, "it must have exactly one")

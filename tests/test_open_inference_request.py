@@ -118,66 +118,69 @@ def test_unknown_fields_are_ignored() -> None:
 
 CHANNELS_FIRST = nested(IMAGE, 1, 3, 32, 32)
 REFUSED: dict[str, tuple[Any, str]] = {
-    "a list": ([], r"not a JSON object; expected is {\"inputs\""),
-    "no inputs": ({}, r"inputs \[\]; expected is exactly one: 'pixels' \(UINT8, shape \[-1, 32, 32, 3\]\)"),
-    "inputs as dict": ({"inputs": {"name": "pixels"}}, "expected is a list of JSON objects"),
-    "input as text": ({"inputs": ["pixels"]}, "expected is a list of JSON objects"),
-    "unknown name": ({"inputs": [pixels(name="INPUT0")]}, r"inputs \['INPUT0'\]; expected is exactly one"),
-    "odd name": ({"inputs": [pixels(name=["pixels"])]}, r"expected is exactly one"),
-    "extra input": ({"inputs": [pixels(), pixels(name="image")]}, r"inputs \['pixels', 'image'\]; expected is exactly"),
-    "dtype": ({"inputs": [pixels(datatype="FP32")]}, "'pixels' has the datatype 'FP32'; expected is 'UINT8'"),
-    "no dtype": ({"inputs": [pixels(datatype=None)]}, "'pixels' has the datatype None; expected is 'UINT8'"),
-    "layout": ({"inputs": [pixels(shape=[1, 3, 32, 32])]}, r"\[1, 3, 32, 32\]; expected is \[N, 32, 32, 3\]"),
-    "rank": ({"inputs": [pixels(shape=[32, 32, 3])]}, r"'pixels' has the shape \[32, 32, 3\]; expected is \[N, 32"),
-    "shape as int": ({"inputs": [pixels(shape=3072)]}, r"'pixels' has the shape 3072; expected is \[N, 32, 32, 3\]"),
-    "empty shape": ({"inputs": [pixels(shape=[])]}, r"'pixels' has the shape \[\]; expected is \[N, 32, 32, 3\]"),
+    "a list": ([], r"not a JSON object; it must be {\"inputs\""),
+    "no inputs": ({}, r"inputs \[\]; it must have exactly one: 'pixels' \(UINT8, shape \[-1, 32, 32, 3\]\)"),
+    "inputs as dict": ({"inputs": {"name": "pixels"}}, "they must be a list of JSON objects"),
+    "input as text": ({"inputs": ["pixels"]}, "they must be a list of JSON objects"),
+    "unknown name": ({"inputs": [pixels(name="INPUT0")]}, r"inputs \['INPUT0'\]; it must have exactly one"),
+    "odd name": ({"inputs": [pixels(name=["pixels"])]}, r"it must have exactly one"),
+    "extra input": ({"inputs": [pixels(), pixels(name="image")]}, r"inputs \['pixels', 'image'\]; it must have"),
+    "dtype": ({"inputs": [pixels(datatype="FP32")]}, "'pixels' has the datatype 'FP32'; it must be 'UINT8'"),
+    "no dtype": ({"inputs": [pixels(datatype=None)]}, "'pixels' has the datatype None; it must be 'UINT8'"),
+    "layout": ({"inputs": [pixels(shape=[1, 3, 32, 32])]}, r"\[1, 3, 32, 32\]; it must be \[N, 32, 32, 3\]"),
+    "rank": ({"inputs": [pixels(shape=[32, 32, 3])]}, r"'pixels' has the shape \[32, 32, 3\]; it must be \[N, 32"),
+    "shape as int": ({"inputs": [pixels(shape=3072)]}, r"'pixels' has the shape 3072; it must be \[N, 32, 32, 3\]"),
+    "empty shape": ({"inputs": [pixels(shape=[])]}, r"'pixels' has the shape \[\]; it must be \[N, 32, 32, 3\]"),
     "no shape": (
         {"inputs": [binary("image", "BYTES", [], 0)]},
-        r"the shape \[\]; expected is \[N\] for",
+        r"the shape \[\]; it must be \[N\] for",
     ),
     "shape of text": ({"inputs": [pixels(shape=["1", 32, 32, 3])]}, r"has the shape \['1', 32, 32, 3\]"),
     "zero": ({"inputs": [pixels(shape=[0, 32, 32, 3])]}, r"has the shape \[0, 32, 32, 3\]; .* at least one"),
-    "too few": ({"inputs": [pixels(list(IMAGE[1:]))]}, "'pixels' has 3,071 elements in `data`; expected are 3,072"),
-    "empty data": ({"inputs": [pixels([])]}, "'pixels' has 0 elements in `data`; expected are 3,072"),
-    "too many": ({"inputs": [pixels([*IMAGE, 0])]}, "'pixels' has 3,073 elements in `data`; expected are 3,072"),
+    "too few": ({"inputs": [pixels(list(IMAGE[1:]))]}, "'pixels' has 3,071 elements in `data`; .* needs 3,072"),
+    "empty data": ({"inputs": [pixels([])]}, "'pixels' has 0 elements in `data`; .* needs 3,072"),
+    "too many": ({"inputs": [pixels([*IMAGE, 0])]}, "'pixels' has 3,073 elements in `data`; .* needs 3,072"),
     "nested otherwise": ({"inputs": [pixels(CHANNELS_FIRST)]}, "'pixels' has its `data` nested differently"),
     "half nested": ({"inputs": [pixels([[1], 2])]}, "'pixels' has its `data` nested differently"),
-    "256": ({"inputs": [pixels([*IMAGE[:-1], 256])]}, "'pixels', element 3071: given is 256; expected is a whole"),
-    "text": ({"inputs": [pixels([*IMAGE[:-1], "0"])]}, "'pixels', element 3071: given is '0'; expected is a whole"),
-    "fraction": ({"inputs": [pixels([0.5, *IMAGE[1:]])]}, "'pixels', element 0: given is 0.5; expected is a whole"),
-    "deeper": ({"inputs": [pixels([7, [], *IMAGE[2:]])]}, r"'pixels', element 1: given is \[\]; expected is a whole"),
+    "256": ({"inputs": [pixels([*IMAGE[:-1], 256])]}, "'pixels', element 3071 is 256; it must be a whole"),
+    "text": ({"inputs": [pixels([*IMAGE[:-1], "0"])]}, "'pixels', element 3071 is '0'; it must be a whole"),
+    "fraction": ({"inputs": [pixels([0.5, *IMAGE[1:]])]}, "'pixels', element 0 is 0.5; it must be a whole"),
+    "deeper": ({"inputs": [pixels([7, [], *IMAGE[2:]])]}, r"'pixels', element 1 is \[\]; it must be a whole"),
     "no data": ({"inputs": [pixels() | {"data": None}]}, "'pixels' has neither a list `data` nor the"),
     "base64": (
         {"inputs": [{"name": "image", "shape": [2], "datatype": "BYTES", "data": ["", "é"]}]},
-        "'image', element 1: given is 'é'; expected is, in JSON, the bytes of the picture in base64",
+        "'image', element 1 is 'é'; in JSON it must be the bytes of the picture in base64",
     ),
     "number": (
         {"inputs": [{"name": "image", "shape": [1], "datatype": "BYTES", "data": [5]}]},
-        "'image', element 0: given is 5; expected is, in JSON, the bytes",
+        "'image', element 0 is 5; in JSON it must be the bytes",
     ),
     "text count": (
         {"inputs": [{"name": "image", "shape": [2], "datatype": "BYTES", "data": [""]}]},
-        r"'image' has 1 elements in `data`; expected are 2 for the shape \[2\]",
+        r"'image' has 1 elements in `data`; the shape \[2\] needs 2",
     ),
     "unknown output": ({"inputs": [pixels()], "outputs": [{"name": "nope"}]}, "no output 'nope'; there are 'proba"),
-    "output twice": ({"inputs": [pixels()], "outputs": [{"name": "label"}] * 2}, "'label' is asked for twice"),
+    "output twice": ({"inputs": [pixels()], "outputs": [{"name": "label"}] * 2}, "'label' is requested twice"),
     "classified label": (
         {"inputs": [pixels()], "outputs": [{"name": "label", "parameters": {"classification": 2}}]},
-        "'label' cannot have the parameter `classification`; 'probabilities' can",
+        "'label' cannot have the parameter `classification`; only 'probabilities' can",
     ),
     "negative class count": (
         {"inputs": [pixels()], "outputs": [{"name": "probabilities", "parameters": {"classification": -1}}]},
-        "'probabilities' has the parameter `classification` -1; expected is a whole number from 0",
+        "'probabilities' has the parameter `classification` -1; it must be a whole number, 0 or more",
     ),
     "text flag": (
         {"inputs": [pixels()], "outputs": [{"name": "label", "parameters": {"binary_data": "no"}}]},
-        "'label' has the parameter `binary_data` 'no'; expected is true or false",
+        "'label' has the parameter `binary_data` 'no'; it must be true or false",
     ),
-    "parameters": ({"inputs": [pixels()], "parameters": [1]}, r"the parameters \[1\]; expected is a JSON object"),
-    "empty list": ({"inputs": [pixels()], "parameters": []}, r"the parameters \[\]; expected is a JSON"),
-    "outputs as dict": ({"inputs": [pixels()], "outputs": {}}, r"the outputs \{\}; expected is a list of JSON objects"),
-    "id": ({"inputs": [pixels()], "id": 42}, "`id` of the request is 42; expected is text"),
-    "timeout": ({"inputs": [pixels()], "parameters": {"timeout": "1s"}}, "`timeout` '1s'; expected is a whole number"),
+    "parameters": ({"inputs": [pixels()], "parameters": [1]}, r"the parameters \[1\]; they must be a JSON object"),
+    "empty list": ({"inputs": [pixels()], "parameters": []}, r"the parameters \[\]; they must be a JSON"),
+    "outputs as dict": (
+        {"inputs": [pixels()], "outputs": {}},
+        r"the outputs \{\}; they must be a list of JSON objects",
+    ),
+    "id": ({"inputs": [pixels()], "id": 42}, "`id` of the request is 42; it must be text"),
+    "timeout": ({"inputs": [pixels()], "parameters": {"timeout": "1s"}}, "`timeout` '1s'; it must be a whole number"),
 }
 
 
@@ -197,7 +200,7 @@ def test_an_invalid_request_is_refused_naming_the_problem(request_: Any, sentenc
             binary("pixels", "UINT8", [1, 32, 32, 3], 3072), IMAGE[1:], "3072, but 3,071 bytes follow", id="short tail"
         ),
         pytest.param(
-            binary("pixels", "UINT8", [2, 32, 32, 3], 3072), IMAGE, "has 3,072 bytes; expected are 6,144", id="shape"
+            binary("pixels", "UINT8", [2, 32, 32, 3], 3072), IMAGE, "has 3,072 bytes; .* needs 6,144", id="shape"
         ),
         pytest.param(
             binary("pixels", "UINT8", [1, 32, 32, 3], "3072"), IMAGE, "binary_data_size '3072', but", id="size is text"
@@ -212,16 +215,16 @@ def test_an_invalid_request_is_refused_naming_the_problem(request_: Any, sentenc
         pytest.param(
             binary("image", "BYTES", [2], 9),
             strings(b"a") + b"\x05\0\0\0",
-            "element 1: its length is given as 5 bytes, but only 0 follow",
+            "element 1 has the length 5 bytes, but only 0 follow",
             id="short element",
         ),
         pytest.param(
-            binary("image", "BYTES", [2], 5), strings(b"a"), "holds 1 elements; expected are 2", id="too few elements"
+            binary("image", "BYTES", [2], 5), strings(b"a"), "holds 1 elements; .* needs 2", id="too few elements"
         ),
         pytest.param(
             binary("image", "BYTES", [1], 12),
             strings(b"", b"", b""),
-            "holds more elements; expected are 1",
+            "holds more elements; .* needs 1",
             id="too many elements",
         ),
     ],
@@ -235,7 +238,7 @@ def test_an_invalid_binary_tensor_is_refused_naming_the_problem(
 
 @pytest.mark.parametrize("header", ["", "x", "-1", "1.5", "+4", "1_0", "٣", "999999", "9" * 5000])
 def test_an_invalid_json_length_header_is_refused(header: str) -> None:
-    with pytest.raises(BadRequest, match=r"Inference-Header-Content-Length is .*; expected is the length of the JSON"):
+    with pytest.raises(BadRequest, match=r"Inference-Header-Content-Length is .*; it must be the length of the JSON"):
         decode(b'{"inputs": []}', header, binary=True, max_pictures=8)
 
 
@@ -245,13 +248,13 @@ def test_a_length_that_cuts_the_json_is_refused() -> None:
 
 
 def test_json_with_too_many_brackets_is_refused() -> None:
-    with pytest.raises(BodyTooLarge, match="has 9,000 lists and objects; accepted are at most 2,0"):
+    with pytest.raises(BodyTooLarge, match="has 9,000 lists and objects; the limit is 2,0"):
         decode(b"[" * 9_000, None, binary=True, max_pictures=1)
 
 
 def test_an_overlong_id_is_refused() -> None:
     assert read({"inputs": [pixels()], "id": "4" * 1024}).id == "4" * 1024
-    with pytest.raises(BadRequest, match="expected is text, at most 1,024 letters"):
+    with pytest.raises(BadRequest, match="it must be text of at most 1,024 letters"):
         read({"inputs": [pixels()], "id": "4" * 1025})
 
 
@@ -267,7 +270,7 @@ def test_an_empty_picture_without_json_is_refused() -> None:
 
 
 def test_too_many_pictures_are_refused_before_they_are_read() -> None:
-    with pytest.raises(BodyTooLarge, match="Input 'pixels' has 9 pictures; accepted are at most 8 in one request"):
+    with pytest.raises(BodyTooLarge, match="Input 'pixels' has 9 pictures; the limit for one request is 8"):
         read({"inputs": [pixels(shape=[9, 32, 32, 3])]})
 
 

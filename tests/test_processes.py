@@ -318,8 +318,8 @@ def test_a_stuck_process_is_killed_and_replaced(weights: Path, png: bytes) -> No
         service.supervisor.send_signal(signal.SIGTERM)
         _, err = service.supervisor.communicate(timeout=SECONDS)
         assert f"Process {stuck} is stuck and is killed." in err
-        assert err.count("Another one takes its place.") == 1
-        assert "for want of memory" not in err
+        assert err.count("Another one replaces it.") == 1
+        assert "for lack of memory" not in err
 
 
 def test_a_process_is_not_replaced_by_one_that_answers_with_other_classes(tmp_path: Path, png: bytes) -> None:
@@ -356,7 +356,7 @@ def test_a_process_that_cannot_be_replaced_at_once_is_replaced_later(weights: Pa
         assert get(f"{service.url}/predict", png)[0] == 200
         service.supervisor.send_signal(signal.SIGTERM)
         _, err = service.supervisor.communicate(timeout=SECONDS)
-        assert err.count("Another process could not be started, and is tried again: no room.") == 2
+        assert err.count("Another process could not be started and will be tried again: no room.") == 2
         assert "Traceback" not in err
         assert service.supervisor.returncode == 0
 
@@ -388,10 +388,10 @@ def test_a_killed_process_is_replaced_while_the_others_answer(service: Running, 
     assert left in service.pids()
     assert done(service) == before + asked  # what it had done is not forgotten
     assert service.supervisor.stderr is not None
-    ended = f"Process {killed} ended (exit code -9). Another one takes its place."
+    ended = f"Process {killed} ended (exit code -9). Another one replaces it."
     while ended not in (line := service.supervisor.stderr.readline()):  # other tests have their lines there
         assert line
-    assert "for want of memory" in service.supervisor.stderr.readline()
+    assert "for lack of memory" in service.supervisor.stderr.readline()
 
 
 def test_a_process_that_cannot_start_again_is_tried_until_it_can(service: Running, png: bytes) -> None:
@@ -415,7 +415,7 @@ def test_new_weights_are_served_by_all_processes_and_bad_ones_by_none(service: R
     assert service.sha256s(png) == {old}
     service.supervisor.send_signal(signal.SIGHUP)
     assert service.supervisor.stderr is not None
-    while "were not exchanged" not in (line := service.supervisor.stderr.readline()):
+    while "were not replaced" not in (line := service.supervisor.stderr.readline()):
         assert line
     assert json.loads(line)["level"] == "error"
     given = random_checkpoint(evaluation=random_evaluation())

@@ -180,7 +180,7 @@ async def test_a_head_sent_a_byte_at_a_time_times_out_with_408(before: bytes) ->
                 await asyncio.sleep(0.01)
         told = await asyncio.wait_for(reader.read(), SECONDS)
         assert told.startswith(b"HTTP/1.1 408 ")
-        assert told.endswith(b"The head of the request was not whole after 0.2 seconds; send it faster.")
+        assert told.endswith(b"The head of the request was not complete within 0.2 seconds; send it faster.")
     assert application.called == bool(before)
 
 

@@ -106,7 +106,7 @@ def test_the_report_is_that_of_the_new_weights(client: TestClient, settings: Set
 def test_the_same_file_again_changes_nothing(client: TestClient, old: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "app.service"):
         assert reload(client).json() == {"model": {"name": "net", "sha256": old}, "changed": False}
-    assert caplog.messages == ["The weights file was read: it is the one that is served."]
+    assert caplog.messages == ["The weights file was read: it is the one being served."]
 
 
 def nonsense(path: Path) -> None:
@@ -131,7 +131,7 @@ def other_classes(path: Path) -> None:
         (Path.unlink, "There is no weights file"),
         (nonsense, "was refused: it is not a PyTorch file"),
         (overflowing, "the network gives probabilities that are not finite numbers."),
-        (other_classes, "dog, frog, horse, ship, lorry; the weights that are served are for plane, car"),
+        (other_classes, "dog, frog, horse, ship, lorry; the weights being served are for plane, car"),
     ],
 )
 def test_a_file_that_cannot_be_used_leaves_the_old_weights_serving(
@@ -141,7 +141,7 @@ def test_a_file_that_cannot_be_used_leaves_the_old_weights_serving(
     answer = reload(client)
     assert answer.status_code == 409
     assert sentence in answer.json()["error"]
-    assert answer.json()["error"].endswith(f"The weights {old} go on serving.")
+    assert answer.json()["error"].endswith(f"The weights {old} stay in service.")
     assert served(client, png) == old
     new = other_weights(settings.weights)  # and a good file is taken after a bad one
     assert reload(client).json()["model"]["sha256"] == new
@@ -176,7 +176,7 @@ def test_the_page_is_documented_where_it_exists(client: TestClient) -> None:
 
 @pytest.mark.parametrize("key", ["short", "with a space in it", "sixteen letters and möre"])
 def test_a_short_or_malformed_key_is_refused(key: str) -> None:
-    with pytest.raises(SettingsError, match="accepted is at least 16 letters, digits or signs, without spaces"):
+    with pytest.raises(SettingsError, match="it must be at least 16 letters, digits or signs, without spaces"):
         parse_settings([], {"CIFAR_ADMIN_KEY": key})
 
 
@@ -322,7 +322,7 @@ def test_an_engine_that_computes_wrongly_is_refused_and_the_old_weights_go_on(
     assert answer.json()["error"].startswith(
         "The network computes wrongly here: it gives a drawing a probability that is "
     )
-    assert answer.json()["error"].endswith(f"The weights {old} go on serving.")
+    assert answer.json()["error"].endswith(f"The weights {old} stay in service.")
     assert served(client, png) == old
     assert client.get("/readyz").status_code == 200
     monkeypatch.undo()

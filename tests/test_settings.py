@@ -78,32 +78,32 @@ def test_an_empty_variable_counts_as_unset() -> None:
 @pytest.mark.parametrize(
     ("arguments", "environment", "sentence"),
     [
-        (["--port", "x"], {}, "--port is 'x'; accepted is a whole number from 0 to 65,535."),
-        ([], {"CIFAR_PORT": "65536"}, "CIFAR_PORT is '65536'; accepted is a whole number from 0 to 65,535."),
+        (["--port", "x"], {}, "--port is 'x'; it must be a whole number from 0 to 65,535."),
+        ([], {"CIFAR_PORT": "65536"}, "CIFAR_PORT is '65536'; it must be a whole number from 0 to 65,535."),
         ([], {"CIFAR_Port": "1"}, "There is no setting CIFAR_Port. Did you mean CIFAR_PORT?"),
-        (["--port", ""], {}, "--port is ''; accepted is a whole number from 0 to 65,535."),
-        ([], {"CIFAR_DEADLINE_SECONDS": "nan"}, "accepted is a number of seconds from 0.001 to 3600."),
-        ([], {"CIFAR_DRAIN_SECONDS": "-1"}, "CIFAR_DRAIN_SECONDS is '-1'; accepted is a number of seconds from 0"),
-        ([], {"CIFAR_DEVICE": "gpu"}, "CIFAR_DEVICE is 'gpu'; accepted is cuda, cuda:0, cuda:1, ..., mps or cpu."),
-        ([], {"CIFAR_ENGINE": "onnx"}, "CIFAR_ENGINE is 'onnx'; accepted is auto, torch or openvino."),
+        (["--port", ""], {}, "--port is ''; it must be a whole number from 0 to 65,535."),
+        ([], {"CIFAR_DEADLINE_SECONDS": "nan"}, "it must be a number of seconds from 0.001 to 3600."),
+        ([], {"CIFAR_DRAIN_SECONDS": "-1"}, "CIFAR_DRAIN_SECONDS is '-1'; it must be a number of seconds from 0"),
+        ([], {"CIFAR_DEVICE": "gpu"}, "CIFAR_DEVICE is 'gpu'; it must be cuda, cuda:0, cuda:1, ..., mps or cpu."),
+        ([], {"CIFAR_ENGINE": "onnx"}, "CIFAR_ENGINE is 'onnx'; it must be auto, torch or openvino."),
         ([], {"CIFAR_DEVICE": "cpu:1"}, "CIFAR_DEVICE is 'cpu:1'"),
         ([], {"CIFAR_DEVICE": "cuda:"}, "CIFAR_DEVICE is 'cuda:'"),
         ([], {"CIFAR_DEVICE": "cuda:²"}, "CIFAR_DEVICE is 'cuda:²'"),
-        ([], {"CIFAR_WEIGHTS": " "}, "CIFAR_WEIGHTS is ' '; accepted is a path."),
-        ([], {"CIFAR_WEIGHTS": "~nobody-of-that-name/w"}, "accepted is a path; there is no user with that home."),
+        ([], {"CIFAR_WEIGHTS": " "}, "CIFAR_WEIGHTS is ' '; it must be a path."),
+        ([], {"CIFAR_WEIGHTS": "~nobody-of-that-name/w"}, "it must be a path; there is no user with that home."),
         (
             [],
             {"CIFAR_ADMIN_KEY": "hunter2"},
-            "has a value that is not shown here; accepted is at least 16",
+            "has a value that is not shown here; it must be at least 16",
         ),
-        ([], {"CIFAR_HOST": " "}, "CIFAR_HOST is ' '; accepted is a host name or an address."),
-        (["--port", "1"], {"CIFAR_PORT": "x"}, "CIFAR_PORT is 'x'; accepted is a whole number"),
+        ([], {"CIFAR_HOST": " "}, "CIFAR_HOST is ' '; it must be a host name or an address."),
+        (["--port", "1"], {"CIFAR_PORT": "x"}, "CIFAR_PORT is 'x'; it must be a whole number"),
         ([], {"CIFAR_PROT": "1"}, "There is no setting CIFAR_PROT. Did you mean CIFAR_PORT?"),
         ([], {"CIFAR_TIMEOUT": "1"}, "There is no setting CIFAR_TIMEOUT. There are CIFAR_WEIGHTS, CIFAR_DATA, "),
         ([], {"CIFAR_QQQQQQQQ": "1"}, "There is no setting CIFAR_QQQQQQQQ. There are CIFAR_WEIGHTS, CIFAR_DATA"),
         (["--prot=1"], {}, "There is no flag --prot. Did you mean --port?"),
         (["--por", "1"], {}, "There is no flag --por. Did you mean --port?"),
-        (["extra"], {}, "There is no argument 'extra'; only flags are accepted."),
+        (["extra"], {}, "There is no argument 'extra'; there are only flags."),
         (["--port"], {}, "The command line was not understood: argument --port: expected one argument."),
     ],
 )
@@ -159,5 +159,5 @@ def test_default_is_one_process_per_two_cores_up_to_four_where_addresses_can_be_
     monkeypatch.setattr("app.settings.SHARES_ADDRESS", False)
     assert Settings().processes == 1
     assert parse_settings([], {"CIFAR_PROCESSES": "1"}).processes == 1
-    with pytest.raises(SettingsError, match="accepted is 1 on this system; several processes need Linux"):
+    with pytest.raises(SettingsError, match="it must be 1 on this system; several processes need Linux"):
         parse_settings([], {"CIFAR_PROCESSES": "2"})

@@ -267,7 +267,7 @@ def test_invalid_settings_are_refused() -> None:
         sentence = refusal("--host", name)
         assert sentence.startswith(f"The service cannot listen on {name}, port 0: ")
         assert sentence.endswith(" Name an address of this machine with --host or CIFAR_HOST.")
-    assert refusal("--port", "many").startswith("--port is 'many'; accepted is a whole number")
+    assert refusal("--port", "many").startswith("--port is 'many'; it must be a whole number")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device that the test must miss")
@@ -299,7 +299,7 @@ def test_a_process_ends_when_its_engine_is_broken(weights: Path, png: bytes) -> 
         assert [get(f"{url}/predict", png)[0] for _ in range(BROKEN_BATCHES)] == [500] * BROKEN_BATCHES
         _, err = process.communicate(timeout=SECONDS)
         assert process.returncode == BROKEN
-        assert "No batch can be run any more." in err
+        assert "No batch can run any more." in err
 
 
 TAKEN_MEANWHILE = """

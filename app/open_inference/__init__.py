@@ -4,8 +4,8 @@ Follows specification/protocol/inference_rest.md of the Open Inference Protocol 
 data", "classification", "statistics" and "model configuration". Knows neither HTTP nor torch; routes/open_inference.py
 is the edge.
 
-With binary data a body is the JSON, whose length a header gives, and then the raw tensors in order, without padding.
-Numbers are little-endian and row-major; an element of BYTES is its length in four bytes, and then its bytes.
+With binary data a body is JSON, whose length a header gives, followed by the raw tensors in order, without padding.
+Numbers are little-endian, in row-major order; an element of BYTES is its length in four bytes, then its bytes.
 
 Shape letters: N images, H = W = 32, C = 3, K classes.
 """

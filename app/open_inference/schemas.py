@@ -13,7 +13,8 @@ def _forget_defaults(schema: dict[str, Any]) -> None:
 
 
 class Body(BaseModel):
-    """A field with a default may be absent. The schema hides it: generated clients would take it for what is sent."""
+    """A field with a default may be absent. The schema hides the default: generated clients would take it for the value
+    sent."""
 
     model_config = ConfigDict(json_schema_extra=_forget_defaults)
 
@@ -23,19 +24,19 @@ class ServerMetadata(Body):
 
     name: str = Field(description="Name of the service.", examples=["cifar-service"])
     version: str = Field(description="Version of the service.")
-    extensions: list[str] = Field(description="The protocol extensions of Triton that it knows.")
+    extensions: list[str] = Field(description="The protocol extensions of Triton that it supports.")
 
 
 class Live(Body):
-    """The process answers."""
+    """The process is alive."""
 
     live: bool = Field(description="Always true.")
 
 
 class Ready(Live):
-    """Requests are welcome."""
+    """Ready for requests."""
 
-    ready: bool = Field(description="Always true; while it is not ready, the answer is a 503.")
+    ready: bool = Field(description="Always true; until it is ready, the answer is 503.")
 
 
 class Models(Body):
@@ -45,10 +46,10 @@ class Models(Body):
 
 
 class ModelReady(Body):
-    """The model answers requests."""
+    """The model is ready for requests."""
 
     name: str = Field(description="Name of the model.", examples=["cifar"])
-    ready: bool = Field(description="Always true; while it is not ready, the answer is a 503.")
+    ready: bool = Field(description="Always true; until it is ready, the answer is 503.")
 
 
 class TensorMetadata(Body):
@@ -65,34 +66,34 @@ class ModelMetadata(Body):
     name: str = Field(description="Name of the model.", examples=["cifar"])
     versions: list[str] = Field(description="Its one version.", examples=[["1"]])
     platform: str = Field(description="What kind of weights it has.")
-    inputs: list[TensorMetadata] = Field(description="The inputs, of which a request gives one.")
-    outputs: list[TensorMetadata] = Field(description="The outputs, of which a request may ask for some.")
+    inputs: list[TensorMetadata] = Field(description="The inputs; a request gives one of them.")
+    outputs: list[TensorMetadata] = Field(description="The outputs; a request may ask for some of them.")
 
 
 class TensorConfiguration(Body):
-    """A tensor in Triton's words."""
+    """A tensor in Triton's terms."""
 
     name: str = Field(description="Name of the tensor.", examples=["pixels"])
     data_type: str = Field(description="Type of its elements.", examples=["TYPE_UINT8"])
     dims: list[int] = Field(description="Its shape; -1 stands for any number of pictures.", examples=[[-1, 32, 32, 3]])
-    optional: bool = Field(False, description="True of all inputs, because they are alternatives.")
+    optional: bool = Field(False, description="True for all inputs, because they are alternatives.")
 
 
 class ModelConfiguration(Body):
-    """What the model takes and gives, in Triton's words."""
+    """What the model takes and gives, in Triton's terms."""
 
     name: str = Field(description="Name of the model.", examples=["cifar"])
     platform: str = Field(description="What kind of weights it has.")
     max_batch_size: int = Field(description="0: the number of pictures is the first of the `dims`.")
-    input: list[TensorConfiguration] = Field(description="The inputs, of which a request gives one.")
-    output: list[TensorConfiguration] = Field(description="The outputs, of which a request may ask for some.")
+    input: list[TensorConfiguration] = Field(description="The inputs; a request gives one of them.")
+    output: list[TensorConfiguration] = Field(description="The outputs; a request may ask for some of them.")
 
 
 class Duration(Body):
     """How often, and how long in all."""
 
     count: int = Field(description="How many times.")
-    ns: int = Field(description="Their total in nanoseconds.")
+    ns: int = Field(description="Total time in nanoseconds.")
 
 
 class InferenceStatistics(Body):
@@ -113,7 +114,9 @@ class ModelStatistics(Body):
 
     name: str = Field(description="Name of the model.", examples=["cifar"])
     version: str = Field(description="Version of the model.", examples=["1"])
-    last_inference: int = Field(description="When it last ended a batch, in milliseconds since 1970; 0 before.")
+    last_inference: int = Field(
+        description="When its last batch ended, in milliseconds since 1970; 0 before the first."
+    )
     inference_count: int = Field(description="Number of pictures.")
     execution_count: int = Field(description="Number of forward passes.")
     inference_stats: InferenceStatistics = Field(description="Where the time went.")
@@ -121,7 +124,7 @@ class ModelStatistics(Body):
 
 
 class AllStatistics(Body):
-    """What was done so far."""
+    """What has been done since the start."""
 
     model_stats: list[ModelStatistics] = Field(description="The statistics of the one model.")
 
@@ -131,7 +134,7 @@ class IndexEntry(Body):
 
     name: str = Field(description="Name of the model.", examples=["cifar"])
     version: str = Field(description="Version of the model.", examples=["1"])
-    state: Literal["READY", "UNAVAILABLE"] = Field(description="Whether it can be asked.")
+    state: Literal["READY", "UNAVAILABLE"] = Field(description="Whether it takes requests.")
     reason: str = Field(description="Why it is unavailable; empty otherwise.")
 
 
@@ -164,37 +167,35 @@ class ImageTensor(Body):
 
 
 class OutputParameters(Body):
-    """How an output is to be given."""
+    """The form of an output."""
 
-    binary_data: bool | None = Field(None, description="Whether its elements are to follow the JSON.")
+    binary_data: bool | None = Field(None, description="Whether its elements should follow the JSON.")
     classification: int | None = Field(
         None, ge=0, description="For `probabilities`: give this many classes as text instead, the most probable first."
     )
 
 
 class RequestedOutput(Body):
-    """An output that is asked for."""
+    """A requested output."""
 
     name: OutputName = Field(description="Which output.")
-    parameters: OutputParameters | None = Field(None, description="In which form it is to be given.")
+    parameters: OutputParameters | None = Field(None, description="Its form.")
 
 
 class RequestParameters(Body):
     """Parameters of the whole request."""
 
-    timeout: int | None = Field(None, ge=0, description="Microseconds it may wait; 0: the deadline of the service.")
-    binary_data_output: bool | None = Field(None, description="Whether all outputs are to follow the JSON.")
+    timeout: int | None = Field(None, ge=0, description="Microseconds it may wait; 0 for the service's deadline.")
+    binary_data_output: bool | None = Field(None, description="Whether all outputs should follow the JSON.")
 
 
 class InferenceRequest(Body):
     """Pictures to classify."""
 
-    id: str | None = Field(None, description="Comes back in the answer.", max_length=MAX_ID_LETTERS)
+    id: str | None = Field(None, description="Returned in the answer.", max_length=MAX_ID_LETTERS)
     parameters: RequestParameters | None = Field(None, description="Parameters of the whole request.")
     inputs: list[PixelsTensor | ImageTensor] = Field(description="Exactly one.", min_length=1, max_length=1)
-    outputs: list[RequestedOutput] | None = Field(
-        None, description="The outputs asked for; without any, all are given."
-    )
+    outputs: list[RequestedOutput] | None = Field(None, description="The requested outputs; all if there are none.")
 
 
 class OutputTensor(Body):
@@ -206,7 +207,7 @@ class OutputTensor(Body):
     parameters: dict[str, int] = Field(
         {}, description="`binary_data_size`, if its elements follow the JSON: how many bytes they are."
     )
-    data: list[Any] = Field([], description="Its elements in row-major order, if they do not follow the JSON.")
+    data: list[Any] = Field([], description="Its elements in row-major order, unless they follow the JSON.")
 
 
 class InferenceResponse(Body):
@@ -214,6 +215,6 @@ class InferenceResponse(Body):
 
     model_name: str = Field(description="Name of the model.", examples=["cifar"])
     model_version: str = Field(description="Version of the model.", examples=["1"])
-    id: str = Field("", description="The id of the request, if it has one.")
+    id: str = Field("", description="The request's id, if it has one.")
     parameters: dict[str, str] = Field(description="`weights_sha256`: which weights answered.")
-    outputs: list[OutputTensor] = Field(description="The outputs asked for, in that order; all, if there were none.")
+    outputs: list[OutputTensor] = Field(description="The requested outputs, in that order; all if none were requested.")

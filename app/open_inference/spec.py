@@ -7,11 +7,11 @@ from app.model import IMAGE_SIZE
 from app.statistics import Histogram, Statistics
 
 MODEL_NAME = "cifar"
-"""Fixed, so that clients need not change when the weights behind it do. Answers name the weights."""
+"""The model's fixed name: clients need not change when the weights do. Answers name the weights."""
 MODEL_VERSION = "1"
 PLATFORM = "pytorch_state_dict"
 EXTENSIONS = ("binary_tensor_data", "classification", "statistics", "model_repository", "model_configuration")
-"""Of the model repository, only the index."""
+"""The supported extensions; of the model repository, only the index."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class TensorSpec:
 
 
 PIXEL_SHAPE = (IMAGE_SIZE, IMAGE_SIZE, 3)
-"""(H, W, C), red first."""
+"""Shape of a picture, (H, W, C), red first."""
 
 PIXELS = TensorSpec("pixels", "UINT8", (-1, *PIXEL_SHAPE))
 IMAGE = TensorSpec("image", "BYTES", (-1,))
@@ -36,13 +36,13 @@ OutputName = Literal["probabilities", "label", "class_id", "familiarity"]
 OUTPUT_NAMES: tuple[OutputName, ...] = get_args(OutputName)
 
 MAX_ID_LETTERS = 1024
-"""The limit for the id of a request, which is sent back."""
+"""The limit for a request's id, which is returned."""
 UNKNOWN = -1.0
-"""The familiarity when the weights do not know it; a tensor cannot hold null."""
+"""The familiarity if the weights cannot tell it; a tensor cannot hold null."""
 
 
 def output_specs(num_classes: int) -> tuple[TensorSpec, ...]:
-    """In the order of `OUTPUT_NAMES`."""
+    """The outputs, in the order of `OUTPUT_NAMES`."""
     return (
         TensorSpec("probabilities", "FP32", (-1, num_classes)),
         TensorSpec("label", "BYTES", (-1,)),
@@ -52,7 +52,7 @@ def output_specs(num_classes: int) -> tuple[TensorSpec, ...]:
 
 
 def metadata(num_classes: int) -> dict[str, Any]:
-    """The answer of GET v2/models/M: the tensors with the dimension of the batch."""
+    """The answer of GET v2/models/M: the tensors, with the batch dimension."""
     return {
         "name": MODEL_NAME,
         "versions": [MODEL_VERSION],
@@ -67,9 +67,9 @@ def _describe(spec: TensorSpec) -> dict[str, Any]:
 
 
 def configuration(num_classes: int) -> dict[str, Any]:
-    """The answer of GET v2/models/M/config, as far as it has a meaning here.
+    """The answer of GET v2/models/M/config, as far as it means something here.
 
-    `max_batch_size` is 0, which says that the dimension of the batch is part of `dims`, as it is in the metadata.
+    `max_batch_size` is 0, which says that the batch dimension is part of `dims`, as it is in the metadata.
     """
     return {
         "name": MODEL_NAME,
@@ -81,14 +81,14 @@ def configuration(num_classes: int) -> dict[str, Any]:
 
 
 def _configure(spec: TensorSpec) -> dict[str, Any]:
-    kind = "STRING" if spec.datatype == "BYTES" else spec.datatype  # the enumeration has its own name for it
+    kind = "STRING" if spec.datatype == "BYTES" else spec.datatype  # the enumeration has another name for it
     return {"name": spec.name, "data_type": f"TYPE_{kind}", "dims": list(spec.shape)}
 
 
 def statistics(known: Statistics) -> dict[str, Any]:
-    """The answer of GET v2/models/stats, of everything that was answered over any route.
+    """The answer of GET v2/models/stats, for everything answered over any route.
 
-    A request is what was admitted as one: a picture, or up to a usual batch of raw pixels.
+    A request is what was admitted as one item: a picture, or up to a usual batch of raw pixels.
     """
     none = Histogram()
     totals = {

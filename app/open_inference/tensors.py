@@ -1,4 +1,4 @@
-"""The content of an input tensor, in JSON or in binary, checked against the number of images its shape announced."""
+"""The content of an input tensor, in JSON or binary, checked against the number of images that its shape announced."""
 
 import base64
 import math
@@ -14,24 +14,24 @@ from app.open_inference.spec import IMAGE, PIXEL_SHAPE, PIXELS
 
 
 def raw_pixels(tail: memoryview, count: int) -> bytearray:
-    """N x 32 x 32 x 3 bytes.
+    """The pixels, N x 32 x 32 x 3 bytes.
 
     Raises:
         BadRequest: There are more or fewer bytes.
     """
     if len(tail) != count * IMAGE_BYTES:
         raise BadRequest(
-            f"Input {PIXELS.name!r} has {len(tail):,} bytes; expected are {count * IMAGE_BYTES:,} for the shape "
-            f"{[count, *PIXEL_SHAPE]}."
+            f"Input {PIXELS.name!r} has {len(tail):,} bytes; the shape {[count, *PIXEL_SHAPE]} needs "
+            f"{count * IMAGE_BYTES:,}."
         )
     return bytearray(tail)
 
 
 def json_pixels(data: list[Any], count: int) -> bytearray:
-    """The same from numbers, nested as the shape says or flat.
+    """The pixels from JSON numbers, flat or nested as the shape says.
 
     Raises:
-        BadRequest: Another nesting, another number of elements, or anything but whole numbers from 0 to 255.
+        BadRequest: They are nested otherwise, too many or too few, or not whole numbers from 0 to 255.
     """
     flat = _flatten(data, [count, *PIXEL_SHAPE], PIXELS.name)
     try:
@@ -39,8 +39,7 @@ def json_pixels(data: list[Any], count: int) -> bytearray:
     except (TypeError, ValueError):
         wrong = next(index for index, value in enumerate(flat) if not isinstance(value, int) or not 0 <= value <= 255)
         raise BadRequest(
-            f"Input {PIXELS.name!r}, element {wrong}: given is {show(flat[wrong])}; expected is a whole number from 0 "
-            "to 255."
+            f"Input {PIXELS.name!r}, element {wrong} is {show(flat[wrong])}; it must be a whole number from 0 to 255."
         ) from None
 
 
@@ -48,7 +47,7 @@ def raw_strings(tail: memoryview, count: int) -> list[bytes]:
     """The N elements of a BYTES tensor, each preceded by its length.
 
     Raises:
-        BadRequest: The tensor ends within an element, or holds another number of them.
+        BadRequest: The tensor ends within an element, or holds too many or too few.
     """
     elements: list[bytes] = []
     start = 0
@@ -59,22 +58,22 @@ def raw_strings(tail: memoryview, count: int) -> list[bytes]:
         start += 4
         if size > len(tail) - start:
             raise BadRequest(
-                f"Input {IMAGE.name!r}, element {len(elements)}: its length is given as {size:,} bytes, but only "
+                f"Input {IMAGE.name!r}, element {len(elements)} has the length {size:,} bytes, but only "
                 f"{len(tail) - start:,} follow."
             )
         elements.append(bytes(tail[start : start + size]))
         start += size
     if len(elements) != count:
         more = "more" if len(elements) > count else f"{len(elements):,}"
-        raise BadRequest(f"Input {IMAGE.name!r} holds {more} elements; expected are {count:,} for the shape [{count}].")
+        raise BadRequest(f"Input {IMAGE.name!r} holds {more} elements; the shape [{count}] needs {count:,}.")
     return elements
 
 
 def json_strings(data: list[Any], count: int) -> list[bytes]:
-    """The same from text in base64, because JSON cannot hold the bytes of a picture as they are.
+    """The elements from text in base64, because JSON cannot hold a picture's bytes as they are.
 
     Raises:
-        BadRequest: Another number of elements, or one that is not base64.
+        BadRequest: There are too many or too few elements, or one is not base64.
     """
     pictures = []
     for index, text in enumerate(_flatten(data, [count], IMAGE.name)):
@@ -82,8 +81,8 @@ def json_strings(data: list[Any], count: int) -> list[bytes]:
             pictures.append(base64.b64decode(text, validate=True))
         except (TypeError, ValueError):
             raise BadRequest(
-                f"Input {IMAGE.name!r}, element {index}: given is {show(text)}; expected is, in JSON, the "
-                "bytes of the picture in base64, in its usual alphabet, without line breaks or a `data:` in front."
+                f"Input {IMAGE.name!r}, element {index} is {show(text)}; in JSON it must be the bytes of the picture "
+                "in base64, in the usual alphabet, without line breaks or a leading `data:`."
             ) from None
     return pictures
 
@@ -93,13 +92,13 @@ def _flatten(data: list[Any], shape: Sequence[int], name: str) -> list[Any]:
     if data and isinstance(data[0], list):
         fits = len(data) == shape[0]
         for size in shape[1:]:
-            # Merely counting the elements would mistake channels first for channels last.
+            # Merely counting elements would mistake channels first for channels last.
             if not fits or not all(isinstance(row, list) and len(row) == size for row in data):
                 raise BadRequest(f"Input {name!r} has its `data` nested differently from its shape {list(shape)}.")
             data = list(chain.from_iterable(data))
     if len(data) != math.prod(shape):
         raise BadRequest(
-            f"Input {name!r} has {len(data):,} elements in `data`; expected are {math.prod(shape):,} for the shape "
-            f"{list(shape)}, flat or nested."
+            f"Input {name!r} has {len(data):,} elements in `data`; the shape {list(shape)} needs {math.prod(shape):,}, "
+            "flat or nested."
         )
     return data

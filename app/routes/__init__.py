@@ -1,4 +1,4 @@
-"""A file for each group of paths, and what they share. The files translate HTTP and compute nothing."""
+"""One file per group of paths, and what they share. The files translate HTTP and compute nothing."""
 
 from typing import Annotated
 
@@ -21,7 +21,7 @@ ServiceDep = Annotated[Service, Depends(_service)]
 
 
 def check_ready(service: Service) -> None:
-    """Refuse if new requests are not welcome, for readiness probes.
+    """Raise unless the service is ready for requests, for readiness probes.
 
     Raises:
         NotReady: New requests should be sent elsewhere.
@@ -38,14 +38,14 @@ async def _total(request: Request) -> Counts:
 
 
 TotalDep = Annotated[Counts, Depends(_total)]
-"""What all serving processes have counted."""
+"""The counts of all serving processes."""
 
 ResizeQuery = Annotated[
     Resize | None,
     RESIZE,
     Query(
         description="What to do with a picture that is not 32x32: `crop` takes the centre square, `stretch` ignores "
-        "the proportions, `pad` adds white margins. Without it another size is refused."
+        "the proportions, `pad` adds white margins. Without it any other size is refused."
     ),
 ]
-TopKQuery = Annotated[int | None, TOP_K, Query(ge=1, description="Answer only so many probabilities, highest first.")]
+TopKQuery = Annotated[int | None, TOP_K, Query(ge=1, description="Answer only this many probabilities, highest first.")]

@@ -1,4 +1,4 @@
-"""What answers say about a picture and about the weights, whatever the route."""
+"""What every route's answers say about a picture and about the weights."""
 
 from typing import Any
 

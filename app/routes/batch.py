@@ -30,8 +30,8 @@ FORM = {  # without `file`: generated clients do not work with alternatives
 }
 BODY = {
     "required": True,
-    "description": "Many pictures: a form with one field `files` (or `file`) for each; or as application/octet-stream "
-    f"their raw pixels one after the other, {IMAGE_BYTES:,} bytes each: 32 rows of 32 pixels of red, green and blue.",
+    "description": "Many pictures: a form with a field `files` (or `file`) for each; or, as application/octet-stream, "
+    f"their raw pixels one after another, {IMAGE_BYTES:,} bytes each: 32 rows of 32 pixels of red, green and blue.",
     "content": {"multipart/form-data": {"schema": FORM}, "application/octet-stream": BINARY},
 }
 
@@ -50,10 +50,10 @@ async def predict_batch(
     resize: ResizeQuery = None,
     top_k: TopKQuery = None,
 ) -> Response:
-    """Answers in the order of the pictures. One that cannot be read is reported in its place and the others do not
-    suffer. Raw pixels cost the least: nothing has to be decoded."""
+    """Answers in the order of the pictures. One that cannot be read is reported in its place, without affecting the
+    others. Raw pixels cost the least: there is nothing to decode."""
     predictions: list[dict[str, Any]] = []
-    checkpoint = service.checkpoint  # for the case that no picture can be read
+    checkpoint = service.checkpoint  # in case no picture can be read
     answers = await _submit(request, service, resize)
     outcomes, timing = await all_unless_left(request.receive, answers, service.settings.deadline_seconds)
     for answer in outcomes:
@@ -74,7 +74,7 @@ async def _submit(request: Request, service: Service, resize: Resize | None) -> 
     kind, content_type = content_kind(headers)
     most = service.settings.max_pictures
     too_many = BodyTooLarge(
-        f"The request has more than {most:,} pictures, which is what is accepted at a time. Send several requests.",
+        f"The request has more than {most:,} pictures, the limit for one request. Send several requests.",
         detail={"max_pictures": most},
     )
     if kind == "multipart/form-data":
@@ -85,11 +85,9 @@ async def _submit(request: Request, service: Service, resize: Resize | None) -> 
             with service.intake.holding(len(body)):
                 fields = await asyncio.to_thread(read_fields, body, content_type, most, too_many)
         if unknown := [name for name, _ in fields if name not in FIELDS]:
-            raise BadRequest(
-                f"The form has a field {unknown[0]!r}; accepted are fields `files` or `file` with a picture."
-            )
+            raise BadRequest(f"The form has a field {unknown[0]!r}; each must be `files` or `file`, with a picture.")
         if not fields:
-            raise BadRequest("The form has no field; expected is a field `files` for each picture.")
+            raise BadRequest("The form has no field; it must have a field `files` for each picture.")
         return service.predict_pictures([content for _, content in fields], resize)
     if kind == "application/octet-stream":
         body = await service.intake.read(headers, request.receive)
@@ -97,6 +95,6 @@ async def _submit(request: Request, service: Service, resize: Resize | None) -> 
             raise too_many
         return service.predict_pixels(check_raw(body))
     raise UnsupportedMedia(
-        f"The body has the content type {kind!r}. Accepted are multipart/form-data with a field `files` for each "
+        f"The body has the content type {kind!r}. Send multipart/form-data with a field `files` for each "
         "picture (curl -F files=@1.png -F files=@2.png), or raw pixels as application/octet-stream."
     )

@@ -8,14 +8,17 @@ from app.schemas import Health, error_responses
 router = APIRouter(tags=["health"])
 
 
-@router.get("/healthz", summary="The process answers", response_description="It is alive.")
+@router.get("/healthz", summary="Whether the process is alive", response_description="Alive.")
 async def healthz() -> Health:
     """For liveness probes: says nothing about the network."""
     return Health(status="ok")
 
 
 @router.get(
-    "/readyz", summary="The service accepts requests", responses=error_responses(503), response_description="It does."
+    "/readyz",
+    summary="Whether the service is ready for requests",
+    responses=error_responses(503),
+    response_description="Ready.",
 )
 async def readyz(service: ServiceDep) -> Health:
     """For readiness probes. The port opens only when the network is warm; a stopping service is not ready."""

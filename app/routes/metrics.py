@@ -17,11 +17,11 @@ router = APIRouter(tags=["metrics"])
     "/metrics",
     summary="What the service has done",
     response_class=PlainTextResponse,
-    response_description="In the text format of Prometheus, or as OpenMetrics where that is asked for.",
+    response_description="In Prometheus's text format, or as OpenMetrics if asked for.",
     responses={200: {"content": {"application/openmetrics-text": {"schema": {"type": "string"}}}}},
 )
 async def metrics(service: ServiceDep, total: TotalDep, request: Request) -> Response:
-    """Since the start, over all processes that serve. Durations are in seconds."""
+    """Since the start, over all serving processes. Durations are in seconds."""
     try:
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
     except (TypeError, ValueError):  # a malformed version
@@ -39,7 +39,7 @@ async def metrics(service: ServiceDep, total: TotalDep, request: Request) -> Res
     ),
 )
 async def per_class(service: ServiceDep) -> dict[str, Any]:
-    """From the weights file; or measured by this service, once it has evaluated the test set it was given.
+    """From the weights file; or measured by this service, once it has evaluated them on the test set it was given.
 
-    Until then, weights without figures of their own are answered with 503."""
+    Until then the answer for weights without figures is 503."""
     return service.report()

@@ -1,7 +1,7 @@
-"""/v2: the Open Inference Protocol (KServe V2), with Triton's extensions as far as `spec.EXTENSIONS` names them.
+"""/v2: the Open Inference Protocol (KServe V2), with the extensions of Triton in `spec.EXTENSIONS`.
 
 Paths and statuses follow specification/protocol/inference_rest.md, headers the extension "binary tensor data". The
-functions, and so those of generated clients, have the names of the protocol's gRPC calls.
+functions, and so those of generated clients, are named after the protocol's gRPC calls.
 """
 
 import asyncio
@@ -32,9 +32,9 @@ VERSION = f"{MODEL}/versions/{spec.MODEL_VERSION}"
 OCTETS = b"application/octet-stream"
 JSON_LENGTH = b"inference-header-content-length"
 WORTH_COMPRESSING_BYTES = 1024
-"""A shorter answer fits into one packet either way."""
+"""The least length worth compressing: a shorter answer fits into one packet either way."""
 LITTLE_JSON_BYTES = 64 * 1024
-"""What is parsed in the event loop. More goes to a thread, which helps with compression and base64 only: the parser
+"""How much the event loop parses. More goes to a thread, which helps only with compression and base64: the parser
 itself holds the GIL, 0.1 s for 8 MiB of numbers, and up to ten times that for endless brackets."""
 
 PICTURE = "iVBORw0KGgoAAAANSUhEUgAAACAAAAAgAQAAAABbAUdZAAAAEUlEQVR42mP8z8DAwMQwaAkAswEBP25AfJYAAAAASUVORK5CYII="
@@ -42,12 +42,12 @@ PICTURE = "iVBORw0KGgoAAAANSUhEUgAAACAAAAAgAQAAAABbAUdZAAAAEUlEQVR42mP8z8DAwMQwa
 HEADER = {
     "name": "Inference-Header-Content-Length",
     "in": "header",
-    "description": "Of a request with raw tensors: how many bytes of the body are JSON. 0: the body is a picture.",
+    "description": "In a request with raw tensors: how many bytes of the body are JSON. 0: the body is a picture.",
     "schema": {"type": "integer", "minimum": 0},
 }
 LENGTH = {
     HEADER["name"]: {
-        "description": "How many bytes of an answer with raw tensors are JSON. Such an answer is asked for by "
+        "description": "How many bytes of an answer with raw tensors are JSON. Ask for such an answer with "
         "`binary_data`, `binary_data_output` or, if the body is a picture, by not sending `Accept: application/json`.",
         "schema": HEADER["schema"],
     }
@@ -55,7 +55,7 @@ LENGTH = {
 BODY = {
     "required": True,
     "description": "One input, `pixels` (UINT8, [N, 32, 32, 3], raw pixels, red first), or `image` (BYTES, [N], "
-    "encoded pictures; in JSON as base64). Raw tensors may follow the JSON, whose length is then in the header "
+    "encoded pictures; in JSON as base64). Raw tensors may follow the JSON, with its length in the header "
     "`Inference-Header-Content-Length`; if that is 0, the body is one encoded picture. The body may be compressed with "
     "gzip or deflate.",
     "content": {
@@ -72,29 +72,29 @@ BODY = {
 }
 
 MEANINGS = {
-    400: "No such request, or an element of its input is no picture, a damaged one, too large, or not 32x32 without "
-    "`resize`.",
+    400: "Not a valid request; or an element of its input is no picture, damaged, too large, or, without `resize`, "
+    "not 32x32.",
     413: "The body has too many bytes, or the request too many pictures.",
-    422: "A parameter with a value that is not accepted.",
+    422: "A parameter with an invalid value.",
 }
 
 
 @router.get("/", include_in_schema=False)
 @router.get(
     "",
-    summary="The server and the extensions it knows",
+    summary="The server and the extensions it supports",
     response_description="Name, version, extensions.",
     response_model=schemas.ServerMetadata,
 )
 async def server_metadata(request: Request) -> dict[str, Any]:
-    """The rest of the protocol is under `/v2`, too. A model's path may go on with `/versions/1`."""
+    """The rest of the protocol is also under `/v2`. A model's path may continue with `/versions/1`."""
     return {"name": "cifar-service", "version": request.app.version, "extensions": list(spec.EXTENSIONS)}
 
 
 @router.get(
     "/health/live",
-    summary="The process answers",
-    response_description="It is alive.",
+    summary="Whether the process is alive",
+    response_description="Alive.",
     response_model=schemas.Live,
 )
 async def server_live() -> dict[str, bool]:
@@ -104,8 +104,8 @@ async def server_live() -> dict[str, bool]:
 
 @router.get(
     "/health/ready",
-    summary="The server accepts requests",
-    response_description="It does.",
+    summary="Whether the server is ready for requests",
+    response_description="Ready.",
     response_model=schemas.Ready,
     responses=error_responses(503),
 )
@@ -125,7 +125,7 @@ async def models() -> dict[str, list[str]]:
 @router.get(f"{MODEL}/stats", include_in_schema=False)
 @router.get(
     "/models/stats",
-    summary="What was done so far, and where the time went",
+    summary="What the model has done, and where the time went",
     response_description="Totals.",
     response_model=schemas.AllStatistics,
 )
@@ -149,13 +149,13 @@ async def model_metadata(service: ServiceDep) -> dict[str, Any]:
 @router.get(f"{VERSION}/ready", include_in_schema=False)
 @router.get(
     f"{MODEL}/ready",
-    summary="The model answers requests",
-    response_description="It does.",
+    summary="Whether the model is ready for requests",
+    response_description="Ready.",
     response_model=schemas.ModelReady,
     responses=error_responses(503),
 )
 async def model_ready(service: ServiceDep) -> dict[str, Any]:
-    """Whether the model is ready, which it is when the server is."""
+    """The model is ready when the server is."""
     check_ready(service)
     return {"name": spec.MODEL_NAME, "ready": True}
 
@@ -169,7 +169,7 @@ async def model_ready(service: ServiceDep) -> dict[str, Any]:
     response_model_exclude_unset=True,
 )
 async def model_config(service: ServiceDep) -> dict[str, Any]:
-    """The parts of Triton's model configuration that have a meaning here."""
+    """The parts of Triton's model configuration that mean something here."""
     return spec.configuration(len(service.checkpoint.classes))
 
 
@@ -194,8 +194,8 @@ async def repository_index(service: ServiceDep) -> list[dict[str, str]]:
 @router.api_route("/logging", methods=["GET", "POST"], include_in_schema=False)
 async def not_offered() -> None:
     raise NotOffered(
-        "This service does not offer loading and unloading models, shared memory, traces or settings of the log. "
-        f"What it offers is in the metadata at /v2: {', '.join(spec.EXTENSIONS)}."
+        "This service does not offer loading and unloading models, shared memory, traces or log settings. "
+        f"The metadata at /v2 lists what it offers: {', '.join(spec.EXTENSIONS)}."
     )
 
 
@@ -203,7 +203,7 @@ async def not_offered() -> None:
 @router.post(
     f"{MODEL}/infer",
     summary="Classify pictures",
-    response_description="The outputs asked for, all of them if none is: `probabilities`, `label`, `class_id` and "
+    response_description="The requested outputs, or all if none is requested: `probabilities`, `label`, `class_id` and "
     f"`familiarity` ({spec.UNKNOWN:g} for weights without calibration).",
     response_model=schemas.InferenceResponse,
     responses={
@@ -213,12 +213,12 @@ async def not_offered() -> None:
     openapi_extra={"requestBody": BODY, "parameters": [HEADER]},
 )
 async def model_infer(request: Request, service: ServiceDep, resize: ResizeQuery = None) -> Response:
-    """The parameter `timeout` of the request, in microseconds, shortens the time it may wait."""
+    """The request's parameter `timeout`, in microseconds, shortens the time it may wait."""
     return (await respond(headers_of(request), request.receive, service, resize)).response(request)
 
 
 async def respond(headers: Headers, receive: Receive, service: Service, resize: Resize | None = None) -> Reply:
-    """The answer to an inference request whose query is known.
+    """The answer to an inference request whose query has been read.
 
     Clients send odd content types or none, so the body is read whatever its type.
     """
@@ -227,7 +227,7 @@ async def respond(headers: Headers, receive: Receive, service: Service, resize: 
     length = None if JSON_LENGTH not in headers else header_text(headers, JSON_LENGTH)
 
     def read() -> Inference:
-        # In one go: no limit would count bodies that are inflated and then wait for a thread to be parsed in.
+        # In one go: no limit would count bodies already inflated that wait for a thread to parse them.
         plain = body if encoding is None else compression.inflate(body, encoding, service.intake.max_bytes)
         binary = JSON not in headers.get(b"accept", b"").lower()
         return decode(plain, length, binary=binary, max_pictures=service.settings.max_pictures)
@@ -253,7 +253,7 @@ def _encoding(headers: Headers) -> str | None:
     encoding = encoding_of(headers)
     if encoding is not None and encoding not in ENCODINGS:
         raise UnsupportedMedia(
-            f"The body has the content encoding {encoding!r}; accepted are {' and '.join(ENCODINGS)}.",
+            f"The body has the content encoding {encoding!r}; it must be {' or '.join(ENCODINGS)}.",
             headers={"Accept-Encoding": ", ".join(ENCODINGS)},
         )
     return encoding
@@ -262,7 +262,7 @@ def _encoding(headers: Headers) -> str | None:
 async def _run(
     receive: Receive, service: Service, inference: Inference, resize: Resize | None
 ) -> tuple[Verdict, Timing | None]:
-    """The rows of all pictures of the request; if one of them cannot be read, the request fails and says which."""
+    """The verdict on all pictures of the request; if one cannot be read, the request fails and says which."""
     if inference.pixels is not None:
         answers = service.predict_pixels(check_raw(inference.pixels), inference.timeout_seconds)
     else:

@@ -9,11 +9,11 @@ from starlette.types import Scope
 
 STATIC = Path(__file__).resolve().parent.parent / "static"
 POLICY = "default-src 'self'; img-src 'self' blob: data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
-"""What the pages may load and who may frame them, in case HTML in a class name ever gets in. The picture is a blob."""
+"""What the pages may load and who may frame them, in case HTML in a class name ever gets in. The preview is a blob."""
 
 
 class WholeFiles(StaticFiles):
-    """Ignores ranges: a file is only a few KB, and the framework's refusals of odd ranges have a body unlike ours."""
+    """Ignores ranges: files are only a few KB, and the framework refuses odd ranges with a body unlike ours."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
         scope["headers"] = [header for header in scope["headers"] if header[0] != b"range"]

@@ -18,7 +18,8 @@ from app.service import Service
 router = APIRouter(tags=["prediction"])
 
 RAW = ("application/octet-stream", "application/x-www-form-urlencoded")
-"""The latter is what `curl --data-binary @picture.png` calls any body; the bytes tell what it is anyway."""
+"""Content types of a bare picture. The latter is what `curl --data-binary @picture.png` calls any body; the bytes tell
+what it is anyway."""
 FORM = {
     "title": "PictureForm",
     "type": "object",
@@ -29,7 +30,7 @@ BODY = {
     "required": True,
     "description": "A picture (PNG, JPEG, WebP, BMP or GIF): the field `file` of a form, or the body itself, as "
     "`application/octet-stream`, `image/png`, `image/jpeg` or the like.",
-    # Not all that is accepted: generated clients leave out the path, or do not work, when there is more.
+    # Not everything accepted: with more, generated clients omit the path or do not work.
     "content": {"multipart/form-data": {"schema": FORM}, "application/octet-stream": BINARY},
 }
 
@@ -56,7 +57,7 @@ async def predict(
 async def respond(
     headers: Headers, receive: Receive, service: Service, resize: Resize | None = None, top_k: int | None = None
 ) -> Reply:
-    """The answer to a request whose parameters are known."""
+    """The answer to a request whose parameters have been read."""
     future = service.predict(await _read_picture(headers, receive, service.intake), resize)
     verdict = await unless_left(receive, future, service.settings.deadline_seconds)
     answer = scores(verdict.rows[0], verdict.checkpoint, top_k)
@@ -73,7 +74,7 @@ async def _read_picture(headers: Headers, receive: Receive, intake: Intake) -> b
         picture = await intake.read(headers, receive)
     else:
         raise UnsupportedMedia(
-            f"The body has the content type {kind!r}. Accepted are multipart/form-data with the picture in the field "
+            f"The body has the content type {kind!r}. Send multipart/form-data with the picture in the field "
             "`file` (curl -F file=@picture.png), or the picture itself as image/png, image/jpeg, ... or "
             "application/octet-stream."
         )

@@ -1,4 +1,4 @@
-"""Waiting for an answer as long as somebody wants it."""
+"""Waiting for an answer for as long as somebody wants it."""
 
 import asyncio
 from collections.abc import Sequence
@@ -14,19 +14,19 @@ from app.statistics import Timing
 T = TypeVar("T")
 
 PATIENCE_SECONDS = 0.05
-"""Watching a client takes a task, which costs more than a small picture's share of a forward pass. So it begins only
-after this time; a client that has left by then is noticed at once."""
+"""How long to wait before watching the client: that takes a task, which costs more than a small picture's share of a
+forward pass. A client that has left by then is noticed at once."""
 
 GRACE_SECONDS = 1.0
-"""What was started within the deadline may still be finished."""
+"""How long past the deadline work that has begun may take to finish."""
 
 
 async def unless_left(receive: Receive, future: asyncio.Future[T], deadline_seconds: float) -> T:
-    """The result of the future; cancels it if the client leaves before. The request must have been read.
+    """The result of the future; cancels it if the client leaves first. The request must have been read.
 
     Raises:
         ClientDisconnect: the client has left.
-        DeadlineExceeded: there is no result. Usually the queue says so itself, but not if a thread is stuck.
+        DeadlineExceeded: there is no result in time. Usually the queue says so, but not if a thread is stuck.
     """
     watching: list[asyncio.Task[Exception]] = []
 
@@ -50,15 +50,15 @@ async def unless_left(receive: Receive, future: asyncio.Future[T], deadline_seco
 async def all_unless_left(
     receive: Receive, answers: Sequence[Answer[T]], deadline_seconds: float
 ) -> tuple[list[T | BaseException], Timing | None]:
-    """Wait for all as `unless_left` does: what became of each, and where the time of the slowest went (None if nothing
+    """Wait for all as `unless_left` does: the outcome of each, and where the time of the slowest went (None if nothing
     ran)."""
     outcomes = await unless_left(receive, asyncio.gather(*answers, return_exceptions=True), deadline_seconds)
-    timings = [answer.timing for answer in answers if hasattr(answer, "timing")]  # not one that failed before it ran
+    timings = [answer.timing for answer in answers if hasattr(answer, "timing")]  # not if it failed before it ran
     return outcomes, max(timings, key=sum, default=None)
 
 
 async def _give_up(receive: Receive, future: asyncio.Future[T], deadline_seconds: float) -> Exception:
-    """Cancel the future when nobody wants it any more, or it has taken too long; say which."""
+    """Cancel the future when the client has left or it has taken too long; return which, as an error."""
     reason: Exception = ClientDisconnect()
     try:
         async with asyncio.timeout(deadline_seconds + GRACE_SECONDS):
@@ -66,5 +66,5 @@ async def _give_up(receive: Receive, future: asyncio.Future[T], deadline_seconds
                 pass
     except TimeoutError:
         reason = DeadlineExceeded(f"The request took longer than {deadline_seconds:g} seconds. Try again later.")
-    future.cancel()  # no forward pass is then spent on it; changes nothing if it is done
+    future.cancel()  # saves its forward pass; changes nothing if it is done
     return reason

@@ -1,12 +1,12 @@
 // Shows /openapi.json: a list of the operations; each with its parameters, bodies and answers; the fields of each body.
-// The usual viewer is megabytes fetched from elsewhere; without the internet it is a blank page.
+// The usual viewer is megabytes fetched from elsewhere; offline it is a blank page.
 function element(tag, ...children) {
   const made = document.createElement(tag);
   made.append(...children);
   return made;
 }
 
-// `code` between backquotes, as in the descriptions.
+// Descriptions with `code` between backquotes.
 const prose = (text = "") =>
   text.split("`").map((part, index) => (index % 2 ? element("code", part) : part));
 
@@ -87,4 +87,4 @@ const contents = operations.map(([path, method]) => element("li", link(method + 
 docs.append(element("nav", element("ul", ...contents)));
 docs.append(...operations.map((each) => operation(...each)));
 docs.append(element("h2", "Bodies"), ...Object.entries(api.components.schemas).map(([name, schema]) => body(name, schema)));
-document.getElementById(decodeURIComponent(location.hash.slice(1)))?.scrollIntoView();  // was not there when the browser looked
+document.getElementById(decodeURIComponent(location.hash.slice(1)))?.scrollIntoView();  // it was not there when the browser looked

@@ -2,7 +2,7 @@
 const $ = (id) => document.getElementById(id);
 const form = $("form"), button = form.querySelector("button");
 const PATIENCE_MILLISECONDS = 30_000;
-let running = null;  // aborts the request of the newest picture
+let running = null;  // aborts the newest picture's request
 
 function bar(label, probability) {
   const item = document.createElement("li");
@@ -21,15 +21,15 @@ function bar(label, probability) {
 function familiarity({ familiarity: share, unfamiliar }) {
   if (share === null) return "";
   if (unfamiliar) return "Not much like the pictures it was trained on: it may well show something else.";
-  return `More familiar than ${Math.floor(100 * share)} % of the pictures that were held out of its training.`;
+  return `More familiar than ${Math.floor(100 * share)} % of the pictures held out of its training.`;
 }
 
 function showAnswer(answer, picture) {
   URL.revokeObjectURL($("preview").src);
   $("preview").src = URL.createObjectURL(picture);
   $("verdict").textContent = `${answer.label}, ${(100 * answer.confidence).toFixed(1)} %`;
-  // Of other pictures than it was trained for, the set promises nothing.
-  const all = answer.prediction_set?.length === Object.keys(answer.probabilities).length;  // says nothing either
+  // For unfamiliar pictures the set guarantees nothing.
+  const all = answer.prediction_set?.length === Object.keys(answer.probabilities).length;  // nor does a set of all classes
   const likely = answer.unfamiliar || all ? null : answer.prediction_set;
   $("set").textContent = likely ? `Likely ${likely.join(" or ")}: for pictures like those it was trained on, such answers include the right class 95 times in 100.` : "";
   $("familiarity").textContent = familiarity(answer);
@@ -37,7 +37,7 @@ function showAnswer(answer, picture) {
   $("bars").replaceChildren(...Object.entries(answer.probabilities).map(([label, p]) => bar(label, p)));
   $("answer").hidden = false;
   $("verdict").scrollIntoView({ block: "nearest" });  // it is below the fold of a phone
-  // Read out in short, without the bars, of which there is one for each class.
+  // Read out in short, without the bars, one for each class.
   $("status").textContent = [$("verdict"), $("set"), $("familiarity")].map((part) => part.textContent).join(" ");
 }
 
@@ -48,12 +48,12 @@ function showError({ error, detail }, status) {
   $("error").scrollIntoView({ block: "nearest" });
 }
 
-// What is shown belongs to what the form says; nothing, while that is being changed or answered.
+// The answer shown must match the form, so clear it whenever the form changes.
 function clear() {
   running?.abort();
   running = null;
   $("answer").hidden = $("error").hidden = true;
-  button.ariaDisabled = "false";  // not `disabled`, which would take the focus from it
+  button.ariaDisabled = "false";  // not `disabled`, which would take its focus
   button.textContent = "Classify";
   $("status").textContent = "";
 }
@@ -74,10 +74,10 @@ async function classify(picture) {
     let answer = {};
     try {
       answer = JSON.parse(text) ?? {};
-    } catch {}  // it is not the service's
+    } catch {}  // not the service's answer
     show = () => (response.ok && answer.probabilities ? showAnswer(answer, picture) : showError(answer, response.status));
   } catch {
-    show = () => showError({ error: "There is no answer. Is the service still running, and the file still there?" });
+    show = () => showError({ error: "No answer. Is the service still running, and the file still there?" });
   }
   clearTimeout(timer);
   if (own !== running) return;  // another picture has been chosen meanwhile
@@ -116,7 +116,7 @@ document.addEventListener("drop", (event) => {
   event.preventDefault();
   document.body.classList.remove("dropping");
   if (event.dataTransfer.files.length) return take(event.dataTransfer.files);
-  clear();  // a picture of another page comes as its address
+  clear();  // a picture from another page comes as its address
   showError({ error: "What was dropped is not a file. Save the picture, then choose or drop its file." });
 });
 document.addEventListener("paste", (event) => take(event.clipboardData.files));
