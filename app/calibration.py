@@ -53,8 +53,8 @@ class Calibration:
     def prediction_set(self, probabilities_K: Sequence[float]) -> list[int] | None:
         """Indices of the classes the picture may show, the most probable first, at least one; None without a threshold.
 
-        Least ambiguous set-valued classification (LAC): of all sets with this coverage the smallest on average
-        (Sadinle, Lei and Wasserman, 2019, arXiv:1609.00451).
+        Least ambiguous set-valued classification (LAC): if the probabilities are right, no sets with this coverage are
+        smaller on average (Sadinle, Lei and Wasserman, 2019, arXiv:1609.00451).
         """
         threshold = self.set_threshold
         if threshold is None:

@@ -95,7 +95,7 @@ class CifarNet(Normalized):
     After K. Jordan's design for fast training ("94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024,
     arXiv:2404.00498), written afresh from the paper, with the third convolution and the shortcut of his airbench96, and
     narrower in return. The first layer does not pad, so the planes have sides of 31, 15, 7 and 3; sides of 32, 16, 8
-    and 4 would take a fifth more computation for no more accuracy.
+    and 4 would take a quarter more computation for no more accuracy.
     """
 
     def __init__(self, num_classes: int = 10, widths: tuple[int, ...] = (64, 192, 256)) -> None:

@@ -60,7 +60,7 @@ def confusion_matrix(predicted_N: Tensor, labels_N: Tensor, num_classes: int) ->
 def calibration_bins(probabilities_NK: Tensor, labels_N: Tensor, bins: int = CALIBRATION_BINS) -> Tensor:
     """Count, mean confidence and accuracy (B, 3) of the images sorted by confidence and cut into `bins` equal parts.
 
-    Of the two usual estimators, equal-mass bins are the less biased (Nixon et al., 2019, arXiv:1904.01685).
+    Of the two usual estimators, equal-mass bins are the less biased (Roelofs et al., 2022, arXiv:2012.08668).
     """
     confidence_N, predicted_N = probabilities_NK.double().max(dim=1)
     right_N = (predicted_N == labels_N).double()

@@ -49,12 +49,18 @@ def form(*fields: tuple[str, bytes], end: bytes = b"--x--\r\n") -> bytes:
 @pytest.mark.parametrize(
     ("path", "body", "content_type", "status", "sentence"),
     [
-        ("/predict", b"", "image/png", 400, "The picture is empty."),
+        ("/predict", b"", "image/png", 400, "The picture is empty. Send it as the body, or in"),
         ("/predict", b"abc", "image/png", 400, "The 3 bytes are not a readable picture"),
         ("/predict", b"abc", "multipart/form-data", 400, "The multipart body is malformed or cut short."),
         ("/predict", b"abc", "multipart/form-data; boundary=x", 400, "The multipart body is malformed"),
         ("/predict", form(("file", b"a"), end=b""), "multipart/form-data; boundary=x", 400, "malformed or cut short"),
-        ("/predict", form(("file", b"")), "multipart/form-data; boundary=x", 400, "The picture is empty."),
+        (
+            "/predict",
+            form(("file", b"")),
+            "multipart/form-data; boundary=x",
+            400,
+            "The picture is empty. Send it as the body, or in",
+        ),
         (
             "/predict",
             form(("picture", b"a"), ("b", b"")),

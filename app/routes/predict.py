@@ -79,5 +79,5 @@ async def _read_picture(headers: Headers, receive: Receive, intake: Intake) -> b
             "application/octet-stream."
         )
     if not picture:
-        raise BadRequest(f"The picture is empty. {ACCEPTED}")
+        raise BadRequest(f"The picture is empty. Send it as the body, or in the form field 'file'. {ACCEPTED}")
     return picture
