@@ -96,11 +96,12 @@ def test_weights_without_a_familiarity_calibration_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train, test = reds(200, seed=0), reds(20, seed=1)
+    monkeypatch.setenv("CIFAR_DATA", "anywhere")
     monkeypatch.setattr(data, "read", lambda _folder: (train, test))
     monkeypatch.setattr(data, "read_test", lambda _folder: test)
     save(random_checkpoint(), tmp_path / "bare.pth")
     assert cli.main(["unfamiliar", "--weights", str(tmp_path / "bare.pth")]) == 2
-    assert "do not know what is familiar; name those of a run with --validation 0.1" in capsys.readouterr().err
+    assert "carry no calibration of familiarity; name those of a run with --validation 0.1" in capsys.readouterr().err
     whole, out = tmp_path / "whole.pth", tmp_path / "out.json"
     sha256 = save(complete(random_checkpoint(), test, None), whole)
     assert cli.main(["unfamiliar", "--weights", str(whole), "--count", "2", "--json", "--out", str(out)]) == 0

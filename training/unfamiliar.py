@@ -34,11 +34,12 @@ def compare(
         count: Pictures from each source.
 
     Raises:
-        ValueError: the weights do not know what is familiar.
+        ValueError: the weights carry no calibration of familiarity.
     """
     if checkpoint.calibration.energy_quantiles is None:
         raise ValueError(
-            "These weights do not know what is familiar; name those of a run with --validation 0.1 (or --calibration)."
+            "These weights carry no calibration of familiarity; name those of a run with --validation 0.1 (or "
+            "--calibration)."
         )
     body, head = model.split(checkpoint.network())
     known_ND = forward(body, train.pixels_NCHW[:KNOWN_IMAGES], device=device)
