@@ -38,7 +38,7 @@ QUIET_SECONDS = 0.005
 BROKEN_BATCHES = 10
 """After this many batches in a row that failed entirely, none will succeed: a GPU that has failed stays failed."""
 WATCH_SECONDS, PATIENCE = 5.0, 12
-"""How often to check that anything is answered, and after how many checks in vain nothing ever will be: a GPU may hang.
+"""How often to check the inference thread, and after how many checks in vain it is stuck for good: a GPU may hang.
 Counted, not timed: the whole container may have been paused."""
 STOPPING = "The service is stopping. Try again, it may be back shortly."
 NOT_RUNNING = (
@@ -69,9 +69,9 @@ class Batcher(Generic[Item, Prepared, Result]):
         self._admission = Admission(limits)
         self._closing = False
         self._failed_batches = 0
-        self._settled = False
-        """Whether anything has been answered since the last check."""
-        self._vain_looks = 0
+        self._responsive = False
+        """Whether the inference thread has taken something from its queue since the last check."""
+        self._vain_checks = 0
         self._inference_thread = threading.Thread(target=self._infer, name="inference", daemon=True)
         self._decode_thread = threading.Thread(target=self._decode, name="decode", daemon=True)
 
@@ -94,11 +94,12 @@ class Batcher(Generic[Item, Prepared, Result]):
         self._watch()
 
     def _watch(self) -> None:
-        """While it runs, check now and then that waiting items are being answered."""
+        """While it runs, check now and then that the inference thread is neither dead nor stuck."""
         if self._closing:
             return
-        self._vain_looks = self._vain_looks + 1 if self.waiting and not self._settled else 0
-        self._settled = False
+        self._vain_checks = 0 if self._responsive else self._vain_checks + 1
+        self._responsive = False
+        self._to_run.put(Control.WAKE)
         self._loop.call_later(WATCH_SECONDS, self._watch)
 
     @property
@@ -113,7 +114,7 @@ class Batcher(Generic[Item, Prepared, Result]):
     @property
     def broken(self) -> bool:
         """Whether only a new process can help."""
-        return self._failed_batches >= BROKEN_BATCHES or self._vain_looks >= PATIENCE
+        return self._failed_batches >= BROKEN_BATCHES or self._vain_checks >= PATIENCE
 
     @property
     def waiting(self) -> int:
@@ -227,7 +228,6 @@ class Batcher(Generic[Item, Prepared, Result]):
         ran: Sequence[Entry[Item, Prepared, Result]] = (),
     ) -> None:
         now = monotonic()
-        self._settled = True
         if ran:
             timings, pictures = [entry.future.timing for entry in ran], sum(entry.load.pictures for entry in ran)
             self.statistics.record(timings, pictures, time())
@@ -270,10 +270,12 @@ class Batcher(Generic[Item, Prepared, Result]):
 
     def _take(self) -> list[Entry[Item, Prepared, Result]]:
         """The next batch, from all that is queued by now; waits while nothing is. Empty only at the end."""
+        self._responsive = True
         if self._buildings:
             self._build_step(*self._buildings[0])
         self._to_run.collect(timeout=0)
         while not (self._to_run or self._to_run.stopped):
+            self._responsive = True
             if self._buildings:
                 self._build_step(*self._buildings[0])
                 self._to_run.collect(timeout=0)

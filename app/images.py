@@ -102,7 +102,7 @@ class MeteredFile(io.BytesIO):
 
 
 def _skip_profile(stream: PngImagePlugin.PngStream, _pos: int, length: int) -> bytes:
-    """Skip the colour profile, unused here: a PNG may have any number of 1 KB that inflate to 1 MB each."""
+    """Skip colour profiles, unused here: a PNG may have any number, each of 1 KB that inflates to 1 MB."""
     assert stream.fp is not None
     return stream.fp.read(length)
 

@@ -27,7 +27,7 @@ class ReadyNotice(NamedTuple):
 
 
 class ReloadNotice(NamedTuple):
-    """This process has replaced its weights."""
+    """This process has read its weights file again."""
 
     weights: str
     """The digest of the weights it serves now."""
@@ -89,7 +89,7 @@ class Link:
             return self._count()
 
     def reloaded(self, weights: str) -> None:
-        """Have the other processes replace their weights, too."""
+        """Have the processes that serve other weights read the file again."""
         with suppress(OSError):  # the supervisor is gone, so the others are stopping as well
             self._end.send(ReloadNotice(weights))
 

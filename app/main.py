@@ -22,8 +22,8 @@ from app.statistics import Traffic
 DESCRIPTION = """Send a picture, get the probability of each class.
 
 Every error has the same body, `ErrorBody`; every answer has the header `X-Request-ID`, copied from the request if
-well-formed. Besides the statuses listed for each path: 404 for a path that does not exist, 405 for a method that
-a path does not take, 400 for what is not HTTP, 408 for a head or body that comes too slowly, 431 for a long head."""
+well-formed. Besides the statuses listed for each path: 404 for a path that does not exist, 405 for a method that a path
+does not take, 400 for what is not HTTP, 408 for a head or body that comes too slowly, 431 for too long a head."""
 
 
 def create_app(settings: Settings | None = None, classes: tuple[str, ...] | None = None) -> Application:

@@ -57,8 +57,8 @@ class Served:
     predictor: Predictor = field(init=False)
     """The network; made in the inference thread."""
     measured: Evaluation | None = None
-    not_measured: str | None = None
-    """Why it cannot be measured here."""
+    measuring: bool = False
+    """Whether `measured` will follow."""
 
 
 class Service:
@@ -231,12 +231,13 @@ class Service:
             NotFound: the weights came without figures, and nothing can be measured here.
             NotReady: nothing has been measured yet.
         """
+        measuring = self._served.measuring  # read first: another thread sets what was measured, and then this
         checkpoint, measured = self._served.checkpoint, self._served.measured
         evaluation = measured or checkpoint.evaluation
-        if evaluation is None and self.settings.data is not None:
-            if self._served.not_measured is not None:
-                raise NotFound(f"These weights carry no evaluation, and get none here. {self._served.not_measured}")
+        if evaluation is None and measuring:
             raise NotReady("The weights are being evaluated on the data set.", retry_after_seconds=EVALUATION_SECONDS)
+        if evaluation is None and self.settings.data is not None:
+            raise NotFound("These weights carry no evaluation, and cannot get one here; the service's log says why.")
         if evaluation is None:
             raise NotFound(
                 "These weights carry no evaluation. Start the service with a data set (CIFAR_DATA or --data) to have "
@@ -251,6 +252,7 @@ class Service:
 
     def _start_evaluation(self) -> None:
         if self.settings.data is not None:
+            self._served.measuring = True
             threading.Thread(target=self._read_data, args=(self._served,), name="data", daemon=True).start()
 
     # Event loop for light items, else decode thread
@@ -290,14 +292,17 @@ class Service:
 
     def _evaluate(self, served: Served, split: data.Split, digest: str) -> Iterator[None]:
         parts = []
-        for pixels_NCHW in split.pixels_NCHW.split(EVALUATION_BATCH):
-            if served is not self._served:  # replaced; the new weights get their own evaluation
-                return
-            parts.append(served.predictor.logits(pixels_NCHW))
-            yield
-        logits_NK = torch.cat(parts)
-        served.measured = served.checkpoint.evaluate(logits_NK, split.labels_N, dataset=split.name, digest=digest)
-        logger.info("Evaluated on %s: %d images.", split.name, len(split))
+        try:
+            for pixels_NCHW in split.pixels_NCHW.split(EVALUATION_BATCH):
+                if served is not self._served:  # replaced; the new weights get their own evaluation
+                    return
+                parts.append(served.predictor.logits(pixels_NCHW))
+                yield
+            logits_NK = torch.cat(parts)
+            served.measured = served.checkpoint.evaluate(logits_NK, split.labels_N, dataset=split.name, digest=digest)
+            logger.info("Evaluated on %s: %d images.", split.name, len(split))
+        finally:
+            served.measuring = False
 
     # Its own thread: reading takes seconds, and no other thread may wait
 
@@ -307,7 +312,7 @@ class Service:
             split = data.read_test(Path(self.settings.data)).labelled_for(served.checkpoint.classes)
         except DataError as error:
             logger.error("The weights are not evaluated here. %s", error)
-            served.not_measured = str(error)
+            served.measuring = False
             return
         if served is self._served:
             self._batcher.run_when_idle(self._evaluate(served, split, split.digest))

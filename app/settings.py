@@ -160,7 +160,10 @@ class Settings:
     ] = 1024
     max_batch: Annotated[
         int,
-        Setting(whole(1, 1024), "largest batch per forward pass; usually 32, more under a backlog"),
+        Setting(
+            whole(1, 1024),
+            "most pictures per forward pass; those waiting run together, 32 unless there are many",
+        ),
     ] = 128
     # Twice a request's limit, so that single pictures are still admitted beside the largest request.
     max_waiting: Annotated[

@@ -14,7 +14,7 @@ from running import eventually
 
 from app import checkpoint, data
 from app.calibration import Calibration
-from app.checkpoint import CIFAR10_CLASSES
+from app.checkpoint import CIFAR10_CLASSES, Checkpoint
 from app.data import Split
 from app.errors import DataError
 from app.main import create_app
@@ -147,7 +147,20 @@ def test_without_figures_in_the_file_and_with_unusable_data_the_404_says_what_is
     with TestClient(create_app(settings_with_data(replace(settings, weights=tmp_path / "bare.pth")))) as client:
         eventually(lambda: client.get("/metrics/per-class").status_code == 404)
         error = client.get("/metrics/per-class").json()["error"]
-    assert error == "These weights carry no evaluation, and get none here. There is no folder anywhere."
+    assert error == "These weights carry no evaluation, and cannot get one here; the service's log says why."
+
+
+def test_an_evaluation_that_fails_gives_404(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_args: object) -> None:
+        raise RuntimeError("out of memory")
+
+    checkpoint.save(random_checkpoint(), tmp_path / "bare.pth")
+    monkeypatch.setattr(data, "read_test", lambda _folder: noise(50))
+    monkeypatch.setattr(Checkpoint, "evaluate", fail)
+    with TestClient(create_app(settings_with_data(replace(settings, weights=tmp_path / "bare.pth")))) as client:
+        eventually(lambda: client.get("/metrics/per-class").status_code == 404)
 
 
 @pytest.mark.parametrize(

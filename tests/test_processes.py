@@ -35,7 +35,7 @@ from running import ROOT, SECONDS, command, environment, eventually, get, post, 
 from app import checkpoint, link, processes
 from app.__main__ import bind
 from app.errors import SettingsError
-from app.link import CountsReply, CountsRequest, Link, ReadyNotice, TotalReply, TotalRequest
+from app.link import CountsReply, CountsRequest, Link, ReadyNotice, ReloadNotice, TotalReply, TotalRequest
 from app.model import IMAGE_BYTES
 from app.processes import PATIENCE, RETRY_SECONDS, Supervisor, Worker
 from app.settings import Settings
@@ -188,6 +188,18 @@ def test_sighup_during_a_process_start_is_delivered_once_it_serves(supervisor: S
     worker.its.send(ReadyNotice("torch", "0123", ("a", "b")))
     supervisor._receive(worker)
     assert worker.signals == [signal.SIGHUP]
+
+
+def test_only_processes_with_other_weights_read_the_file_again(supervisor: Supervisor) -> None:
+    """One that failed to read it before is asked again whenever another one has read it, even without news."""
+    first, second = (Pretended(supervisor, ready=True, weights="old") for _ in range(2))
+    for weights, signals in (("old", []), ("new", [signal.SIGHUP]), ("new", [signal.SIGHUP] * 2)):
+        first.its.send(ReloadNotice(weights))
+        supervisor._receive(first)
+        assert (first.signals, second.signals) == ([], signals)
+    second.its.send(ReloadNotice("new"))
+    supervisor._receive(second)
+    assert (first.signals, second.signals) == ([], [signal.SIGHUP] * 2)
 
 
 def test_a_process_that_sometimes_answers_late_is_not_considered_stuck(supervisor: Supervisor) -> None:

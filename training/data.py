@@ -71,5 +71,5 @@ def download(folder: Path) -> None:
         raise DataError(
             f"CIFAR-10 could not be downloaded ({type(error).__name__}). Check the connection and the free disk space "
             "and try again, or fetch cifar-10-binary.tar.gz by other means from "
-            f"https://www.cs.toronto.edu/~kriz/cifar.html and unpack it into the folder {DEFAULT}."
+            "https://www.cs.toronto.edu/~kriz/cifar.html, unpack it, and name its folder with --data."
         ) from error

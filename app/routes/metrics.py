@@ -39,7 +39,6 @@ async def metrics(service: ServiceDep, total: TotalDep, request: Request) -> Res
     ),
 )
 async def per_class(service: ServiceDep) -> dict[str, Any]:
-    """From the weights file; or measured by this service, once it has evaluated them on the test set it was given.
-
-    Until then the answer for weights without figures is 503."""
+    """From the weights file; or measured by this service, once it has evaluated the weights on the test set it was
+    given. Until then the answer for weights without figures is 503."""
     return service.report()
