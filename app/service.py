@@ -231,8 +231,9 @@ class Service:
             NotFound: the weights came without figures, and nothing can be measured here.
             NotReady: nothing has been measured yet.
         """
-        measuring = self._served.measuring  # read first: another thread sets what was measured, and then this
-        checkpoint, measured = self._served.checkpoint, self._served.measured
+        served = self._served
+        measuring = served.measuring  # read first: another thread sets what was measured, and then this
+        checkpoint, measured = served.checkpoint, served.measured
         evaluation = measured or checkpoint.evaluation
         if evaluation is None and measuring:
             raise NotReady("The weights are being evaluated on the data set.", retry_after_seconds=EVALUATION_SECONDS)
