@@ -11,7 +11,7 @@ the work takes (one picture a request, 64 connections: a third more answers a se
 thread of their own, so that one big photo does not hold up a thousand small ones. In both threads, requests of one
 picture alternate with requests of many (`entries.FairQueue`).
 
-The counters belong to the event loop and only queues are shared, so there is no lock.
+The counters belong to the event loop and only queues and a flag are shared, so there is no lock.
 """
 
 import asyncio
@@ -70,7 +70,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         self._closing = False
         self._failed_batches = 0
         self._responsive = False
-        """Whether the inference thread has taken something from its queue since the last check."""
+        """Whether the inference thread has come back to its queue since the last check."""
         self._vain_checks = 0
         self._inference_thread = threading.Thread(target=self._infer, name="inference", daemon=True)
         self._decode_thread = threading.Thread(target=self._decode, name="decode", daemon=True)

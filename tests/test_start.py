@@ -302,6 +302,26 @@ def test_a_process_ends_when_its_engine_is_broken(weights: Path, png: bytes) -> 
         assert "No batch can run any more." in err
 
 
+HUNG_ENGINE = """
+import os, sys, time
+from app import batching
+from app.predictor import Predictor
+Predictor.estimate_each = lambda *_: time.sleep(1000)
+batching.WATCH_SECONDS = 0.1
+from app.__main__ import main
+sys.exit(main(sys.argv[1:], os.environ))
+"""
+
+
+def test_a_process_ends_when_its_engine_hangs(weights: Path, png: bytes) -> None:
+    flags = ("--weights", str(weights), "--deadline-seconds", "1")
+    with serving(*flags, program=["-c", HUNG_ENGINE]) as (process, url, _):
+        assert get(f"{url}/predict", png)[0] == 504
+        _, err = process.communicate(timeout=SECONDS)
+        assert process.returncode == BROKEN
+        assert "No batch can run any more." in err
+
+
 TAKEN_MEANWHILE = """
 import socket, sys
 from pathlib import Path
