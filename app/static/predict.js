@@ -31,7 +31,7 @@ function showAnswer(answer, picture) {
   // For unfamiliar pictures the set guarantees nothing.
   const all = answer.prediction_set?.length === Object.keys(answer.probabilities).length;  // nor does a set of all classes
   const likely = answer.unfamiliar || all ? null : answer.prediction_set;
-  $("set").textContent = likely ? `Likely ${likely.join(" or ")}: for pictures like those it was trained on, such answers include the right class 95 times in 100.` : "";
+  $("set").textContent = likely ? `Likely ${likely.join(" or ")}: for pictures like those it was trained on, such answers include the right class about 95 times in 100.` : "";
   $("familiarity").textContent = familiarity(answer);
   $("familiarity").classList.toggle("warning", answer.unfamiliar === true);
   $("bars").replaceChildren(...Object.entries(answer.probabilities).map(([label, p]) => bar(label, p)));
