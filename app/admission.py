@@ -73,18 +73,20 @@ class Admission:
         Raises:
             Overloaded: too many pictures or bytes would be waiting, or the answer would come too late.
         """
+        if not self.waiting:
+            return
         wait_seconds = self.expected_wait_seconds(load)
-        if self.waiting and (
+        if (
             self.waiting + load.pictures > self.limits.max_waiting
             or self.waiting_bytes + load.size_bytes > self.limits.max_waiting_bytes
-            or wait_seconds > deadline_seconds
         ):
-            retry = max(1, math.ceil(wait_seconds))
-            raise Overloaded(
-                f"The service has as much work as it accepts: {self.waiting:,} pictures are waiting. "
-                f"Try again in {retry} second{'s' * (retry > 1)}.",
-                retry_after_seconds=retry,
-            )
+            sentence = f"The service has as much work as it accepts (pictures waiting: {self.waiting:,})."
+        elif wait_seconds > deadline_seconds:
+            sentence = f"The answer would take {wait_seconds:.2f} seconds; it may take {plain(deadline_seconds)}."
+        else:
+            return
+        retry = max(1, math.ceil(wait_seconds))
+        raise Overloaded(f"{sentence} Try again in {retry} second{'s' * (retry > 1)}.", retry_after_seconds=retry)
 
     def enter(self, load: Load) -> None:
         self._count(load, 1)
@@ -106,6 +108,11 @@ class Admission:
     def learn_preparation(self, seconds: float) -> None:
         """Add the time that preparing an item that is not light took to its moving average."""
         self._seconds_per_heavy = _blend(self._seconds_per_heavy, seconds)
+
+
+def plain(seconds: float) -> str:
+    """Seconds for a sentence, without an exponent: a client's own deadline may be some microseconds."""
+    return f"{seconds:.6f}".rstrip("0").rstrip(".")
 
 
 def _blend(known: float, new: float) -> float:

@@ -1,7 +1,7 @@
 """The ASGI application: FastAPI with the service and the counters, and a faster lane to a few paths."""
 
 import os
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from time import monotonic
 from typing import Any
 
@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from app.boundary import UNMATCHED, Boundary, Ledger, request_id_of
 from app.errors import RequestError
-from app.exchange import LIGHT_BYTES, Headers, RawReply, Reply, announced_bytes, error_reply
+from app.exchange import LIGHT_BYTES, Headers, RawReply, Reply, announced_bytes, combine, error_reply
 from app.open_inference.schemas import InferenceRequest
 from app.service import Service
 from app.statistics import Counts
@@ -43,7 +43,7 @@ class Application(FastAPI):
         await (self._lane if in_lane else super().__call__)(scope, receive, send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        reply = await self._lanes[scope["path"]](dict(scope["headers"]), receive, self.service)
+        reply = await self._lanes[scope["path"]](combine(scope["headers"]), receive, self.service)
         if reply.timing is not None:
             scope["state"]["timing"] = reply.timing
         await reply.send(send)
@@ -64,7 +64,7 @@ class Application(FastAPI):
     async def _own(self) -> Counts:
         return self.count()
 
-    def refuse(self, path: str, headers: Iterable[tuple[bytes, bytes]]) -> Callable[[], RawReply] | None:
+    def refuse(self, path: str, headers: Sequence[tuple[bytes, bytes]]) -> Callable[[], RawReply] | None:
         """While nothing more is admitted, a function that makes the refusal of a POST request in a lane once it
         has ended; None to let the request in.
 
@@ -77,7 +77,7 @@ class Application(FastAPI):
             self.service.check_room()
             return None
         except RequestError as error:
-            known = dict(headers)
+            known = combine(headers)
             length = announced_bytes(known)
             if length is None or length > LIGHT_BYTES:
                 return None

@@ -174,9 +174,9 @@ class Batcher(Generic[Item, Prepared, Result]):
         """
         if not self.running:
             stopping = self._closing and self._inference_thread.is_alive()
-            raise NotReady(STOPPING if stopping else NOT_RUNNING, retry_after_seconds=1)
+            raise NotReady(STOPPING if stopping else NOT_RUNNING)
         if asyncio.get_running_loop() is not self._loop:
-            raise NotReady(ELSEWHERE, retry_after_seconds=1)
+            raise NotReady(ELSEWHERE)
 
     def _admit(self, item: Item, load: Load, deadline_seconds: float) -> Answer[Result]:
         # Not Answer[Result](...): the subscript would be evaluated for each request, which takes 2 us.
@@ -266,7 +266,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         while batch := self._take():
             self._loop.call_soon_threadsafe(self._settle, *self._answer(batch))
         for _, built in self._buildings:
-            self._loop.call_soon_threadsafe(_resolve, built, NotReady(STOPPING, retry_after_seconds=1))
+            self._loop.call_soon_threadsafe(_resolve, built, NotReady(STOPPING))
 
     def _take(self) -> list[Entry[Item, Prepared, Result]]:
         """The next batch, from all that is queued by now; waits while nothing is. Empty only at the end."""

@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import InvalidParameter, MethodNotAllowed, NotFound, RequestError
-from app.exchange import Headers, error_reply
+from app.exchange import Headers, combine, error_reply
 from app.logs import AccessLog
 from app.statistics import Timing, Traffic
 
@@ -33,6 +33,8 @@ UNMATCHED = "unmatched"
 """The route of every path that does not exist: with one for each, a scanner could create any number of metrics."""
 LEFT = 499
 """Never sent, only counted: the client left before its answer."""
+SHOWN_LETTERS = 200
+"""How much of a path an error message repeats."""
 DEFECT = "Internal error: the service could not answer. Please report the request_id; the log has the details."
 
 
@@ -80,7 +82,7 @@ class Boundary:
         if method == "HEAD":  # answered wherever GET is (RFC 9110, section 9.3.2); the server drops the body
             scope = {**scope, "method": "GET"}
         state = scope.setdefault("state", {})
-        state["request_id"] = request_id_of(dict(scope["headers"]))
+        state["request_id"] = request_id_of(combine(scope["headers"]))
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -160,11 +162,11 @@ def install(app: FastAPI, paths: Set[str], ledger: Ledger) -> None:
 
 def _translate(request: Request, error: HTTPException) -> RequestError:
     if error.status_code == HTTPStatus.NOT_FOUND:
-        return NotFound(f"There is nothing at {request.url.path}. The page /docs lists all paths.")
+        return NotFound(f"There is nothing at {request.url.path[:SHOWN_LETTERS]}. The page /docs lists all paths.")
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         methods = (error.headers or {}).get("Allow", "").split(", ")
         allowed = ", ".join(sorted({*methods, "HEAD"} if "GET" in methods else methods))
-        sentence = f"{request.url.path} does not take {request.method}; it takes {allowed}."
+        sentence = f"{request.url.path[:SHOWN_LETTERS]} does not take {request.method}; it takes {allowed}."
         return MethodNotAllowed(sentence, headers={"Allow": allowed})
     raise error  # the framework raises no other here: a defect
 
@@ -174,7 +176,10 @@ def _explain(problems: Any) -> RequestError:
     sentences = [
         f"The parameter {p['loc'][-1]} is {show(p.get('input'))}; it must be {_accepted(p)}." for p in problems
     ]
-    detail = [{"parameter": p["loc"][-1], "given": p.get("input"), "problem": p["msg"]} for p in problems]
+    detail = [
+        {"parameter": p["loc"][-1], "given": str(p.get("input"))[:SHOWN_LETTERS], "problem": f"must be {_accepted(p)}"}
+        for p in problems
+    ]
     return InvalidParameter(" ".join(sentences), detail=detail)
 
 

@@ -19,7 +19,7 @@ class Calibration:
 
     temperature: float = 1.0
     """See `adjust` below."""
-    curvature: float = 0.0
+    cubic: float = 0.0
     """See `adjust` below."""
     set_threshold: float | None = None
     """The least probability of a class in the prediction set."""
@@ -34,7 +34,7 @@ class Calibration:
 
     def adjust(self, logits_NK: Tensor) -> Tensor:
         """Calibrated logits (N, K), the highest of each picture 0."""
-        return adjust(logits_NK, self.temperature, self.curvature)
+        return adjust(logits_NK, self.temperature, self.cubic)
 
     def probabilities(self, logits_NK: Tensor) -> Tensor:
         """Calibrated probabilities (N, K), in the number format of the logits."""
@@ -68,15 +68,15 @@ class Calibration:
 UNCALIBRATED = Calibration()
 
 
-def adjust(logits_NK: Tensor, temperature: float | Tensor, curvature: float | Tensor) -> Tensor:
+def adjust(logits_NK: Tensor, temperature: float | Tensor, cubic: float | Tensor) -> Tensor:
     """Logits (N, K) rescaled to a different certainty, the highest of each picture 0.
 
-    A logit's distance d from the highest becomes d / temperature + curvature d^2. Without curvature that is temperature
+    A logit's distance d from the highest becomes d / temperature + cubic d^3. Without the cube that is temperature
     scaling (Guo et al., 2017, arXiv:1706.04599); with it, nearly certain answers may gain while doubtful ones lose.
     While neither is negative, the order of the classes is kept (Rahimi et al., 2020, arXiv:2003.06820).
     """
     below_NK = logits_NK.amax(dim=1, keepdim=True) - logits_NK
-    return -(below_NK / temperature + curvature * below_NK.square())
+    return -below_NK * (1 / temperature + cubic * below_NK.square())
 
 
 def energy(logits_NK: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The only definition of what a weights file holds. Reading never runs code from the file; writing is atomic.
 
-    format        3
+    format        `FORMAT`, below
     architecture  {"name": "cifar_net", "arguments": {...}}, what `model.build` needs
     state_dict    float32 tensors on the CPU, including mean and std, so that preprocessing is defined only here
     classes       the class names, in the order of the outputs
@@ -39,7 +39,7 @@ from app.files import read_regular, save_tensors
 from app.model import Normalized
 from app.report import Evaluation, evaluate_probabilities
 
-FORMAT = 3
+FORMAT = 4
 CIFAR10_CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 EXPECTED = (
     "It must be a file written by `python -m training train`, or by `torch.save(net.state_dict(), PATH)` for the "
@@ -271,9 +271,9 @@ def _check_calibration(calibration: Calibration) -> None:
         raise CheckpointError(
             f"The weights file has the temperature {calibration.temperature}; it must be positive and finite."
         )
-    if not 0 <= calibration.curvature < math.inf:
+    if not 0 <= calibration.cubic < math.inf:
         raise CheckpointError(
-            f"The weights file has the curvature {calibration.curvature}; it must be finite and not negative."
+            f"The weights file has the cubic term {calibration.cubic}; it must be finite and not negative."
         )
     if calibration.set_threshold is not None and not 0 <= calibration.set_threshold <= 1:
         raise CheckpointError(

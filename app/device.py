@@ -4,6 +4,7 @@ import logging
 
 import torch
 
+from app.errors import SettingsError
 from app.settings import DEVICES, device_name
 
 logger = logging.getLogger(__name__)
@@ -13,7 +14,7 @@ def choose_device(name: str | None = None) -> torch.device:
     """The device `name` if given, else the first of cuda, mps, cpu that this machine has and that works.
 
     Raises:
-        ValueError: torch does not know the device, this machine does not have it, or it does not work.
+        SettingsError: torch does not know the device, this machine does not have it, or it does not work.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name is None:
@@ -21,16 +22,16 @@ def choose_device(name: str | None = None) -> torch.device:
             try:
                 if available[kind]:
                     return _working(kind)
-            except ValueError as error:
+            except SettingsError as error:
                 logger.warning("%s", error)
         return torch.device("cpu")
     try:
         kind, _, index = device_name(name).partition(":")
     except ValueError as accepted:
-        raise ValueError(f"The device {name!r} is unknown; it must be {accepted}.") from None
+        raise SettingsError(f"The device {name!r} is unknown; it must be {accepted}.") from None
     if not available[kind] or (kind == "cuda" and int(index or 0) >= torch.cuda.device_count()):
         usable = ", ".join(kind for kind in DEVICES if available[kind])
-        raise ValueError(f"The device {name!r} is not available on this machine; it has: {usable}.")
+        raise SettingsError(f"The device {name!r} is not available on this machine; it has: {usable}.")
     return _working(name)
 
 
@@ -42,7 +43,7 @@ def _working(name: str) -> torch.device:
         torch.zeros(1, device=device).add_(1)
     except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
-        raise ValueError(f"The device {name!r} does not work ({reason}); cpu does.") from None
+        raise SettingsError(f"The device {name!r} does not work ({reason}); cpu does.") from None
     return device
 
 

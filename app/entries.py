@@ -10,7 +10,7 @@ from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import Generic, TypeVar
 
-from app.admission import Load, usual_batch
+from app.admission import Load, plain, usual_batch
 from app.errors import DeadlineExceeded, RequestError
 from app.statistics import Timing
 
@@ -62,7 +62,7 @@ class Entry(Generic[Item, Prepared, Result]):
             return DeadlineExceeded("The client has left.")  # nobody will read it
         if monotonic() > self.admitted_at + self.deadline_seconds:
             return DeadlineExceeded(
-                f"The request waited longer than {self.deadline_seconds:g} seconds for its turn. Try again later."
+                f"The request waited longer than {plain(self.deadline_seconds)} seconds for its turn. Try again later."
             )
         return None
 

@@ -31,6 +31,8 @@ Each message is a sentence for a stranger: what was given, what it must be, what
 address, and no path of the server except for people who start it or have its key.
 """
 
+from typing import Any
+
 
 class AppError(Exception):
     """An error whose message is a sentence meant for the user."""
@@ -61,18 +63,19 @@ class RequestError(AppError):
 
     status = 500
     reason = "defect"
+    retry_after_seconds: int | None = None
 
     def __init__(
         self,
         sentence: str,
         *,
-        detail: object = None,
+        detail: Any = None,
         retry_after_seconds: int | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(sentence)
         self.detail = detail
-        self.retry_after_seconds = retry_after_seconds
+        self.retry_after_seconds = retry_after_seconds or self.retry_after_seconds
         self.headers = headers or {}
 
 
@@ -172,6 +175,7 @@ class NotReady(RequestError):
 
     status = 503
     reason = "not_ready"
+    retry_after_seconds = 1
 
 
 class DeadlineExceeded(RequestError):

@@ -5,7 +5,7 @@ answer.
 """
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -58,12 +58,20 @@ class Reply(NamedTuple):
 
 def headers_of(request: Request) -> Headers:
     """The headers of a request of the framework."""
-    return dict(request.headers.raw)
+    return combine(request.headers.raw)
 
 
-def header_text(headers: Headers, name: bytes, default: str = "") -> str:
-    """A header, decoded."""
-    return headers[name].decode("latin-1") if name in headers else default
+def combine(lines: Sequence[tuple[bytes, bytes]]) -> Headers:
+    """Headers by name, with the values of repeated lines joined (RFC 9110, section 5.3)."""
+    headers = dict(lines)
+    if len(headers) == len(lines):
+        return headers
+    return {name: b", ".join(value for other, value in lines if other == name) for name in headers}
+
+
+def header_text(headers: Headers, name: bytes) -> str:
+    """A header, decoded; empty if there is none."""
+    return headers.get(name, b"").decode("latin-1")
 
 
 def encoding_of(headers: Headers) -> str | None:
@@ -85,7 +93,7 @@ def content_kind(headers: Headers) -> tuple[str, str]:
             f"The body has the content encoding {encoding!r}; send it without any.",
             headers={"Accept-Encoding": "identity"},
         )
-    content_type = header_text(headers, b"content-type", "application/octet-stream")
+    content_type = header_text(headers, b"content-type") or "application/octet-stream"
     return content_type.partition(";")[0].strip().lower(), content_type
 
 

@@ -13,6 +13,7 @@ Shape letters: N pictures, C = 3 channels (red, green, blue), H = W = 32.
 
 import functools
 import io
+import re
 import struct
 import warnings
 from collections.abc import Iterable
@@ -62,6 +63,10 @@ OTHERS = {
     b"MM\0*": "they begin like TIFF",
 }
 """What is often sent instead of a readable picture, by its first bytes."""
+NAME_SENT = ", perhaps the name of the file: curl sends the file itself with -F file=@picture.png"
+LONGEST_NAME = 255
+PICTURE_FILE = re.compile(rb"\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|\xff\xd8\xff[\xe0\xe1]..(JFIF|Exif)\0", re.DOTALL)
+"""How picture files begin, as far as no raw pixels would."""
 METADATA = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
 """Pillow's keys for metadata that may hold an orientation. Most small pictures have none; a closer look takes 13 us."""
 
@@ -163,6 +168,10 @@ def _likely(data: bytes) -> str:
             return kind
     if data[4:8] == b"ftyp":
         return f"they begin like {'AVIF' if data[8:11] == b'avi' else 'HEIC or a film'}"
+    if len(data) == IMAGE_BYTES:
+        return "as many as the raw pixels of one picture, which /predict/batch takes"
+    if data and data.isascii() and b"\0" not in data:
+        return "they are text" + NAME_SENT * (len(data) <= LONGEST_NAME)
     return "another format, cut short or damaged"
 
 
@@ -170,8 +179,13 @@ def check_raw(pixels: bytes | bytearray) -> memoryview:
     """The raw pixels of N pictures (N, H, W, C), a byte each.
 
     Raises:
-        BadRequest: They are empty, or not a whole number of pictures.
+        BadRequest: They are empty, not a whole number of pictures, or a picture file.
     """
+    if PICTURE_FILE.match(pixels):
+        raise BadRequest(
+            "The raw pixels begin like a picture file. Send picture files as fields of a form, or as the input 'image' "
+            "of /v2."
+        )
     if not pixels or len(pixels) % IMAGE_BYTES:
         raise BadRequest(
             f"The raw pixels have {len(pixels):,} bytes; that must be a multiple of {IMAGE_BYTES:,}: for each picture "

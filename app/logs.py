@@ -19,7 +19,7 @@ from typing import TextIO
 TEXT = "%(asctime)s %(levelname)s %(message)s"
 QUIET = frozenset(
     {
-        *("/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"),
+        *("/healthz", "/health", "/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"),
         *("/v2/models/cifar/ready", "/v2/models/cifar/versions/1/ready"),
     }
 )

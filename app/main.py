@@ -12,7 +12,6 @@ from app import boundary, engine
 from app.application import Application
 from app.boundary import Ledger
 from app.device import choose_device
-from app.errors import SettingsError
 from app.logs import AccessLog
 from app.routes import admin, batch, health, metrics, open_inference, pages, predict
 from app.service import Service, check_replaces, load_aside
@@ -37,10 +36,7 @@ def create_app(settings: Settings | None = None, classes: tuple[str, ...] | None
         StartError: a setting, the weights file, the device or the engine cannot be used.
     """
     settings = settings or parse_settings([], os.environ)
-    try:
-        device = choose_device(settings.device)
-    except ValueError as error:
-        raise SettingsError(str(error)) from None
+    device = choose_device(settings.device)
     engine.check_available(settings.engine, device)
     checkpoint = load_aside(settings.weights)
     if classes is not None:

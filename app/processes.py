@@ -220,9 +220,9 @@ class Supervisor:
                 self._settings = replace(self._settings, engine=engine)
                 if worker.outdated:
                     worker.signal(signal.SIGHUP)
-                self._compare(worker, weights)
+                self._reload_others(worker, weights)
             case ReloadNotice(weights):
-                self._compare(worker, weights)
+                self._reload_others(worker, weights)
             case TotalRequest():
                 asked = {each for each in self._workers if each.ready}
                 self._rounds[worker] = asked, time.monotonic() + REPLY_SECONDS
@@ -232,7 +232,7 @@ class Supervisor:
                 worker.counts, worker.asked, worker.unanswered = counts, False, 0
                 self._count_off(worker)
 
-    def _compare(self, worker: Worker, weights: str) -> None:
+    def _reload_others(self, worker: Worker, weights: str) -> None:
         """Have every process that serves other weights than `worker` read the file again."""
         worker.weights = weights
         for each in self._workers:

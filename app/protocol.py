@@ -10,7 +10,7 @@ reads.
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from httptools import HttpParserUpgrade, HttpRequestParser
@@ -117,7 +117,7 @@ class NoUpgradeParser:
                 self._parser.feed_data(head)
 
 
-Refuse = Callable[[str, Iterable[tuple[bytes, bytes]]], Callable[[], RawReply] | None]
+Refuse = Callable[[str, Sequence[tuple[bytes, bytes]]], Callable[[], RawReply] | None]
 """Takes a POST request's path and headers; returns a function that refuses it at its end, or None to let it in."""
 Reject = Callable[[RequestError], RawReply]
 """Returns the answer to bytes that are not a valid request."""

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from app import checkpoint, data, images, memory, predictor, self_test
+from app import data, images, memory, predictor, self_test
 from app.admission import Limits, usual_batch
 from app.batching import Batcher, Building
-from app.checkpoint import Checkpoint
+from app.checkpoint import Checkpoint, load
 from app.device import describe
 from app.entries import Answer
 from app.errors import CheckpointError, DataError, NotFound, NotReady, WeightsRefused
@@ -310,13 +310,14 @@ class Service:
     def _read_data(self, served: Served) -> None:
         assert self.settings.data is not None
         try:
-            split = data.read_test(Path(self.settings.data)).labelled_for(served.checkpoint.classes)
-        except DataError as error:
-            logger.error("The weights are not evaluated here. %s", error)
+            split = data.read_test(self.settings.data).labelled_for(served.checkpoint.classes)
+            digest = split.digest
+        except Exception as error:  # whatever it is, /metrics/per-class must not promise figures for ever
+            logger.error("The weights are not evaluated here. %s", error, exc_info=not isinstance(error, DataError))
             served.measuring = False
             return
         if served is self._served:
-            self._batcher.run_when_idle(self._evaluate(served, split, split.digest))
+            self._batcher.run_when_idle(self._evaluate(served, split, digest))
 
 
 def _is_light(picture: bytes, resize: Resize | None) -> bool:
@@ -339,5 +340,5 @@ def check_replaces(checkpoint: Checkpoint, classes: tuple[str, ...]) -> None:
 
 
 def load_aside(path: Path) -> Checkpoint:
-    """`checkpoint.load` in a thread that ends afterwards; `aside` says why."""
-    return finish(aside(partial(checkpoint.load, path)))
+    """`load` in a thread that ends afterwards; `aside` says why."""
+    return finish(aside(partial(load, path)))

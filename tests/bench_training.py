@@ -87,8 +87,7 @@ class AirbenchTrainer:
             {"params": [self.network.head.weight], "peak": head_rate, "weight_decay": decay / head_rate},
         ]
         sgd = torch.optim.SGD(groups, lr=0.0, momentum=0.85, nesterov=True, fused=device.type in ("cpu", "cuda"))
-        muon = Muon([{"params": filters, "peak": 0.24}])
-        muon.newton_schulz_steps = 3
+        muon = Muon([{"params": filters, "peak": 0.24}], steps=3)
         self.optimizers: list[torch.optim.Optimizer] = [sgd, muon]
 
     def epoch(self) -> float:

@@ -16,6 +16,7 @@ from app.data import Split
 from training import ablate as module
 from training.ablate import ablate, settings
 from training.config import RECIPES, Recipe
+from training.errors import TrainingError
 from training.log import read_rows
 
 CPU = torch.device("cpu")
@@ -92,7 +93,7 @@ def test_runs_that_cannot_be_compared_are_not_mixed(tmp_path: Path, monkeypatch:
         {"teacher": dataclasses.replace(teacher, sha256="another's")},
     ]
     for other in others:
-        with pytest.raises(ValueError, match=r"a\.jsonl has runs of another recipe, on other images or with other"):
+        with pytest.raises(TrainingError, match=r"a\.jsonl has runs of another recipe, on other images or with other"):
             run(**other)
     run()
 
@@ -125,5 +126,5 @@ def test_real_runs_learn_and_are_reproducible(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["hello", "{}\n[1]"])
 def test_a_file_that_is_not_a_log_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "notes.txt").write_text(content)
-    with pytest.raises(ValueError, match=r"notes\.txt is not a log with one JSON object per line"):
+    with pytest.raises(TrainingError, match=r"notes\.txt is not a log with one JSON object per line"):
         read_rows(tmp_path / "notes.txt")

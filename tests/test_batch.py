@@ -105,6 +105,15 @@ def test_raw_pixels_must_be_whole_pictures(client: TestClient, length: int) -> N
     assert f"have {length:,} bytes; that must be a multiple of 3,072" in response.json()["error"]
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
+def test_picture_files_are_not_taken_for_raw_pixels(client: TestClient, kind: str) -> None:
+    """Even if they happen to be as long."""
+    file = encode(drawing(), kind).ljust(2 * 3072, b"\0")
+    response = client.post("/predict/batch", content=file, headers=OCTETS)
+    assert response.status_code == 400
+    assert response.json()["error"].startswith("The raw pixels begin like a picture file. Send picture files as")
+
+
 @pytest.mark.parametrize(
     ("kwargs", "status", "sentence"),
     [

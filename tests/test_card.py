@@ -13,6 +13,7 @@ from app import model
 from app.calibration import Calibration
 from app.checkpoint import Checkpoint, load, save
 from training.card import write_card
+from training.errors import TrainingError
 from training.log import write_rows
 
 ROBUSTNESS = {
@@ -67,7 +68,7 @@ def test_weights_alone_make_a_card(folder: Path) -> None:
     assert checkpoint.sha256 in text
     assert "| recipe | `random` |" in text
     assert f"| expected calibration error | {evaluation.ece:.4f} | {evaluation.uncalibrated_ece:.4f} |" in text
-    assert "Temperature 1.0000, curvature 0.0000: a logit's distance d" in text
+    assert "Temperature 1.0000, cubic term 0.0000: a logit's distance d" in text
     assert "Prediction sets" not in text
     assert "| **cat** | " + " | ".join(map(str, evaluation.confusion_KK[3].tolist())) + " |" in text
     assert {path.name for path in folder.glob("*.png")} == {"a.confusion.png", "a.reliability.png"}
@@ -82,7 +83,7 @@ def test_the_calibration_says_where_it_is_from(folder: Path) -> None:
     save(dataclasses.replace(random_checkpoint(evaluation=sets), calibration=held_out), folder / "a.pth")
     text = card(folder)
     assert (
-        "Temperature 0.7500, curvature 0.0000, fitted on validation, sha256 `ffffffffffff`: a logit's distance" in text
+        "Temperature 0.7500, cubic term 0.0000, fitted on validation, sha256 `ffffffffffff`: a logit's distance" in text
     )
     assert "for 95% of pictures): 95.12% of them hold it; they have 1.250 classes on average." in text
 
@@ -102,7 +103,7 @@ def test_a_readme_that_is_not_a_model_card_is_not_overwritten(folder: Path) -> N
     write_card(folder)
     write_card(folder)
     (folder / "README.md").write_text("# My project\n")
-    with pytest.raises(ValueError, match=r"README\.md is not a model card, and would be overwritten"):
+    with pytest.raises(TrainingError, match=r"README\.md is not a model card, but would be overwritten"):
         write_card(folder)
     assert (folder / "README.md").read_text() == "# My project\n"
 
@@ -112,7 +113,7 @@ def test_a_readme_that_is_not_a_model_card_is_not_overwritten(folder: Path) -> N
 def test_a_damaged_file_beside_the_weights_is_named(folder: Path, kind: str, content: str) -> None:
     (folder / f"a.{kind}.json").write_text(content)
     with pytest.raises(
-        ValueError, match=rf"a\.{kind}\.json is damaged, .* `python -m training {kind}` writes such files"
+        TrainingError, match=rf"a\.{kind}\.json is damaged, .* `python -m training {kind}` writes such files"
     ):
         write_card(folder)
 
@@ -122,7 +123,7 @@ def test_a_damaged_file_beside_the_weights_is_named(folder: Path, kind: str, con
 )
 def test_a_log_without_the_expected_fields_is_named(folder: Path, name: str, command: str) -> None:
     write_rows(folder / name, [{}])
-    with pytest.raises(ValueError, match=f"{name} is damaged, .* `python -m training {command}` writes such files"):
+    with pytest.raises(TrainingError, match=f"{name} is damaged, .* `python -m training {command}` writes such files"):
         write_card(folder)
 
 
@@ -224,7 +225,7 @@ def test_picture_links_are_escaped_for_unusual_weights_names(folder: Path) -> No
 
 
 def test_a_folder_without_weights_is_refused_and_left_alone(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"There are no weights \(\*\.pth\) in"):
+    with pytest.raises(TrainingError, match=r"There are no weights \(\*\.pth\) in"):
         write_card(tmp_path / "typo")
     assert list(tmp_path.iterdir()) == []
 

@@ -35,7 +35,7 @@ EVALUATION = Evaluation(
 )
 CALIBRATION = Calibration(
     temperature=1.25,
-    curvature=0.5,
+    cubic=0.5,
     set_threshold=0.375,
     energy_quantiles=(0.0, 0.125, 0.5),
     images="validation (12 held-out training images)",
@@ -270,8 +270,8 @@ REFUSED: dict[str, tuple[object, str]] = {
     "meta tensor": (tensors(**{"fc1.bias": torch.ones(120, device="meta")}), "fc1.bias is not an ordinary"),
     "not a tensor": (tensors(**{"fc1.bias": [0.0]}), "something other than a tensor under the name 'fc1.bias'"),
     "zero deviation": (tensors(std=torch.zeros(3)), "standard deviation of the normalisation is not positive"),
-    "newer format": (content(format=4), "has the format 4; this version reads format 3"),
-    "missing field": ({"format": 3}, "lacks a field of its format"),
+    "newer format": (content(format=5), "has the format 5; this version reads format 4"),
+    "missing field": ({"format": 4}, "lacks a field of its format"),
     "unknown network": (
         content(architecture={"name": "vgg", "arguments": {"num_classes": 10}}),
         "is for a network 'vgg'; there are net, cifar_net",
@@ -285,8 +285,8 @@ REFUSED: dict[str, tuple[object, str]] = {
     "undecodable names": (content(classes=[*"abcdefghi", "\udce9"]), "class names are not distinct strings"),
     "names not text": (content(classes=[*range(10)]), "class names are not distinct strings"),
     "negative temperature": (calibrated(temperature=-1.0), r"temperature -1.0; it must be positive"),
-    "negative curvature": (calibrated(curvature=-1.0), r"curvature -1.0; it must be finite and not negative"),
-    "NaN curvature": (calibrated(curvature=float("nan")), r"curvature nan; it must be finite"),
+    "negative cubic": (calibrated(cubic=-1.0), r"cubic term -1.0; it must be finite and not negative"),
+    "NaN cubic": (calibrated(cubic=float("nan")), r"cubic term nan; it must be finite"),
     "NaN temperature": (calibrated(temperature=float("nan")), r"temperature nan; it must be positive"),
     "text as temperature": (calibrated(temperature="hot"), "temperature of the calibration is a str"),
     "a threshold above 1": (

@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 
 from training.config import RECIPES, Recipe, add_flags, descriptions, override
+from training.errors import TrainingError
 
 
 def test_the_tutorial_recipe_has_the_tutorials_values() -> None:
@@ -45,7 +46,7 @@ def test_each_flag_says_what_it_is() -> None:
     ],
 )
 def test_bad_values_are_refused_by_name(flags: dict[str, object], words: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"\.$") as refusal:
+    with pytest.raises(TrainingError, match=r"\.$") as refusal:
         override(RECIPES["debug"], flags)
     for word in words:
         assert word in str(refusal.value)

@@ -22,6 +22,7 @@ from app import data, numpy_pickle
 from app.checkpoint import CIFAR10_CLASSES
 from app.errors import DataError
 from training.data import find, hold_out, locate
+from training.errors import TrainingError
 
 BATCHES = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch")
 
@@ -451,7 +452,7 @@ def test_hold_out_takes_the_last_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 1.5, 0.001, 0.999, float("nan")])
 def test_hold_out_refuses_a_share_that_leaves_nothing(tmp_path: Path, share: float) -> None:
     train, _ = data.read(write_binary(tmp_path))
-    with pytest.raises(ValueError, match=f"A share of {share} of 35 training images cannot be held out"):
+    with pytest.raises(TrainingError, match=f"A share of {share} of 35 training images cannot be held out"):
         hold_out(train, share)
 
 

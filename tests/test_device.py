@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from app.device import choose_device, choose_dtype
+from app.errors import SettingsError
 
 CPU = torch.device("cpu")
 
@@ -47,7 +48,7 @@ def test_a_device_is_chosen_by_name_or_the_best_available_is_taken(name: str | N
 @pytest.mark.parametrize("machine", [(2, True)], indirect=True)
 @pytest.mark.parametrize("name", ["tpu", "", "cuda:", "cuda:x", "cuda:²", "cuda:-1", "cuda:01", "cpu:0", "mps:0"])
 def test_an_unknown_device_name_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="is unknown") as refusal:
+    with pytest.raises(SettingsError, match="is unknown") as refusal:
         choose_device(name)
     assert str(refusal.value) == f"The device {name!r} is unknown; it must be cuda, cuda:0, cuda:1, ..., mps or cpu."
 
@@ -64,7 +65,7 @@ def test_an_unknown_device_name_is_refused(name: str) -> None:
     indirect=["machine"],
 )
 def test_a_device_missing_on_this_machine_is_refused(name: str, usable: str) -> None:
-    with pytest.raises(ValueError, match="is not available") as refusal:
+    with pytest.raises(SettingsError, match="is not available") as refusal:
         choose_device(name)
     assert str(refusal.value) == f"The device {name!r} is not available on this machine; it has: {usable}."
 
@@ -79,7 +80,7 @@ def test_a_device_that_does_not_work_is_passed_over_unless_it_is_asked_for(caplo
     )
     assert choose_device() == CPU
     assert caplog.messages == [sentence]
-    with pytest.raises(ValueError, match="does not work") as refusal:
+    with pytest.raises(SettingsError, match="does not work") as refusal:
         choose_device("cuda")
     assert str(refusal.value) == sentence
 

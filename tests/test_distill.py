@@ -62,10 +62,10 @@ def test_a_teacher_may_know_the_classes_in_another_order(photos_NCHW: Tensor) ->
 
 def test_a_teacher_answers_with_its_calibration_applied(photos_NCHW: Tensor) -> None:
     """Logits of twice the size, and a calibration that takes that back, are the same answers."""
-    plain = dataclasses.replace(random_checkpoint(), calibration=Calibration(curvature=0.4))
+    plain = dataclasses.replace(random_checkpoint(), calibration=Calibration(cubic=0.4))
     head = [name for name in plain.state_dict if name.startswith("fc3")]
     louder = {name: value * 2 if name in head else value for name, value in plain.state_dict.items()}
-    calibrated = dataclasses.replace(plain, state_dict=louder, calibration=Calibration(temperature=2.0, curvature=0.1))
+    calibrated = dataclasses.replace(plain, state_dict=louder, calibration=Calibration(temperature=2.0, cubic=0.05))
     assert len(head) == 2
     answers = [Teachers([teacher], CIFAR10_CLASSES)(photos_NCHW) for teacher in (calibrated, plain)]
     torch.testing.assert_close(*answers)

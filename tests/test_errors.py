@@ -89,6 +89,7 @@ def form(*fields: tuple[str, bytes], end: bytes = b"--x--\r\n") -> bytes:
         ),
         ("/predict?top_k=" + "9" * 5000, b"", "image/png", 422, "9...9999"),
         ("/predict?top_k=many", b"", "image/png", 422, "The parameter top_k is 'many'; it must be a whole number."),
+        ("/" + "x" * 5000, b"", "image/png", 404, "There is nothing at /" + "x" * 199 + ". The page"),
         ("/nowhere", b"", "image/png", 404, "There is nothing at /nowhere. The page /docs lists all paths."),
         ("/static/nothing.js", b"", "image/png", 405, "does not take POST"),
         ("/healthz", b"", "image/png", 405, "/healthz does not take POST; it takes GET, HEAD."),
@@ -121,6 +122,22 @@ def test_a_refusal_is_forgotten_without_the_garbage_collector(client: TestClient
     finally:
         gc.enable()
     assert left == []
+
+
+def test_an_invalid_parameter_is_explained_for_programs_too(client: TestClient) -> None:
+    detail = client.post("/predict?top_k=" + "9" * 5000).json()["detail"]
+    assert detail == [{"parameter": "top_k", "given": "9" * 200, "problem": "must be a number of fewer digits"}]
+
+
+@pytest.mark.parametrize(("path", "form"), [("/predict", "image/*, "), ("/predict/batch", "")])
+def test_a_refused_content_type_names_those_accepted(client: TestClient, path: str, form: str) -> None:
+    response = client.post(path, json={})
+    refused(response, 415, "The body has the content type 'application/json'")
+    assert response.headers["accept"] == f"multipart/form-data, {form}application/octet-stream"
+
+
+def test_an_empty_content_type_is_none(client: TestClient, png: bytes) -> None:
+    assert client.post("/predict", content=png, headers={"content-type": ""}).status_code == 200
 
 
 def test_a_missing_file_has_the_same_body(client: TestClient) -> None:

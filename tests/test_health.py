@@ -23,6 +23,7 @@ from app.settings import Settings
 
 def test_alive_and_ready(client: TestClient) -> None:
     assert (client.get("/healthz").status_code, client.get("/healthz").json()) == (200, {"status": "ok"})
+    assert client.get("/health").json() == client.get("/livez").json() == {"status": "ok"}
     assert (client.get("/readyz").status_code, client.get("/readyz").json()) == (200, {"status": "ready"})
 
 

@@ -370,13 +370,13 @@ def test_odd_metadata_causes_no_warning() -> None:
     "data",
     [
         b"",
-        b"no picture",
+        b"no picture\0",
         encode(drawing())[:-200],
         encode(drawing(), "JPEG")[:300],
         without_palette(encode(drawing().quantize(16))),
         encode(drawing())[:-12] + chunk(b"zTXt", b"a\0\1") + encode(drawing())[-12:],
     ],
-    ids=["empty", "text", "cut png", "cut jpeg", "no palette", "unknown compression after the pixels"],
+    ids=["empty", "few bytes", "cut png", "cut jpeg", "no palette", "unknown compression after the pixels"],
 )
 def test_an_unreadable_picture_is_refused_naming_accepted_formats(data: bytes) -> None:
     with pytest.raises(BadRequest) as refusal:
@@ -403,8 +403,25 @@ def test_an_unreadable_picture_is_refused_naming_accepted_formats(data: bytes) -
         (encode(drawing(), "TIFF"), "they begin like TIFF. PNG, JPEG"),
         (b"\0\0\0\x18ftypheic", "they begin like HEIC or a film. PNG, JPEG"),
         (b"\0\0\0\x20ftypavif", "they begin like AVIF. PNG, JPEG"),
+        (b"cat.png", "they are text, perhaps the name of the file: curl sends the file itself with -F file=@"),
+        (b"A poem.\n" * 100, "they are text. PNG, JPEG"),
+        (bytes(range(256)) * 12, "as many as the raw pixels of one picture, which /predict/batch takes. PNG, JPEG"),
     ],
-    ids=["curl -d", "data url", "png64", "jpeg64", "pdf", "svg", "xml", "tiff", "heic", "avif"],
+    ids=[
+        "curl -d",
+        "data url",
+        "png64",
+        "jpeg64",
+        "pdf",
+        "svg",
+        "xml",
+        "tiff",
+        "heic",
+        "avif",
+        "name",
+        "text",
+        "raw pixels",
+    ],
 )
 def test_common_mistakes_are_recognised_and_named(data: bytes, likely: str) -> None:
     with pytest.raises(BadRequest) as refusal:

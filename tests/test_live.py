@@ -144,7 +144,7 @@ def test_overload_is_refused_and_the_rest_is_answered(weights: Path, png: bytes)
                 assert len(json.loads(outcome.body)["predictions"]) == 16
             else:
                 assert int(outcome.headers["retry-after"]) >= 1
-                assert json.loads(outcome.body)["error"].startswith("The service has as much work as it accepts:")
+                assert json.loads(outcome.body)["error"].startswith("The service has as much work as it accepts (")
         assert resident_bytes(process.pid) < before + 200e6
         assert post(url, "/predict", png).status == 200
         assert pictures_run(url) == 2 + 16 * statuses.count(200)

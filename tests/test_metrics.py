@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,10 @@ def refuse(_folder: Path) -> Split:
     raise DataError("There is no folder anywhere.")
 
 
+def fail(_folder: Path) -> Split:
+    raise MemoryError
+
+
 def test_without_figures_in_the_file_the_answer_is_503_until_they_are_measured(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,11 +144,12 @@ def test_without_figures_in_the_file_the_answer_is_503_until_they_are_measured(
         assert report_from(client, "measured")["dataset"]["images"] == 50
 
 
-def test_without_figures_in_the_file_and_with_unusable_data_the_404_says_what_is_wrong_with_them(
-    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("read", [refuse, fail])
+def test_without_figures_in_the_file_and_with_unusable_data_the_404_refers_to_the_log(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[Path], Split]
 ) -> None:
     checkpoint.save(random_checkpoint(), tmp_path / "bare.pth")
-    monkeypatch.setattr(data, "read_test", refuse)
+    monkeypatch.setattr(data, "read_test", read)
     with TestClient(create_app(settings_with_data(replace(settings, weights=tmp_path / "bare.pth")))) as client:
         eventually(lambda: client.get("/metrics/per-class").status_code == 404)
         error = client.get("/metrics/per-class").json()["error"]

@@ -198,16 +198,27 @@ def test_an_unreadable_element_fails_the_request_and_is_named(client: TestClient
     assert response.json()["detail"] == {"input": "image", "index": 2}
 
 
+def test_an_element_of_the_wrong_size_keeps_its_details(client: TestClient) -> None:
+    response = infer(client, *request_of_pictures(encode(drawing(40, 30))))
+    refused(response, 400, "Input 'image', element 0: The picture is 40 x 30")
+    assert response.json()["detail"] == {"input": "image", "index": 0, "width": 40, "height": 30, "expected": [32, 32]}
+
+
+def test_two_lines_of_a_header_count_as_one(client: TestClient, png: bytes) -> None:
+    lines = [(LENGTH, "0"), ("accept", "application/json"), ("accept", "text/html")]
+    assert client.post(INFER, content=png, headers=lines).headers["content-type"] == "application/json"
+
+
 def test_a_full_queue_gives_429(client: TestClient) -> None:
     with occupied(client.app.service, 2048):  # type: ignore[attr-defined]
         response = infer(client, *request())
-    refused(response, 429, "The service has as much work as it accepts: 2,048 pictures are waiting.")
+    refused(response, 429, "The service has as much work as it accepts (pictures waiting: 2,048).")
     assert int(response.headers["retry-after"]) >= 1
 
 
 def test_the_timeout_of_a_request_is_in_microseconds(client: TestClient, png: bytes) -> None:
     for make in (request, partial(request_of_pictures, png)):
-        refused(infer(client, *make(timeout=1)), 504, "waited longer than 1e-06 seconds for its turn")
+        refused(infer(client, *make(timeout=1)), 504, "waited longer than 0.000001 seconds for its turn")
         assert outputs(infer(client, *make(timeout=60_000_000)))
 
 

@@ -6,6 +6,7 @@ import struct
 from typing import Any
 
 import pytest
+from conftest import drawing, encode
 
 from app.errors import BadRequest, BodyTooLarge, NotOffered
 from app.open_inference.request import Inference, Wanted, decode
@@ -136,6 +137,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         r"the shape \[\]; it must be \[N\] for",
     ),
     "shape of text": ({"inputs": [pixels(shape=["1", 32, 32, 3])]}, r"has the shape \['1', 32, 32, 3\]"),
+    "huge": ({"inputs": [pixels(shape=[2**63, 32, 32, 3])]}, r"it must be \[N, 32, 32, 3\]"),
     "zero": ({"inputs": [pixels(shape=[0, 32, 32, 3])]}, r"has the shape \[0, 32, 32, 3\]; .* at least one"),
     "too few": ({"inputs": [pixels(list(IMAGE[1:]))]}, "'pixels' has 3,071 elements in `data`; .* needs 3,072"),
     "empty data": ({"inputs": [pixels([])]}, "'pixels' has 0 elements in `data`; .* needs 3,072"),
@@ -243,7 +245,7 @@ def test_an_invalid_json_length_header_is_refused(header: str) -> None:
 
 
 def test_a_length_that_cuts_the_json_is_refused() -> None:
-    with pytest.raises(BadRequest, match=r"The JSON of the request \(bytes: 9\) is not valid"):
+    with pytest.raises(BadRequest, match=r"The JSON of the request \(bytes: 9\) is not valid, at line 1 column 9\. If"):
         decode(b'{"inputs": []}', "9", binary=True, max_pictures=8)
 
 
@@ -262,6 +264,24 @@ def test_an_overlong_id_is_refused() -> None:
 def test_invalid_json_is_refused(body: bytes) -> None:
     with pytest.raises(BadRequest, match=r"The JSON of the request .* is not valid"):
         decode(body, None, binary=True, max_pictures=8)
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        (encode(drawing()), "begins like a picture; with the header Inference-Header-Content-Length: 0 it may be one"),
+        (b'--x\r\nContent-Disposition: form-data; name="file"\r\n\r\n', "begins like a form; it must be JSON. Send"),
+    ],
+    ids=["picture", "form"],
+)
+def test_what_is_often_sent_instead_of_json_is_named(body: bytes, sentence: str) -> None:
+    with pytest.raises(BadRequest, match=sentence):
+        decode(body, None, binary=True, max_pictures=8)
+
+
+def test_a_byte_order_mark_before_the_json_is_ignored() -> None:
+    body = json.dumps({"inputs": [pixels()]}).encode("utf-8-sig")
+    assert bytes(decode(body, None, binary=True, max_pictures=8).pixels or b"") == IMAGE
 
 
 def test_an_empty_picture_without_json_is_refused() -> None:

@@ -23,9 +23,9 @@ from PIL import Image, ImageShow
 from torch import Tensor
 
 from app.checkpoint import CIFAR10_CLASSES
-from app.errors import AppError
 from app.report import evaluate_probabilities, wilson_interval
 from training import plots
+from training.errors import TrainingError
 
 CONFUSION_KK = torch.tensor([[8, 2, 0], [1, 9, 0], [0, 0, 5]])
 CLASSES = ("ant", "bee", "cow")
@@ -107,7 +107,7 @@ def test_labels_stay_under_their_image_and_inside_the_picture() -> None:
 
 @pytest.mark.parametrize("count", [0, plots.MOST_SHOWN + 1])
 def test_a_grid_of_no_images_or_of_too_many_is_refused(count: int) -> None:
-    with pytest.raises(ValueError, match=f"1 to {plots.MOST_SHOWN} images"):
+    with pytest.raises(TrainingError, match=f"1 to {plots.MOST_SHOWN} images"):
         plots.image_grid(torch.zeros(count, 3, 32, 32, dtype=torch.uint8), torch.zeros(count).long(), CLASSES)
 
 
@@ -115,7 +115,7 @@ def test_a_grid_of_no_images_or_of_too_many_is_refused(count: int) -> None:
 def test_a_picture_is_written_in_the_format_that_its_name_says(tmp_path: Path, name: str, begins: bytes) -> None:
     plots.save(Figure(figsize=(1, 1)), tmp_path / name)
     assert (tmp_path / name).read_bytes().startswith(begins)
-    with pytest.raises(ValueError, match="Format 'foo' is not supported"):
+    with pytest.raises(TrainingError, match=r"cannot be written as \.foo; it must be one of .*png"):
         plots.save(Figure(figsize=(1, 1)), tmp_path / "a.foo")
 
 
@@ -215,7 +215,7 @@ def test_show_needs_a_viewer(monkeypatch: pytest.MonkeyPatch) -> None:
     plots.show(figure)
     assert shown[0].width > 500
     monkeypatch.setattr(ImageShow, "show", lambda _picture: False)
-    with pytest.raises(AppError, match="--out"):
+    with pytest.raises(TrainingError, match="--out"):
         plots.show(figure)
 
 

@@ -72,7 +72,7 @@ def test_items_of_one_and_of_several_pictures_keep_their_order() -> None:
 
 
 def test_predictions_are_calibrated() -> None:
-    known = Calibration(temperature=3.0, curvature=0.5)
+    known = Calibration(temperature=3.0, cubic=0.5)
     predictor = finish(build(dataclasses.replace(random_checkpoint(), calibration=known), CPU, threads=1, max_batch=4))
     expected_NK = known.probabilities(predictor.logits(some_pixels(4)))
     assert torch.equal(predictor.predict(some_pixels(4)), expected_NK)

@@ -14,8 +14,10 @@ from app.machine import available_cpus
 from app.predictor import build
 from app.report import calibration_error, confusion_matrix, negative_log_likelihood
 from app.steps import finish
+from training.calibrate import calibrate
 from training.data import hold_out
-from training.evaluate import predict
+from training.evaluate import evaluate, predict
+from training.provenance import hold_out_for
 
 SHARED = ROOT.parent / "shared"
 CPU = torch.device("cpu")
@@ -74,6 +76,21 @@ def test_the_figures_in_a_shipped_file_are_those_of_its_weights(
     assert (confusion_matrix(expected_NK.argmax(1), labels_N, 10) - known.confusion_KK).abs().sum() <= 4
     assert negative_log_likelihood(expected_NK, labels_N) == pytest.approx(known.nll, abs=1e-4)
     assert calibration_error(expected_NK, labels_N) == pytest.approx(known.ece, abs=5e-4)
+
+
+@pytest.mark.parametrize("name", ["cifar_net", "tutorial_net"])
+def test_the_figures_on_validation_images_are_those_of_the_weights_that_have_not_seen_them(
+    name: str, splits: tuple[data.Split, data.Split]
+) -> None:
+    held_out = checkpoint.load(ROOT / "weights" / "validation" / f"{name}.pth")
+    unseen = hold_out_for(held_out, splits[0], 0.1)[1]
+    known, again = held_out.evaluation, evaluate(held_out, unseen)
+    assert known is not None
+    assert (known.dataset, known.digest) == (unseen.name, unseen.digest)
+    assert (known.confusion_KK - again.confusion_KK).abs().sum() <= 4
+    assert calibrate(held_out, unseen).temperature == pytest.approx(held_out.calibration.temperature, rel=1e-3)
+    shipped = checkpoint.load(ROOT / "weights" / f"{name}.pth")
+    assert shipped.calibration == held_out.calibration
 
 
 def probabilities(trained: Checkpoint, engine: str, pixels_NCHW: Tensor) -> Tensor:

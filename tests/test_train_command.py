@@ -111,9 +111,7 @@ def test_held_out_images_replace_the_test_images(
     rows = log_rows(data_folder, "held")
     assert rows[-1]["validation_accuracy"] == checkpoint.evaluation.confusion_KK.diagonal().sum().item() / 12
     calibration = checkpoint.calibration
-    fitted = (
-        f": temperature {calibration.temperature:.4f}, curvature {calibration.curvature:.4f}; so few images guarantee"
-    )
+    fitted = f": temperature {calibration.temperature:.4f}, cubic term {calibration.cubic:.4f}; so few images guarantee"
     assert fitted in capsys.readouterr().out
     assert calibration.temperature != 1.0
     assert calibration.images == f"{checkpoint.evaluation.dataset}, as they are and as JPEG of quality 75"
@@ -311,7 +309,7 @@ def test_a_finished_run_is_not_overwritten_even_without_its_state(
     weights = Path("runs/kept/cifar_net.pth").read_bytes()
     Path("runs/kept/state.pt").unlink()
     Path("runs/kept/log.jsonl").unlink()
-    for flags, sentence in (([], "already holds a run"), (["--resume"], "without a state.pt to resume from")):
+    for flags, sentence in (([], "already holds a run"), (["--resume"], "no state.pt to resume from")):
         assert cli.main([*train, *flags]) == 2
         assert sentence in capsys.readouterr().err
     assert Path("runs/kept/cifar_net.pth").read_bytes() == weights
@@ -413,7 +411,10 @@ def test_a_run_on_a_gpu_leaves_weights_for_any_device(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["train", "--data", "nowhere"], ["nowhere", "--data"]),
+        (["train", "--data", "nowhere"], ["distillation", "--teacher"]),  # before the data is read, or downloaded
+        (["train", "--recipe", "fast", "--data", "nowhere"], ["nowhere", "--data"]),
+        (["train", "--validation", "0.1", "--calibration", "a.pth", "--data", "nowhere"], ["leave out one"]),
+        (["ablate", "--data", "nowhere"], ["distillation", "--teacher"]),
         (["train", "--recipe", "debug", "--data", ".", "--device", "tpu"], ["'tpu'", "cuda"]),
         (["train", "--recipe", "debug", "--data", ".", "--epochs", "0"], ["epochs is 0"]),
         (["train", "--recipe", "debug", "--data", ".", "--resume"], ["Which run", "--name"]),

@@ -22,6 +22,7 @@ from training.calibrate import JPEG_QUALITY
 from training.config import Recipe, override
 from training.data import hold_out
 from training.distill import Teachers, introduce
+from training.errors import TrainingError
 from training.evaluate import validate
 from training.fit import fit, initialize
 from training.log import read_rows, write_rows
@@ -67,14 +68,14 @@ def ablate(
         the same images as JPEG of quality 75) in [0, 1], `device` and `teachers` in words, and `common`, a digest.
 
     Raises:
-        ValueError: The file has runs of another recipe, on other images or with other teachers.
+        TrainingError: The file has runs of another recipe, on other images or with other teachers.
     """
     train, held_out = hold_out(images, VALIDATION)
     compressed = dataclasses.replace(held_out, pixels_NCHW=jpeg(JPEG_QUALITY, held_out.pixels_NCHW))
     common = _digest(recipe, images, teachers)
     rows = read_rows(file)
     if any(row.get("common") != common for row in rows):
-        raise ValueError(
+        raise TrainingError(
             f"{file} has runs of another recipe, on other images or with other teachers; choose another file with "
             "--out, or remove this one."
         )

@@ -69,7 +69,7 @@ def calibrate(checkpoint: Checkpoint, held_out: Split, device: torch.device | st
 
 
 def fit_probabilities(logits_NK: Tensor, labels_N: Tensor, views: int = 1) -> Calibration:
-    """The temperature and curvature that minimise the negative log likelihood.
+    """The temperature and the cubic term that minimise the negative log likelihood.
 
     Neither can be negative, which preserves the order of the classes. With N images, each target gives the true class
     (N + 1) / (N + 2) and the other classes the rest: a few images, all of them right, are no reason to be certain
@@ -89,15 +89,15 @@ def fit_probabilities(logits_NK: Tensor, labels_N: Tensor, views: int = 1) -> Ca
 
     def closure() -> float:
         optimizer.zero_grad()
-        temperature, curvature = parameters[0].clamp(*LOG_TEMPERATURES).exp(), parameters[1].square()
-        adjusted_NK = adjust(logits_NK, temperature, curvature)
+        temperature, cubic = parameters[0].clamp(*LOG_TEMPERATURES).exp(), parameters[1].square()
+        adjusted_NK = adjust(logits_NK, temperature, cubic)
         loss = F.cross_entropy(adjusted_NK, labels_N, label_smoothing=smoothing)
         loss.backward()
         return loss.item()
 
     optimizer.step(closure)
     logarithm, root = parameters[0].clamp(*LOG_TEMPERATURES).item(), parameters[1].item()
-    return Calibration(temperature=math.exp(logarithm) * unit, curvature=(root / unit) ** 2)
+    return Calibration(temperature=math.exp(logarithm) * unit, cubic=root**2 / unit**3)
 
 
 def set_threshold(probabilities_NK: Tensor, labels_N: Tensor, coverage: float = COVERAGE, views: int = 1) -> float:

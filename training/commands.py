@@ -27,11 +27,12 @@ from training.card import write_card
 from training.config import RECIPES, Recipe, override
 from training.data import download, find, hold_out, locate
 from training.distill import Teachers
+from training.errors import TrainingError
 from training.evaluate import evaluate, format_report, predict, validate
 from training.fit import Row, check_same_recipe, compute_dtype, fit, initialize, join_workers
 from training.flags import RUNS, parser
 from training.log import RunLog, read_rows, write_rows
-from training.provenance import hold_out_for, load_teachers, provenance, take_over_calibration
+from training.provenance import check_teachers, hold_out_for, load_teachers, provenance, take_over_calibration
 from training.summary import summarize
 from training.unfamiliar import compare, format_comparison
 
@@ -51,15 +52,16 @@ def train_command(options: argparse.Namespace) -> None:
     torch.manual_seed(recipe.seed)
 
     if options.resume and not options.name:
-        raise ValueError("Which run should be resumed? Give its --name, the folder under runs/.")
+        raise TrainingError("Which run should be resumed? Give its --name, the folder under runs/.")
     # With the process id, because a script may start several runs in one second.
     run = RUNS / (options.name or f"{options.recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     if options.resume and (run / "state.pt").exists():
         check_same_recipe(run / "state.pt", recipe)
-    images, test = data.read(find(options.data, os.environ))
     if options.calibration and recipe.validation:
-        raise ValueError("A run with --validation makes its own calibration; leave out --calibration or --validation.")
-    teachers = load_teachers(options.teacher, recipe, images)
+        raise TrainingError("A run with --validation makes its own calibration; leave out one of the two flags.")
+    teachers = load_teachers(options.teacher, recipe)
+    images, test = data.read(find(options.data, os.environ))
+    check_teachers(options.teacher, teachers, recipe, images)
     if options.calibration and options.calibration.exists():  # refuse before the training, not after it
         take_over_calibration(options.calibration, recipe, images, teachers)
     train, held_out = hold_out(images, recipe.validation) if recipe.validation else (images, None)
@@ -158,8 +160,8 @@ def _describe(calibration: Calibration) -> str:
     if not calibration.set_threshold:
         sets = "so few images guarantee nothing, so the prediction sets hold all classes."
     return (
-        f"Calibrated on {calibration.images}: temperature {calibration.temperature:.4f}, curvature "
-        f"{calibration.curvature:.4f}; {sets}"
+        f"Calibrated on {calibration.images}: temperature {calibration.temperature:.4f}, cubic term "
+        f"{calibration.cubic:.4f}; {sets}"
     )
 
 
@@ -174,7 +176,7 @@ def _split(options: argparse.Namespace, weights: Checkpoint | None = None) -> Sp
     """The images to measure or show: the test images or, with --validation, those that a run held out.
 
     Raises:
-        DataError, ValueError: as `hold_out_for`.
+        DataError, TrainingError: as `hold_out_for`.
     """
     folder, share = find(options.data, os.environ), options.validation
     split = hold_out_for(weights, data.read(folder)[0], share)[1] if share else data.read_test(folder)
@@ -233,14 +235,16 @@ def ablate_command(options: argparse.Namespace) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     recipe = override(RECIPES[options.recipe], {"epochs": options.epochs})
+    teachers = load_teachers(options.teacher, recipe)
     train, _ = data.read(find(options.data, os.environ))
+    check_teachers(options.teacher, teachers, dataclasses.replace(recipe, validation=VALIDATION), train)
     rows = ablate(
         train,
         recipe,
         options.seeds,
         options.out,
         device=choose_device(options.device),
-        teachers=load_teachers(options.teacher, dataclasses.replace(recipe, validation=VALIDATION), train),
+        teachers=teachers,
         on_row=lambda row: print(
             f"seed {row['seed']}, {row['setting']}: {row['validation_accuracy']:.2%}, "
             f"as JPEG {row['jpeg_accuracy']:.2%}",
@@ -300,15 +304,15 @@ def _check_writable(file: Path) -> None:
     """Check that `file` can be written, before hours of work rather than after.
 
     Raises:
-        ValueError: it is not a regular file, or cannot be created.
+        TrainingError: it is not a regular file, or cannot be created.
     """
     if file.is_dir():
-        raise ValueError(f"{file} is a folder; --out takes a file, for example {file / 'result'}.")
+        raise TrainingError(f"{file} is a folder; --out takes a file, for example {file / 'result'}.")
     if file.exists() and not file.is_file():
-        raise ValueError(f"{file} is a device or a pipe, which would be replaced; --out takes a regular file.")
+        raise TrainingError(f"{file} is a device or a pipe, which would be replaced; --out takes a regular file.")
     there = next(parent for parent in file.absolute().parents if parent.exists())
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        raise ValueError(f"Nothing can be written into {there}; name another place with --out.")
+        raise TrainingError(f"Nothing can be written into {there}; name another place with --out.")
 
 
 COMMANDS = {
@@ -342,7 +346,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # from `| head`, say; flushing the rest at exit would print a traceback
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (AppError, ValueError) as error:
+    except AppError as error:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:

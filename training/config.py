@@ -8,6 +8,8 @@ import itertools
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+from training.errors import TrainingError
+
 LARGEST_SEED = 10**9
 
 
@@ -87,15 +89,15 @@ class Recipe:
             value = getattr(self, name)
             for low, high in getattr(kind, "__metadata__", ()):
                 if not low <= value <= high:
-                    raise ValueError(f"{name} is {value}; it must be from {low} to {high}.")
+                    raise TrainingError(f"{name} is {value}; it must be from {low} to {high}.")
             if get_origin(kind) is Literal and value not in get_args(kind):
-                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(get_args(kind))}.")
+                raise TrainingError(f"{name} is {value!r}; it must be one of {', '.join(get_args(kind))}.")
         if self.nesterov and not self.momentum:
-            raise ValueError("Nesterov momentum needs a momentum above 0; set one, or add --no-nesterov.")
+            raise TrainingError("Nesterov momentum needs a momentum above 0; set one, or add --no-nesterov.")
         if self.optimizer == "muon" and not self.muon_learning_rate:
-            raise ValueError("The optimizer muon needs a muon_learning_rate above 0.")
+            raise TrainingError("The optimizer muon needs a muon_learning_rate above 0.")
         if self.network == "net" and self.low_resolution:
-            raise ValueError("The network net takes only 32x32 pictures; low_resolution must be 0.")
+            raise TrainingError("The network net takes only 32x32 pictures; low_resolution must be 0.")
 
 
 # The alternatives that were tried, with figures, are in training/README.md.
@@ -202,6 +204,6 @@ def override(recipe: Recipe, flags: dict[str, Any]) -> Recipe:
     """`recipe` with the values in `flags` that are not None.
 
     Raises:
-        ValueError: a value is out of bounds; the message names its field.
+        TrainingError: a value is out of bounds; the message names its field.
     """
     return dataclasses.replace(recipe, **{name: value for name, value in flags.items() if value is not None})

@@ -10,6 +10,7 @@ from filelock import FileLock
 
 from app.data import Split
 from app.errors import DataError
+from training.errors import TrainingError
 
 DEFAULT = Path("data")
 
@@ -39,11 +40,11 @@ def hold_out(train: Split, share: float) -> tuple[Split, Split]:
     """The images in two parts: the first to train on, the last `share` to choose by; 0.1 of CIFAR-10 is the last 5,000.
 
     Raises:
-        ValueError: `share` leaves one of the two without an image.
+        TrainingError: `share` leaves one of the two without an image.
     """
     count = round(len(train) * share) if 0 < share < 1 else 0
     if not 0 < count < len(train):
-        raise ValueError(
+        raise TrainingError(
             f"A share of {share} of {len(train):,} training images cannot be held out; give a number between 0 and 1 "
             "that leaves at least one image on each side, for example 0.1."
         )

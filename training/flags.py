@@ -38,30 +38,30 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = root.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    where = argparse.ArgumentParser(add_help=False)
-    where.add_argument("--data", help="folder of the data set (default: CIFAR_DATA, else ./data)")
-    compute = argparse.ArgumentParser(add_help=False, parents=[where])
-    compute.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first that works)")
-    held = argparse.ArgumentParser(add_help=False, parents=[compute])
-    held.add_argument(
+    data_flags = argparse.ArgumentParser(add_help=False)
+    data_flags.add_argument("--data", help="folder of the data set (default: CIFAR_DATA, else ./data)")
+    device_flags = argparse.ArgumentParser(add_help=False, parents=[data_flags])
+    device_flags.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first that works)")
+    split_flags = argparse.ArgumentParser(add_help=False, parents=[device_flags])
+    split_flags.add_argument(
         "--validation", type=float, default=0.0, help="use this share of the training images, not the test images"
     )
-    measured = argparse.ArgumentParser(add_help=False, parents=[held])
-    measured.add_argument(
+    weights_flags = argparse.ArgumentParser(add_help=False, parents=[split_flags])
+    weights_flags.add_argument(
         "--weights", type=Path, default=DEFAULT_WEIGHTS, help="weights to measure (default: the shipped ones)"
     )
-    result = argparse.ArgumentParser(add_help=False)
-    result.add_argument("--json", action="store_true", help="print one JSON object, and nothing else, to stdout")
+    json_flag = argparse.ArgumentParser(add_help=False)
+    json_flag.add_argument("--json", action="store_true", help="print one JSON object, and nothing else, to stdout")
 
-    taught = argparse.ArgumentParser(add_help=False, parents=[compute])
-    taught.add_argument(
+    recipe_flags = argparse.ArgumentParser(add_help=False, parents=[device_flags])
+    recipe_flags.add_argument(
         "--recipe",
         choices=RECIPES,
         default="default",
         help="the recipe to start from, in training/config.py (default: %(default)s)",
     )
-    taught.add_argument("--threads", type=_threads, help="CPU threads (default: torch's choice)")
-    taught.add_argument(
+    recipe_flags.add_argument("--threads", type=_threads, help="CPU threads (default: torch's choice)")
+    recipe_flags.add_argument(
         "--teacher",
         type=Path,
         nargs="+",
@@ -71,7 +71,10 @@ def parser() -> argparse.ArgumentParser:
     )
 
     train = commands.add_parser(
-        "train", parents=[taught], help="train by a recipe; write weights, log and learning curves", allow_abbrev=False
+        "train",
+        parents=[recipe_flags],
+        help="train by a recipe; write weights, log and learning curves",
+        allow_abbrev=False,
     )
     train.add_argument("--name", help="folder under runs/ (default: recipe, time and process id)")
     train.add_argument("--resume", action="store_true", help="continue the run of this name where it stopped")
@@ -84,27 +87,33 @@ def parser() -> argparse.ArgumentParser:
     )
     add_flags(train.add_argument_group("fields of the recipe", "each overrides the recipe's value"))
 
-    measure = commands.add_parser(
-        "evaluate", parents=[measured, result], help="accuracy per class, confusion matrix and calibration of weights"
+    evaluate = commands.add_parser(
+        "evaluate",
+        parents=[weights_flags, json_flag],
+        help="accuracy per class, confusion matrix and calibration of weights",
     )
-    measure.add_argument(
+    evaluate.add_argument(
         "--batch-size", type=_positive, default=BATCH_SIZE, help="images at a time (default: %(default)s)"
     )
-    measure.add_argument(
+    evaluate.add_argument(
         "--out", type=Path, help="write the weights here with these figures, for GET /metrics/per-class of the service"
     )
 
-    robust = commands.add_parser("robustness", parents=[measured, result], help="accuracy on degraded pictures")
-    robust.add_argument("--out", type=Path, help="write the JSON here as well, e.g. weights/cifar_net.robustness.json")
+    robustness = commands.add_parser(
+        "robustness", parents=[weights_flags, json_flag], help="accuracy on degraded pictures"
+    )
+    robustness.add_argument(
+        "--out", type=Path, help="write the JSON here as well, e.g. weights/cifar_net.robustness.json"
+    )
 
-    without = commands.add_parser("ablate", parents=[taught], help="train without one ingredient at a time")
-    without.add_argument("--seeds", type=_seed, nargs="+", default=[0, 1, 2], help="seeds of the runs (default: 0 1 2)")
-    without.add_argument("--epochs", type=_positive, default=4, help="epochs of each run (default: %(default)s)")
-    without.add_argument(
+    ablate = commands.add_parser("ablate", parents=[recipe_flags], help="train without one ingredient at a time")
+    ablate.add_argument("--seeds", type=_seed, nargs="+", default=[0, 1, 2], help="seeds of the runs (default: 0 1 2)")
+    ablate.add_argument("--epochs", type=_positive, default=4, help="epochs of each run (default: %(default)s)")
+    ablate.add_argument(
         "--out", type=Path, default=RUNS / "ablation.jsonl", help="file with a line for each run (default: %(default)s)"
     )
 
-    show = commands.add_parser("show", parents=[held], help="a labelled grid of images")
+    show = commands.add_parser("show", parents=[split_flags], help="a labelled grid of images")
     show.add_argument("--weights", type=Path, help="also show what these weights predict")
     show.add_argument("--count", type=_positive, default=32, help="number of images (default: %(default)s)")
     show.add_argument("--seed", type=_seed, default=0, help="seed for choosing the images (default: %(default)s)")
@@ -115,26 +124,32 @@ def parser() -> argparse.ArgumentParser:
         "runs/grid.png)",
     )
 
-    plot = commands.add_parser("plot", parents=[measured], help="confusion matrix, per-class bars, reliability diagram")
+    plot = commands.add_parser(
+        "plot", parents=[weights_flags], help="confusion matrix, per-class bars, reliability diagram"
+    )
     plot.add_argument("--out", type=Path, default=RUNS / "plots", help="folder for the PNGs (default: %(default)s)")
 
-    notice = commands.add_parser(
+    unfamiliar = commands.add_parser(
         "unfamiliar",
-        parents=[measured, result],
+        parents=[weights_flags, json_flag],
         help="test whether the weights notice pictures of none of the classes",
     )
-    notice.add_argument("--out", type=Path, help="write the JSON here as well, e.g. weights/cifar_net.unfamiliar.json")
-    notice.add_argument("--count", type=_positive, default=500, help="pictures from each source (default: %(default)s)")
+    unfamiliar.add_argument(
+        "--out", type=Path, help="write the JSON here as well, e.g. weights/cifar_net.unfamiliar.json"
+    )
+    unfamiliar.add_argument(
+        "--count", type=_positive, default=500, help="pictures from each source (default: %(default)s)"
+    )
 
     summary = commands.add_parser("summary", help="a network, layer by layer")
     summary.add_argument(
         "--network", choices=model.NETWORKS, default="cifar_net", help="one in app/model.py (default: %(default)s)"
     )
 
-    describe_weights = commands.add_parser("card", help="write the model card of the weights in a folder")
-    describe_weights.add_argument(
+    card = commands.add_parser("card", help="write the model card of the weights in a folder")
+    card.add_argument(
         "--folder", type=Path, default=DEFAULT_WEIGHTS.parent, help="folder of the weights (default: weights/)"
     )
 
-    commands.add_parser("download", parents=[where], help="download CIFAR-10")
+    commands.add_parser("download", parents=[data_flags], help="download CIFAR-10")
     return root

@@ -1,4 +1,4 @@
-"""What a run leaves to read: log.jsonl, curves.png, and TensorBoard events if tensorboard is installed."""
+"""What a run leaves to read: log.jsonl and curves.png."""
 
 import errno
 import json
@@ -12,20 +12,21 @@ from tqdm import tqdm
 
 from app.files import forget_unfinished, write_atomically
 from training import plots
+from training.errors import TrainingError
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
     """The JSON objects in `file`, one per line; no rows if there is no file yet.
 
     Raises:
-        ValueError: it holds something else.
+        TrainingError: it holds something else.
     """
     try:
         rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
         if not all(isinstance(row, dict) for row in rows):
             raise ValueError
     except ValueError:
-        raise ValueError(
+        raise TrainingError(
             f"{file} is not a log with one JSON object per line. Name another file, or remove this one."
         ) from None
     return rows
@@ -46,7 +47,7 @@ class RunLog:
     def __init__(self, folder: Path, *, resume: bool) -> None:
         """
         Raises:
-            ValueError: the folder has a run and `resume` is not set, the run is still going on, or it is finished
+            TrainingError: the folder has a run and `resume` is not set, the run is still going on, or it is finished
                 without a state to resume from.
         """
         folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +55,7 @@ class RunLog:
         try:
             self._lock.acquire(blocking=False)
         except Timeout:
-            raise ValueError(
+            raise TrainingError(
                 f"The run in {folder} is still going on in another process; wait for it to end, or use another --name."
             ) from None
         except OSError as error:
@@ -62,12 +63,11 @@ class RunLog:
                 raise
         begun, ended = (folder / "state.pt").exists(), (folder / "cifar_net.pth").exists()
         if resume and ended and not begun:
-            raise ValueError(f"{folder} holds a finished run without a state.pt to resume from; choose another --name.")
+            raise TrainingError(f"{folder} has a finished run, but no state.pt to resume from; choose another --name.")
         if not resume and (begun or ended):
-            raise ValueError(f"{folder} already holds a run; add --resume to continue it, or choose another --name.")
+            raise TrainingError(f"{folder} already holds a run; add --resume to continue it, or choose another --name.")
         forget_unfinished(folder / "state.pt")
         self.folder = folder
-        self.tensorboard = _tensorboard(folder)
         self._drawn_at = -REDRAW_SECONDS
 
     def say(self, text: str) -> None:
@@ -79,10 +79,6 @@ class RunLog:
         if monotonic() - self._drawn_at >= REDRAW_SECONDS:
             self.draw(rows)
         row = rows[-1]
-        if self.tensorboard is not None:
-            for name, value in row.items():
-                self.tensorboard.add_scalar(name, value, int(row["epoch"]))
-            self.tensorboard.flush()
         parts = [f"epoch {row['epoch']:3.0f}", f"loss {row['loss']:.4f}"]
         if "validation_accuracy" in row:
             parts.append(f"validation {row['validation_accuracy']:.2%}, loss {row['validation_loss']:.4f}")
@@ -93,11 +89,3 @@ class RunLog:
         """Draw the learning curves."""
         plots.save(plots.learning_curves(rows), self.folder / "curves.png")
         self._drawn_at = monotonic()
-
-
-def _tensorboard(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder))

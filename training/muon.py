@@ -12,23 +12,22 @@ from torch.optim.optimizer import ParamsT
 from app.device import choose_dtype
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-NEWTON_SCHULZ_STEPS = 5
 
 
-def orthogonalize(matrix_MN: Tensor, steps: int = NEWTON_SCHULZ_STEPS, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def orthogonalize(matrix: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Bring all singular values of a matrix near 1, by a quintic Newton-Schulz iteration in `dtype`.
 
     The coefficients trade accuracy for speed: the values end between about 0.7 and 1.2, which is enough here.
     """
     a, b, c = NEWTON_SCHULZ
-    x: Tensor = matrix_MN.to(dtype)
+    x: Tensor = matrix.to(dtype)
     if tall := x.size(0) > x.size(1):
         x = x.T
     x = x / (x.norm() + 1e-7)
     for _ in range(steps):  # x <- a x + (b g + c g g) x, where g = x x'
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.T if tall else x).to(matrix_MN.dtype)
+    return (x.T if tall else x).to(matrix.dtype)
 
 
 class Muon(Optimizer):
@@ -39,10 +38,11 @@ class Muon(Optimizer):
     another optimizer, can make up for it, because ReLU passes a scale on.
     """
 
-    newton_schulz_steps = NEWTON_SCHULZ_STEPS
-
-    def __init__(self, parameters: ParamsT, learning_rate: float | Tensor = 0.0, momentum: float = 0.6) -> None:
+    def __init__(
+        self, parameters: ParamsT, learning_rate: float | Tensor = 0.0, momentum: float = 0.6, steps: int = 5
+    ) -> None:
         super().__init__(parameters, {"lr": learning_rate, "momentum": momentum})
+        self._steps = steps
         # Emulated bfloat16 takes thirty times as long as float32: longer than the rest of a step.
         self._dtype = choose_dtype(self.param_groups[0]["params"][0].device)
 
@@ -57,5 +57,5 @@ class Muon(Optimizer):
                 buffer.mul_(group["momentum"]).add_(weight.grad)
                 update = weight.grad.add(buffer, alpha=group["momentum"])
                 weight.mul_(len(weight) ** 0.5 / weight.norm())
-                turn = orthogonalize(update.flatten(1), self.newton_schulz_steps, self._dtype).view_as(weight)
+                turn = orthogonalize(update.flatten(1), self._steps, self._dtype).view_as(weight)
                 weight.sub_(turn * group["lr"])

@@ -24,10 +24,10 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image, ImageShow
 from torch import Tensor
 
-from app.errors import AppError
 from app.files import write_atomically
 from app.model import IMAGE_SIZE
 from app.report import per_class, wilson_interval
+from training.errors import TrainingError
 from training.evaluate import MOST_NUMBERED_CLASSES
 
 BLUE, VERMILION, GREY = "#0072b2", "#d55e00", "#767676"
@@ -49,19 +49,22 @@ def save(figure: Figure, path: Path) -> None:
     """Write a file as a whole or not at all, in the format of its suffix (.jpg, .svg, .pdf, ...); without one, as PNG.
 
     Raises:
-        ValueError: Matplotlib does not know that format; the message names those it does.
+        TrainingError: Matplotlib does not know that format; the message names those it does.
     """
-    write_atomically(path, _drawn(figure, path.suffix[1:] or "png"))
+    kind = path.suffix[1:].lower() or "png"
+    if kind not in (known := FigureCanvasAgg.get_supported_filetypes()):
+        raise TrainingError(f"Pictures cannot be written as {path.suffix}; it must be one of {', '.join(known)}.")
+    write_atomically(path, _drawn(figure, kind))
 
 
 def show(figure: Figure) -> None:
     """Show the figure in the system's own image viewer.
 
     Raises:
-        AppError: There is no viewer.
+        TrainingError: There is no viewer.
     """
     if not ImageShow.show(Image.open(io.BytesIO(_drawn(figure, "png")))):
-        raise AppError("No known picture viewer was found on this system; write a file with --out FILE.png instead.")
+        raise TrainingError("No picture viewer was found on this system; write a file with --out FILE.png instead.")
 
 
 def has_display(environ: Mapping[str, str] = os.environ) -> bool:
@@ -100,10 +103,10 @@ def image_grid(
     """Images with their class beneath; with predictions, the predicted class and, where that is wrong, the true one.
 
     Raises:
-        ValueError: There is no image, or there are too many.
+        TrainingError: There is no image, or there are too many.
     """
     if not 0 < len(pixels_NCHW) <= MOST_SHOWN:
-        raise ValueError(f"A grid shows 1 to {MOST_SHOWN} images, not {len(pixels_NCHW):,}; choose another --count.")
+        raise TrainingError(f"A grid shows 1 to {MOST_SHOWN} images, not {len(pixels_NCHW):,}; change --count.")
     from torchvision.utils import make_grid  # here, because importing it takes two seconds
 
     columns = min(COLUMNS, len(pixels_NCHW))

@@ -13,6 +13,7 @@ from app import model
 from app.calibration import UNFAMILIAR, energy
 from app.checkpoint import Checkpoint
 from app.data import Split
+from training.errors import TrainingError
 from training.evaluate import forward
 from training.pictures import SOURCES
 
@@ -34,20 +35,20 @@ def compare(
         count: Pictures from each source.
 
     Raises:
-        ValueError: the weights carry no calibration of familiarity.
+        TrainingError: the weights carry no calibration of familiarity.
     """
     if checkpoint.calibration.energy_quantiles is None:
-        raise ValueError(
+        raise TrainingError(
             "These weights carry no calibration of familiarity; name those of a run with --validation 0.1 (or "
             "--calibration)."
         )
     body, head = model.split(checkpoint.network())
-    known_ND = forward(body, train.pixels_NCHW[:KNOWN_IMAGES], device=device)
-    labels_N = train.labels_N[:KNOWN_IMAGES]
+    known_MD = forward(body, train.pixels_NCHW[:KNOWN_IMAGES], device=device)
+    labels_M = train.labels_N[:KNOWN_IMAGES]
 
     def scores(pixels_NCHW: Tensor) -> dict[str, Tensor]:
         features_ND = forward(body, pixels_NCHW, device=device)
-        return score(features_ND, head(features_ND), known_ND, labels_N)
+        return score(features_ND, head(features_ND), known_MD, labels_M)
 
     def flagged(scores: dict[str, Tensor]) -> float:
         familiar = [checkpoint.calibration.familiarity(-value) for value in scores[USED].tolist()]
@@ -74,34 +75,34 @@ def compare(
     }
 
 
-def score(features_ND: Tensor, logits_NK: Tensor, known_ND: Tensor, labels_N: Tensor) -> dict[str, Tensor]:
+def score(features_ND: Tensor, logits_NK: Tensor, known_MD: Tensor, labels_M: Tensor) -> dict[str, Tensor]:
     """The candidate scores (N,) by name: the higher, the more familiar.
 
     Args:
-        known_ND: Features of training images, with the classes `labels_N`.
+        known_MD: Features of training images, with the classes `labels_M`.
     """
     logarithms_NK = logits_NK.log_softmax(dim=1)
-    similarity_NM = F.normalize(features_ND, dim=1) @ F.normalize(known_ND, dim=1).T
+    similarity_NM = F.normalize(features_ND, dim=1) @ F.normalize(known_MD, dim=1).T
     return {
         "max probability": logarithms_NK.amax(dim=1),  # Hendrycks and Gimpel, 2017, arXiv:1610.02136
         "max logit": logits_NK.amax(dim=1),  # Hendrycks et al., 2022, arXiv:1911.11132
         USED: -energy(logits_NK),  # Liu et al., 2020, arXiv:2010.03759
         "entropy": (logarithms_NK.exp() * logarithms_NK).sum(dim=1),
-        "Mahalanobis": -_mahalanobis(features_ND, known_ND, labels_N),  # Lee et al., 2018, arXiv:1807.03888
+        "Mahalanobis": -_mahalanobis(features_ND, known_MD, labels_M),  # Lee et al., 2018, arXiv:1807.03888
         # Sun et al., 2022, arXiv:2204.06507
-        f"{NEIGHBOURS} neighbours": similarity_NM.topk(min(NEIGHBOURS, len(known_ND)), dim=1).values.amin(dim=1),
+        f"{NEIGHBOURS} neighbours": similarity_NM.topk(min(NEIGHBOURS, len(known_MD)), dim=1).values.amin(dim=1),
     }
 
 
-def _mahalanobis(features_ND: Tensor, known_ND: Tensor, labels_N: Tensor) -> Tensor:
+def _mahalanobis(features_ND: Tensor, known_MD: Tensor, labels_M: Tensor) -> Tensor:
     """Squared distance to the nearest class mean, in units of the spread within the classes.
 
     In float64: the covariance of few images is too nearly singular for float32.
     """
-    features_ND, known_ND = features_ND.double(), known_ND.double()
-    means_KD = torch.stack([known_ND[labels_N == label].mean(dim=0) for label in labels_N.unique()])
-    centred_ND = known_ND - means_KD[torch.searchsorted(labels_N.unique(), labels_N)]
-    covariance_DD = centred_ND.T @ centred_ND / len(known_ND)
+    features_ND, known_MD = features_ND.double(), known_MD.double()
+    means_KD = torch.stack([known_MD[labels_M == label].mean(dim=0) for label in labels_M.unique()])
+    centred_ND = known_MD - means_KD[torch.searchsorted(labels_M.unique(), labels_M)]
+    covariance_DD = centred_ND.T @ centred_ND / len(known_MD)
     ridge = 1e-4 * covariance_DD.diagonal().mean() + torch.finfo(torch.float32).tiny  # some features are never active
     whitening_DD = torch.linalg.cholesky(torch.linalg.inv(covariance_DD + ridge * torch.eye(len(covariance_DD))))
     return torch.cdist(features_ND @ whitening_DD, means_KD @ whitening_DD).square().amin(dim=1)

@@ -1,5 +1,6 @@
 """The body of an inference request -> what it asks for, fully checked."""
 
+import codecs
 from dataclasses import dataclass, field
 from reprlib import repr as show  # an error message should not repeat a megabyte of input
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from app.errors import BadRequest, BodyTooLarge, NotOffered
+from app.images import PICTURE_FILE
 from app.model import IMAGE_SIZE
 from app.open_inference import tensors
 from app.open_inference.spec import IMAGE, INPUTS, MAX_ID_LETTERS, OUTPUT_NAMES, PIXELS, TensorSpec
@@ -105,15 +107,25 @@ def _json(text: bytes, max_pictures: int) -> dict[str, Any]:
             f"{max_pictures:,} pictures can have. Send fewer, or flat or raw pixels."
         )
     try:
-        request = from_json(text)
-    except ValueError:
-        raise BadRequest(
-            f"The JSON of the request (bytes: {len(text):,}) is not valid. If raw tensors follow it, the header "
-            "Inference-Header-Content-Length must say how long it is."
-        ) from None
+        request = from_json(text.removeprefix(codecs.BOM_UTF8))
+    except ValueError as error:
+        place = str(error).rpartition(" at ")[2]  # the line and the column
+        raise BadRequest(_explain(text, place)) from None
     if not isinstance(request, dict):
         raise BadRequest('The request is not a JSON object; it must be {"inputs": [...]}.')
     return request
+
+
+def _explain(text: bytes, place: str) -> str:
+    """Why what should be the JSON of a request is none."""
+    if PICTURE_FILE.match(text):
+        return "The body begins like a picture; with the header Inference-Header-Content-Length: 0 it may be one."
+    if text.startswith(b"--"):
+        return "The body begins like a form; it must be JSON. Send forms to /predict or /predict/batch."
+    return (
+        f"The JSON of the request (bytes: {len(text):,}) is not valid, at {place}. If raw tensors follow it, the "
+        "header Inference-Header-Content-Length must say how long it is."
+    )
 
 
 def _parameters(holder: dict[str, Any], owner: str) -> dict[str, Any]:
@@ -173,7 +185,7 @@ def _only_input(request: dict[str, Any]) -> tuple[TensorSpec, dict[str, Any], in
         )
     shape = tensor.get("shape")
     numbers = isinstance(shape, list) and all(type(size) is int for size in shape)
-    if not numbers or not shape or tuple(shape[1:]) != spec.shape[1:] or shape[0] < 1:
+    if not numbers or not shape or tuple(shape[1:]) != spec.shape[1:] or not 1 <= shape[0] < 2**63:
         expected = ", ".join(map(str, ("N", *spec.shape[1:])))
         raise BadRequest(
             f"Input {spec.name!r} has the shape {show(shape)}; it must be [{expected}] for N pictures, at least one."

@@ -59,7 +59,7 @@ def raw_strings(tail: memoryview, count: int) -> list[bytes]:
         if size > len(tail) - start:
             raise BadRequest(
                 f"Input {IMAGE.name!r}, element {len(elements)} has the length {size:,} bytes, but only "
-                f"{len(tail) - start:,} follow."
+                f"{len(tail) - start:,} follow. Each element begins with its length, in four bytes, the lowest first."
             )
         elements.append(bytes(tail[start : start + size]))
         start += size

@@ -27,9 +27,9 @@ def check_ready(service: Service) -> None:
         NotReady: New requests should be sent elsewhere.
     """
     if not service.running:
-        raise NotReady(NOT_RUNNING, retry_after_seconds=1)
+        raise NotReady(NOT_RUNNING)
     if not service.ready:
-        raise NotReady("The service is stopping. Send requests elsewhere.", retry_after_seconds=1)
+        raise NotReady("The service is stopping. Send requests elsewhere.")
 
 
 async def _total(request: Request) -> Counts:

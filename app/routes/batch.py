@@ -96,5 +96,6 @@ async def _submit(request: Request, service: Service, resize: Resize | None) -> 
         return service.predict_pixels(check_raw(body))
     raise UnsupportedMedia(
         f"The body has the content type {kind!r}. Send multipart/form-data with a field `files` for each "
-        "picture (curl -F files=@1.png -F files=@2.png), or raw pixels as application/octet-stream."
+        "picture (curl -F files=@1.png -F files=@2.png), or raw pixels as application/octet-stream.",
+        headers={"Accept": "multipart/form-data, application/octet-stream"},
     )

@@ -8,6 +8,8 @@ from app.schemas import Health, error_responses
 router = APIRouter(tags=["health"])
 
 
+@router.get("/health", include_in_schema=False)
+@router.get("/livez", include_in_schema=False)
 @router.get("/healthz", summary="Whether the process is alive", response_description="Alive.")
 async def healthz() -> Health:
     """For liveness probes: says nothing about the network."""

@@ -195,7 +195,7 @@ async def repository_index(service: ServiceDep) -> list[dict[str, str]]:
 async def not_offered() -> None:
     raise NotOffered(
         "This service does not offer loading and unloading models, shared memory, traces or log settings. "
-        f"The metadata at /v2 lists what it offers: {', '.join(spec.EXTENSIONS)}."
+        f"The metadata at /v2 lists what it offers: {', '.join(spec.EXTENSIONS)}; of the repository only the index."
     )
 
 
@@ -273,7 +273,8 @@ async def _run(
     for index, answer in enumerate(outcomes):
         if isinstance(answer, OWN_FAULTS):
             name = spec.IMAGE.name
-            raise BadRequest(f"Input {name!r}, element {index}: {answer}", detail={"input": name, "index": index})
+            detail = {"input": name, "index": index} | (answer.detail or {})
+            raise BadRequest(f"Input {name!r}, element {index}: {answer}", detail=detail)
         if isinstance(answer, BaseException):
             raise answer
         rows += answer.rows

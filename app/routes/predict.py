@@ -76,7 +76,8 @@ async def _read_picture(headers: Headers, receive: Receive, intake: Intake) -> b
         raise UnsupportedMedia(
             f"The body has the content type {kind!r}. Send multipart/form-data with the picture in the field "
             "`file` (curl -F file=@picture.png), or the picture itself as image/png, image/jpeg, ... or "
-            "application/octet-stream."
+            "application/octet-stream. A picture in JSON, as base64, goes to /v2/models/cifar/infer.",
+            headers={"Accept": "multipart/form-data, image/*, application/octet-stream"},
         )
     if not picture:
         raise BadRequest(f"The picture is empty. Send it as the body, or in the form field 'file'. {ACCEPTED}")
