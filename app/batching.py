@@ -21,7 +21,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from time import monotonic, time
-from typing import Generic
+from typing import Any, Generic
 
 from app.admission import Admission, Limits, Load
 from app.entries import Answer, Control, Entry, FairQueue, Item, Prepared, Result, Run
@@ -41,10 +41,6 @@ WATCH_SECONDS, PATIENCE = 5.0, 12
 """How often to check the inference thread, and after how many checks in vain it is stuck for good: a GPU may hang.
 Counted, not timed: the whole container may have been paused."""
 STOPPING = "The service is stopping. Try again, it may be back shortly."
-NOT_RUNNING = (
-    "The service is not running: an embedding program must run the application's lifespan, as servers and "
-    "`with TestClient(app) as client` do."
-)
 ELSEWHERE = (
     "The application is running in another event loop. Use the client of its `with TestClient(app) as client`, or make "
     "another application with create_app()."
@@ -67,6 +63,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         self._idle_work: deque[Iterator[object]] = deque()
         self._buildings: deque[tuple[Building[Prepared, Result], asyncio.Future[Run[Prepared, Result]]]] = deque()
         self._admission = Admission(limits)
+        self._started = False
         self._closing = False
         self._failed_batches = 0
         self._responsive = False
@@ -91,6 +88,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         except BaseException:  # also if this task is cancelled
             await self.close()
             raise
+        self._started = True
         self._watch()
 
     def _watch(self) -> None:
@@ -104,12 +102,17 @@ class Batcher(Generic[Item, Prepared, Result]):
 
     @property
     def running(self) -> bool:
-        return self._inference_thread.ident is not None and not self._closing
+        return self._started and not self._closing
+
+    @property
+    def closing(self) -> bool:
+        """Whether it still has to answer something before it ends."""
+        return self._closing and self._inference_thread.is_alive()
 
     @property
     def closed(self) -> bool:
-        """Whether it is closed, or closing."""
-        return self._closing
+        """Whether it has ended, so that another must take its place."""
+        return self._closing and not self.closing
 
     @property
     def broken(self) -> bool:
@@ -167,16 +170,18 @@ class Batcher(Generic[Item, Prepared, Result]):
         self._admission.check(load, deadline_seconds)
 
     def check_open(self) -> None:
-        """Raise unless it is running, in this event loop.
+        """Raise unless it is running, in this event loop; it moves here if the loop it ran in is closed.
 
         Raises:
             NotReady: it is not.
         """
         if not self.running:
-            stopping = self._closing and self._inference_thread.is_alive()
-            raise NotReady(STOPPING if stopping else NOT_RUNNING)
-        if asyncio.get_running_loop() is not self._loop:
-            raise NotReady(ELSEWHERE)
+            raise NotReady(STOPPING)
+        if (here := asyncio.get_running_loop()) is not self._loop:
+            if not self._loop.is_closed():
+                raise NotReady(ELSEWHERE)
+            self._loop = here
+            self._watch()
 
     def _admit(self, item: Item, load: Load, deadline_seconds: float) -> Answer[Result]:
         # Not Answer[Result](...): the subscript would be evaluated for each request, which takes 2 us.
@@ -247,6 +252,14 @@ class Batcher(Generic[Item, Prepared, Result]):
                 self.statistics.success.add(now - entry.admitted_at)
                 entry.future.set_result(outcome)
 
+    # Both threads
+
+    def _call(self, callback: Callable[..., None], *arguments: Any) -> None:
+        try:
+            self._loop.call_soon_threadsafe(callback, *arguments)
+        except RuntimeError:  # the event loop is closed: nobody waits any more, but what was admitted must leave
+            callback(*arguments)
+
     # Decode thread
 
     def _decode(self) -> None:
@@ -257,16 +270,16 @@ class Batcher(Generic[Item, Prepared, Result]):
                 if failure is None:
                     self._to_run.put(entry)
                 else:
-                    self._loop.call_soon_threadsafe(self._settle, [(entry, failure)])
+                    self._call(self._settle, [(entry, failure)])
         self._to_run.put(Control.STOP)
 
     # Inference thread
 
     def _infer(self) -> None:
         while batch := self._take():
-            self._loop.call_soon_threadsafe(self._settle, *self._answer(batch))
+            self._call(self._settle, *self._answer(batch))
         for _, built in self._buildings:
-            self._loop.call_soon_threadsafe(_resolve, built, NotReady(STOPPING))
+            self._call(_resolve, built, NotReady(STOPPING))
 
     def _take(self) -> list[Entry[Item, Prepared, Result]]:
         """The next batch, from all that is queued by now; waits while nothing is. Empty only at the end."""
@@ -294,7 +307,7 @@ class Batcher(Generic[Item, Prepared, Result]):
         except BaseException as error:  # `start` or `swap` raises it; they would otherwise wait for ever
             outcome = error
         self._buildings.popleft()
-        self._loop.call_soon_threadsafe(_resolve, built, outcome)
+        self._call(_resolve, built, outcome)
 
     def _step(self, work: Iterator[object]) -> None:
         try:

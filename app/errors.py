@@ -171,7 +171,7 @@ class NotOffered(RequestError):
 
 
 class NotReady(RequestError):
-    """The service is stopping or not running, or the answer is not known yet."""
+    """The service is stopping, or the answer is not known yet."""
 
     status = 503
     reason = "not_ready"

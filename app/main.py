@@ -45,8 +45,7 @@ def create_app(settings: Settings | None = None, classes: tuple[str, ...] | None
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        if not service.running:  # `python -m app` already has, to report bad weights itself
-            await service.start()
+        await service.ensure_started()  # `python -m app` already has, to report bad weights itself
         service.check_here()
         yield
         await service.close()

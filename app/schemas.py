@@ -201,7 +201,7 @@ MEANINGS = {
     429: "The service is overloaded. The header Retry-After says when to try again.",
     500: "Internal error; the log has the details under the request_id.",
     501: "This service does not support this part of the protocol.",
-    503: "The service is stopping, or is not running. The header Retry-After says when to try again.",
+    503: "The service is stopping. The header Retry-After says when to try again.",
     504: "The request waited too long for its turn.",
 }
 

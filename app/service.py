@@ -77,6 +77,7 @@ class Service:
             seconds=settings.deadline_seconds,
         )
         self._served = Served(checkpoint)
+        self._starting = asyncio.Lock()
         self._reloading = asyncio.Lock()
         self._limits = Limits(
             max_batch=settings.max_batch,
@@ -100,8 +101,21 @@ class Service:
         memory.release()
         self._start_evaluation()
 
+    async def ensure_started(self) -> None:
+        """Start unless it is running or stopping. For programs that embed the application without running its lifespan,
+        as tests and mounts do: the first request starts it.
+
+        Raises:
+            StartError: as `start`.
+        """
+        if self.running:
+            return
+        async with self._starting:
+            if not (self.running or self._batcher.closing):
+                await self.start()
+
     def check_here(self) -> None:
-        """Raise unless this event loop started it.
+        """Raise unless it runs in this event loop.
 
         Raises:
             NotReady: as `Batcher.check_open`.

@@ -450,6 +450,27 @@ async def test_closing_does_not_wait_forever_for_a_stuck_thread() -> None:
     assert await held == 0
 
 
+def test_it_follows_from_an_event_loop_that_ended_to_the_next_one() -> None:
+    """As each test of some frameworks, and each request without `with TestClient`, has its own."""
+    doubler = Doubler()
+
+    async def leave() -> Batcher[str, int, int]:
+        batcher = await start(doubler)
+        await hold(doubler, batcher)
+        return batcher
+
+    async def follow() -> None:
+        doubler.gate.set()
+        while batcher.waiting:  # what was admitted in the loop before leaves without it
+            await asyncio.sleep(0)
+        assert await batcher.submit("21", 1, light=True) == 42
+        await batcher.close()
+
+    batcher = asyncio.run(leave())
+    asyncio.run(follow())
+    assert doubler.batches == [[0], [21]]
+
+
 def assert_no_thread_is_left() -> None:
     for thread in threading.enumerate():
         if thread.name in ("inference", "decode"):

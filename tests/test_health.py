@@ -1,13 +1,18 @@
 """Probes and pages."""
 
+import asyncio
 import gc
 import re
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 from urllib.parse import urljoin
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
+from running import ROOT
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -89,17 +94,52 @@ def test_main_lists_app_and_makes_no_other_attribute_on_demand() -> None:
 
 
 @pytest.mark.parametrize(("method", "path"), [("GET", "/readyz"), ("POST", "/predict"), ("POST", "/predict/batch")])
-def test_an_application_that_was_never_started_says_so(settings: Settings, png: bytes, method: str, path: str) -> None:
-    client = TestClient(create_app(settings))  # without `with`
-    response = client.request(method, path, files=[("file", png)] if method == "POST" else None)
-    assert response.status_code == 503
-    assert "must run the application's lifespan" in response.json()["error"]
-    if path == "/readyz":
-        assert response.headers["retry-after"] == "1"
-    assert client.post("/v2/repository/index").json()[0]["reason"] == "not running"
+def test_where_nothing_runs_the_lifespan_the_first_request_starts_the_service(
+    settings: Settings, png: bytes, method: str, path: str
+) -> None:
+    """Each request without `with` has an event loop of its own."""
+    app = create_app(settings)
+    client = TestClient(app)
+    for _ in range(3):
+        response = client.request(method, path, files=[("file", png)] if method == "POST" else None)
+        assert response.status_code == 200
+    assert client.post("/v2/repository/index").json()[0]["state"] == "READY"
+    with TestClient(app):  # runs the lifespan, whose end is the service's
+        pass
+    assert not app.service.running
 
 
-def test_a_request_from_another_event_loop_is_refused(settings: Settings, png: bytes) -> None:
+@pytest.mark.anyio
+async def test_first_requests_at_once_start_the_service_once(settings: Settings, png: bytes) -> None:
+    app = create_app(settings)
+    starts = []
+    original = app.service.start
+
+    async def start() -> None:
+        starts.append(1)
+        await original()
+
+    app.service.start = start  # type: ignore[method-assign]
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        responses = await asyncio.gather(*(client.post("/predict", content=png) for _ in range(8)))
+    assert [response.status_code for response in responses] == [200] * 8
+    assert starts == [1]
+    await app.service.close()
+
+
+def test_a_process_ends_well_although_nothing_ended_its_service(weights: Path) -> None:
+    code = (
+        "from pathlib import Path\nfrom fastapi.testclient import TestClient\nfrom app.main import create_app\n"
+        "from app.settings import Settings\n"
+        f"client = TestClient(create_app(Settings(weights=Path({str(weights)!r}), device='cpu', threads=1)))\n"
+        "print(client.get('/readyz').status_code)"
+    )
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "200\n")
+    assert "Traceback" not in ran.stderr
+
+
+def test_a_request_from_another_event_loop_is_refused_while_the_first_runs(settings: Settings, png: bytes) -> None:
     app = create_app(settings)
     with TestClient(app) as client:
         response = TestClient(app).post("/predict", content=png)
@@ -108,7 +148,8 @@ def test_a_request_from_another_event_loop_is_refused(settings: Settings, png: b
         with pytest.raises(NotReady, match="in another event loop"), TestClient(app):
             pass
         assert client.post("/predict", content=png).status_code == 200
-    assert "must run the application's lifespan" in TestClient(app).post("/predict", content=png).json()["error"]
+    assert TestClient(app).post("/predict", content=png).status_code == 200  # started anew
+    asyncio.run(app.service.close())
 
 
 async def deny(_request: Request, _call_next: object) -> Response:

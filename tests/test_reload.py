@@ -1,5 +1,6 @@
 """Exchanging the weights while the service runs, over the route and within the batcher."""
 
+import asyncio
 import dataclasses
 import shutil
 import threading
@@ -67,12 +68,13 @@ def served(client: TestClient, png: bytes) -> str:
     return sha256
 
 
-def test_a_service_that_has_not_been_started_reloads_nothing(settings: Settings) -> None:
-    client = TestClient(create_app(settings), raise_server_exceptions=False)  # without `with`: no lifespan
-    other_weights(settings.weights)
-    response = reload(client)
-    assert response.status_code == 503
-    assert response.json()["error"].startswith("The service is not running")
+def test_a_reload_may_be_the_request_that_starts_the_service(settings: Settings, png: bytes) -> None:
+    app = create_app(settings)
+    client = TestClient(app)  # without `with`: nothing runs the lifespan
+    new = other_weights(settings.weights)
+    assert reload(client).json()["changed"] is True
+    assert served(client, png) == new
+    asyncio.run(app.service.close())
 
 
 def test_new_weights_answer_and_every_answer_names_them(

@@ -4,7 +4,6 @@ from typing import Annotated
 
 from fastapi import Depends, Query, Request
 
-from app.batching import NOT_RUNNING
 from app.errors import NotReady
 from app.images import Resize
 from app.schemas import RESIZE, TOP_K
@@ -14,6 +13,7 @@ from app.statistics import Counts
 
 async def _service(request: Request) -> Service:  # async: a plain function would cost a hop to another thread
     service: Service = request.app.service
+    await service.ensure_started()
     return service
 
 
@@ -26,8 +26,6 @@ def check_ready(service: Service) -> None:
     Raises:
         NotReady: New requests should be sent elsewhere.
     """
-    if not service.running:
-        raise NotReady(NOT_RUNNING)
     if not service.ready:
         raise NotReady("The service is stopping. Send requests elsewhere.")
 

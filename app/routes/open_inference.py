@@ -180,9 +180,8 @@ async def model_config(service: ServiceDep) -> dict[str, Any]:
     response_model=list[schemas.IndexEntry],
 )
 async def repository_index(service: ServiceDep) -> list[dict[str, str]]:
-    """A model whose service is stopping, or not running, is UNAVAILABLE."""
-    unavailable = "stopping" if service.running else "not running"
-    state, reason = ("READY", "") if service.ready else ("UNAVAILABLE", unavailable)
+    """A model whose service is stopping is UNAVAILABLE."""
+    state, reason = ("READY", "") if service.ready else ("UNAVAILABLE", "stopping")
     return [{"name": spec.MODEL_NAME, "version": spec.MODEL_VERSION, "state": state, "reason": reason}]
 
 
