@@ -26,7 +26,6 @@ RUN python -m compileall -q app && chmod -R a+rX /srv
 ENV PATH=/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 CIFAR_HOST=0.0.0.0
 USER 65534:65534
 EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=3s --start-period=30s CMD python -c "import http.client; \
-    c = http.client.HTTPConnection('127.0.0.1', ${CIFAR_PORT:-8000}, timeout=3); c.request('GET', '/healthz'); \
-    raise SystemExit(c.getresponse().status != 200)"
+HEALTHCHECK --interval=10s --timeout=3s --start-period=30s CMD ["python", "-c", \
+    "import http.client, os; p = os.environ.get('CIFAR_PORT', ''); c = http.client.HTTPConnection('127.0.0.1', int(p) if p.isdigit() else 8000, timeout=3); c.request('GET', '/healthz'); raise SystemExit(c.getresponse().status != 200)"]
 ENTRYPOINT ["python", "-m", "app"]

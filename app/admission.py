@@ -82,7 +82,7 @@ class Admission:
         ):
             sentence = f"The service has as much work as it accepts (pictures waiting: {self.waiting:,})."
         elif wait_seconds > deadline_seconds:
-            sentence = f"The answer would take {wait_seconds:.2f} seconds; it may take {plain(deadline_seconds)}."
+            sentence = f"The answer would take {plain(wait_seconds)} seconds; it may take {plain(deadline_seconds)}."
         else:
             return
         retry = max(1, math.ceil(wait_seconds))

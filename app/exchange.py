@@ -24,6 +24,8 @@ RawReply = tuple[int, list[tuple[bytes, bytes]], bytes]
 """Status, headers and body, ready to be written."""
 
 JSON = b"application/json"
+LISTS = {b"accept", b"accept-encoding", b"content-encoding"}
+"""The headers that are lists, of those that matter here."""
 LIGHT_BYTES = 16 * 1024
 """How much the event loop may decode itself: five times a picture's raw pixels. The usual 2 KB take 0.1 ms."""
 MAX_DIGITS = 20
@@ -62,11 +64,12 @@ def headers_of(request: Request) -> Headers:
 
 
 def combine(lines: Sequence[tuple[bytes, bytes]]) -> Headers:
-    """Headers by name, with the values of repeated lines joined (RFC 9110, section 5.3)."""
+    """Headers by name. Of repeated lines, those of a list are joined (RFC 9110, section 5.3); else the last counts."""
     headers = dict(lines)
-    if len(headers) == len(lines):
-        return headers
-    return {name: b", ".join(value for other, value in lines if other == name) for name in headers}
+    if len(headers) < len(lines):
+        for name in LISTS & headers.keys():
+            headers[name] = b", ".join(value for other, value in lines if other == name)
+    return headers
 
 
 def header_text(headers: Headers, name: bytes) -> str:

@@ -65,7 +65,11 @@ OTHERS = {
 """What is often sent instead of a readable picture, by its first bytes."""
 NAME_SENT = ", perhaps the name of the file: curl sends the file itself with -F file=@picture.png"
 LONGEST_NAME = 255
-PICTURE_FILE = re.compile(rb"\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|\xff\xd8\xff[\xe0\xe1]..(JFIF|Exif)\0", re.DOTALL)
+PICTURE_FILE = re.compile(
+    rb"\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM....\0\0\0\0....[\x0c\x28\x38\x6c\x7c]\0\0\0"
+    rb"|\xff\xd8\xff([\xe0-\xef]..(JFIF|Exif|Adobe)|\xdb\0[\x43\x84]\0)",
+    re.DOTALL,
+)
 """How picture files begin, as far as no raw pixels would."""
 METADATA = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
 """Pillow's keys for metadata that may hold an orientation. Most small pictures have none; a closer look takes 13 us."""
@@ -168,7 +172,7 @@ def _likely(data: bytes) -> str:
             return kind
     if data[4:8] == b"ftyp":
         return f"they begin like {'AVIF' if data[8:11] == b'avi' else 'HEIC or a film'}"
-    if len(data) == IMAGE_BYTES:
+    if len(data) == IMAGE_BYTES and not PICTURE_FILE.match(data):
         return "as many as the raw pixels of one picture, which /predict/batch takes"
     if data and data.isascii() and b"\0" not in data:
         return "they are text" + NAME_SENT * (len(data) <= LONGEST_NAME)

@@ -105,10 +105,22 @@ def test_raw_pixels_must_be_whole_pictures(client: TestClient, length: int) -> N
     assert f"have {length:,} bytes; that must be a multiple of 3,072" in response.json()["error"]
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
-def test_picture_files_are_not_taken_for_raw_pixels(client: TestClient, kind: str) -> None:
+def without_jfif(jpeg: bytes) -> bytes:
+    return jpeg[:2] + jpeg[4 + int.from_bytes(jpeg[4:6], "big") :]
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        *(encode(drawing(), kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP")),
+        without_jfif(encode(drawing(), "JPEG")),
+        encode(drawing().convert("CMYK"), "JPEG"),
+    ],
+    ids=["png", "jpeg", "webp", "gif", "bmp", "jpeg without jfif", "cmyk"],
+)
+def test_picture_files_are_not_taken_for_raw_pixels(client: TestClient, file: bytes) -> None:
     """Even if they happen to be as long."""
-    file = encode(drawing(), kind).ljust(2 * 3072, b"\0")
+    file = file.ljust(2 * 3072, b"\0")
     response = client.post("/predict/batch", content=file, headers=OCTETS)
     assert response.status_code == 400
     assert response.json()["error"].startswith("The raw pixels begin like a picture file. Send picture files as")

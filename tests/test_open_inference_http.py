@@ -205,7 +205,7 @@ def test_an_element_of_the_wrong_size_keeps_its_details(client: TestClient) -> N
 
 
 def test_two_lines_of_a_header_count_as_one(client: TestClient, png: bytes) -> None:
-    lines = [(LENGTH, "0"), ("accept", "application/json"), ("accept", "text/html")]
+    lines = [(LENGTH, "5"), (LENGTH, "0"), ("accept", "application/json"), ("accept", "text/html")]  # the last length
     assert client.post(INFER, content=png, headers=lines).headers["content-type"] == "application/json"
 
 

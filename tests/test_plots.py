@@ -115,8 +115,13 @@ def test_a_grid_of_no_images_or_of_too_many_is_refused(count: int) -> None:
 def test_a_picture_is_written_in_the_format_that_its_name_says(tmp_path: Path, name: str, begins: bytes) -> None:
     plots.save(Figure(figsize=(1, 1)), tmp_path / name)
     assert (tmp_path / name).read_bytes().startswith(begins)
-    with pytest.raises(TrainingError, match=r"cannot be written as \.foo; it must be one of .*png"):
-        plots.save(Figure(figsize=(1, 1)), tmp_path / "a.foo")
+
+
+@pytest.mark.parametrize("kind", plots.KINDS)
+def test_every_kind_of_picture_can_be_written_and_no_other(tmp_path: Path, kind: str) -> None:
+    plots.save(Figure(figsize=(1, 1)), tmp_path / f"a.{kind.upper()}")
+    with pytest.raises(TrainingError, match=r"cannot be written as \.pgf; it must be one of png, "):
+        plots.save(Figure(figsize=(1, 1)), tmp_path / "a.pgf")
 
 
 def test_learning_curves_show_validation_where_there_is_one() -> None:

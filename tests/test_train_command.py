@@ -365,7 +365,7 @@ def test_interrupting_leaves_no_half_written_file(data_folder: Path, sent: signa
     assert process.returncode == 130, errors.decode()
     assert b"Traceback" not in errors
     assert b"repeat its command with --resume --name NAME" in errors
-    left = {path.name for path in state_file.parent.iterdir() if "tfevents" not in path.name}
+    left = {path.name for path in state_file.parent.iterdir()}
     assert left <= {".lock", "state.pt", "log.jsonl", "curves.png"}
     assert len(torch.load(state_file, weights_only=True)["rows"]) >= 1
 
@@ -415,6 +415,8 @@ def test_a_run_on_a_gpu_leaves_weights_for_any_device(
         (["train", "--recipe", "fast", "--data", "nowhere"], ["nowhere", "--data"]),
         (["train", "--validation", "0.1", "--calibration", "a.pth", "--data", "nowhere"], ["leave out one"]),
         (["ablate", "--data", "nowhere"], ["distillation", "--teacher"]),
+        (["evaluate", "--data", "nowhere", "--device", "tpu"], ["'tpu'", "cuda"]),
+        (["show", "--data", "nowhere", "--device", "tpu"], ["'tpu'", "cuda"]),
         (["train", "--recipe", "debug", "--data", ".", "--device", "tpu"], ["'tpu'", "cuda"]),
         (["train", "--recipe", "debug", "--data", ".", "--epochs", "0"], ["epochs is 0"]),
         (["train", "--recipe", "debug", "--data", ".", "--resume"], ["Which run", "--name"]),
@@ -435,6 +437,15 @@ def test_mistakes_end_in_one_sentence(
     assert printed.err.count("\n") == 1
     for word in words:
         assert word in printed.err
+
+
+@pytest.mark.parametrize("count", ["2", "abc"])
+def test_a_stray_variable_of_torchrun_is_named(
+    data_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], count: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", count)
+    assert cli.main(["train", "--recipe", "debug", "--data", str(data_folder)]) == 2
+    assert f"WORLD_SIZE is {count}, but: " in capsys.readouterr().err
 
 
 def test_an_unknown_field_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ and for all of them ablation.jsonl, written by `ablate`.
 """
 
 import json
+import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -97,7 +98,7 @@ def write_card(folder: Path) -> list[Path]:
             parts.append("\n".join(_ablation(runs)))
     for path, figure in pictures.items():
         plots.save(figure, path)
-    write_atomically(card, "\n".join([*parts, LIMITS]).encode())
+    write_atomically(card, "\n".join([*parts, LIMITS]).encode(errors="backslashreplace"))
     return [card, *pictures]
 
 
@@ -107,7 +108,7 @@ def _section(path: Path, checkpoint: Checkpoint, pictures: dict[Path, Figure]) -
     def picture(kind: str, figure: Figure) -> list[str]:
         file = path.with_suffix(f".{kind}.png")
         pictures[file] = figure
-        return [f"![{kind} of {path.name}]({quote(file.name)})", ""]
+        return [f"![{kind} of {path.name}]({quote(os.fsencode(file.name))})", ""]
 
     def beside(kind: str, table: Callable[[dict[str, Any]], list[str]]) -> list[str]:
         file = path.with_suffix(f".{kind}.json")

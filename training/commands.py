@@ -184,9 +184,9 @@ def _split(options: argparse.Namespace, weights: Checkpoint | None = None) -> Sp
 
 
 def evaluate_command(options: argparse.Namespace) -> None:
-    checkpoint = load(options.weights)
+    device, checkpoint = choose_device(options.device), load(options.weights)
     split = _split(options, checkpoint)
-    evaluation = evaluate(checkpoint, split, choose_device(options.device), batch_size=options.batch_size)
+    evaluation = evaluate(checkpoint, split, device, batch_size=options.batch_size)
     figures = report(evaluation, checkpoint.classes)
     figures["weights"] = _identify(options.weights, checkpoint)
     print(json.dumps(figures, indent=2) if options.json else format_report(figures))
@@ -199,23 +199,23 @@ def evaluate_command(options: argparse.Namespace) -> None:
 
 
 def robustness_command(options: argparse.Namespace) -> None:
-    checkpoint = load(options.weights)
+    device, checkpoint = choose_device(options.device), load(options.weights)
     split = _split(options, checkpoint)
     result = {
         "weights": _identify(options.weights, checkpoint),
         "dataset": {"name": split.name, "sha256": split.digest, "images": len(split)},
-        "rows": robustness.measure(checkpoint, split, choose_device(options.device)),
+        "rows": robustness.measure(checkpoint, split, device),
     }
     _put_out(result, robustness.format_robustness(result), options)
 
 
 def unfamiliar_command(options: argparse.Namespace) -> None:
-    checkpoint = load(options.weights)
+    device, checkpoint = choose_device(options.device), load(options.weights)
     train, split = data.read(find(options.data, os.environ))
     if options.validation:
         train, split = hold_out_for(checkpoint, train, options.validation)
     split = split.labelled_for(checkpoint.classes)
-    found = compare(checkpoint, train, split, options.count, choose_device(options.device))
+    found = compare(checkpoint, train, split, options.count, device)
     _put_out({"weights": _identify(options.weights, checkpoint), **found}, format_comparison(found), options)
 
 
@@ -235,6 +235,7 @@ def ablate_command(options: argparse.Namespace) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     recipe = override(RECIPES[options.recipe], {"epochs": options.epochs})
+    device = choose_device(options.device)
     teachers = load_teachers(options.teacher, recipe)
     train, _ = data.read(find(options.data, os.environ))
     check_teachers(options.teacher, teachers, dataclasses.replace(recipe, validation=VALIDATION), train)
@@ -243,7 +244,7 @@ def ablate_command(options: argparse.Namespace) -> None:
         recipe,
         options.seeds,
         options.out,
-        device=choose_device(options.device),
+        device=device,
         teachers=teachers,
         on_row=lambda row: print(
             f"seed {row['seed']}, {row['setting']}: {row['validation_accuracy']:.2%}, "
@@ -255,13 +256,13 @@ def ablate_command(options: argparse.Namespace) -> None:
 
 
 def show_command(options: argparse.Namespace) -> None:
+    device = choose_device(options.device)
     weights = load(options.weights) if options.weights else None
     split = _split(options, weights)
     chosen_N = torch.randperm(len(split), generator=torch.Generator().manual_seed(options.seed))[: options.count]
     pixels_NCHW = split.pixels_NCHW[chosen_N]
     predicted_N = None
     if weights is not None:
-        device = choose_device(options.device)
         predicted_N = predict(weights.network(), pixels_NCHW, device=device).argmax(dim=1)
     figure = plots.image_grid(pixels_NCHW, split.labels_N[chosen_N], split.classes, predicted_N)
     if options.out is None and plots.has_display():
@@ -273,8 +274,8 @@ def show_command(options: argparse.Namespace) -> None:
 
 
 def plot_command(options: argparse.Namespace) -> None:
-    checkpoint = load(options.weights)
-    evaluation = evaluate(checkpoint, _split(options, checkpoint), choose_device(options.device))
+    device, checkpoint = choose_device(options.device), load(options.weights)
+    evaluation = evaluate(checkpoint, _split(options, checkpoint), device)
     figures = {
         "confusion.png": plots.confusion_matrix(evaluation.confusion_KK, checkpoint.classes, evaluation.dataset),
         "per_class.png": plots.per_class_bars(evaluation.confusion_KK, checkpoint.classes, evaluation.dataset),

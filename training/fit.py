@@ -55,12 +55,21 @@ class Workers:
 
 
 def join_workers(device: torch.device) -> Workers:
-    """Join the other processes if torchrun started several; otherwise, be the only one."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
+    """Join the other processes if torchrun started several; otherwise, be the only one.
+
+    Raises:
+        TrainingError: its variables in the environment are not complete.
+    """
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count == "1":
         return Workers()
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Workers(dist.get_rank(), count)
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except ValueError as error:
+        raise TrainingError(
+            f"WORLD_SIZE is {count}, but: {error}. Start several processes with torchrun, or unset WORLD_SIZE for one."
+        ) from None
+    return Workers(dist.get_rank(), dist.get_world_size())
 
 
 def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:

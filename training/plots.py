@@ -37,6 +37,7 @@ MOST_SHOWN = 400
 """Most images in one grid: drawing that many takes a gigabyte."""
 LABEL_PIXELS = 12
 """Room under each image for two lines of text."""
+KINDS = ("png", "jpg", "jpeg", "webp", "svg", "pdf")
 LONGEST_LABEL = 13
 LONGEST_SIDE = 20.0
 """Limit in inches for a figure with a row per class: without it, 1,000 classes would take more memory than there is."""
@@ -49,11 +50,11 @@ def save(figure: Figure, path: Path) -> None:
     """Write a file as a whole or not at all, in the format of its suffix (.jpg, .svg, .pdf, ...); without one, as PNG.
 
     Raises:
-        TrainingError: Matplotlib does not know that format; the message names those it does.
+        TrainingError: It is not one of `KINDS`.
     """
     kind = path.suffix[1:].lower() or "png"
-    if kind not in (known := FigureCanvasAgg.get_supported_filetypes()):
-        raise TrainingError(f"Pictures cannot be written as {path.suffix}; it must be one of {', '.join(known)}.")
+    if kind not in KINDS:
+        raise TrainingError(f"Pictures cannot be written as {path.suffix}; it must be one of {', '.join(KINDS)}.")
     write_atomically(path, _drawn(figure, kind))
 
 

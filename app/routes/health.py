@@ -1,4 +1,4 @@
-"""GET /healthz and GET /readyz."""
+"""GET /healthz, also as /livez and /health, and GET /readyz."""
 
 from fastapi import APIRouter
 
