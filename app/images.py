@@ -63,8 +63,6 @@ OTHERS = {
     b"MM\0*": "they begin like TIFF",
 }
 """What is often sent instead of a readable picture, by its first bytes."""
-NAME_SENT = ", perhaps the name of the file: curl sends the file itself with -F file=@picture.png"
-LONGEST_NAME = 255
 PICTURE_FILE = re.compile(
     rb"\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM....\0\0\0\0....[\x0c\x28\x38\x6c\x7c]\0\0\0"
     rb"|\xff\xd8\xff([\xe0-\xef]..(JFIF|Exif|Adobe)|\xdb\0[\x43\x84]\0)",
@@ -175,7 +173,8 @@ def _likely(data: bytes) -> str:
     if len(data) == IMAGE_BYTES and not PICTURE_FILE.match(data):
         return "as many as the raw pixels of one picture, which /predict/batch takes"
     if data and data.isascii() and b"\0" not in data:
-        return "they are text" + NAME_SENT * (len(data) <= LONGEST_NAME)
+        name = ", perhaps the name of the file: curl sends the file itself with -F file=@picture.png"
+        return "they are text" + (name if len(data) < 256 else "")
     return "another format, cut short or damaged"
 
 
