@@ -14,7 +14,6 @@ from app.machine import available_cpus
 from app.predictor import build
 from app.report import calibration_error, confusion_matrix, negative_log_likelihood
 from app.steps import finish
-from training.calibrate import calibrate
 from training.data import hold_out
 from training.evaluate import evaluate, predict
 from training.provenance import hold_out_for
@@ -88,7 +87,6 @@ def test_the_figures_on_validation_images_are_those_of_the_weights_that_have_not
     assert known is not None
     assert (known.dataset, known.digest) == (unseen.name, unseen.digest)
     assert (known.confusion_KK - again.confusion_KK).abs().sum() <= 4
-    assert calibrate(held_out, unseen).temperature == pytest.approx(held_out.calibration.temperature, rel=1e-3)
     shipped = checkpoint.load(ROOT / "weights" / f"{name}.pth")
     assert shipped.calibration == held_out.calibration
 
