@@ -13,7 +13,7 @@ import torch
 
 from app import data, images, memory, predictor, self_test
 from app.admission import Limits, usual_batch
-from app.batching import Batcher, Building
+from app.batching import ELSEWHERE, Batcher, Building
 from app.checkpoint import Checkpoint, load
 from app.device import describe
 from app.entries import Answer
@@ -77,6 +77,9 @@ class Service:
             seconds=settings.deadline_seconds,
         )
         self._served = Served(checkpoint)
+        self._home: asyncio.AbstractEventLoop | None = None
+        """The event loop that `ensure_started` starts it in."""
+        self._home_lock = threading.Lock()
         self._starting = asyncio.Lock()
         self._reloading = asyncio.Lock()
         self._limits = Limits(
@@ -107,9 +110,16 @@ class Service:
 
         Raises:
             StartError: as `start`.
+            NotReady: another event loop is starting it.
         """
         if self.running:
             return
+        here = asyncio.get_running_loop()
+        with self._home_lock:  # each loop has its thread, and a lock of asyncio would wait for another loop for ever
+            if self._home is None or self._home.is_closed():
+                self._home, self._starting = here, asyncio.Lock()
+        if self._home is not here:
+            raise NotReady(ELSEWHERE)
         async with self._starting:
             if not (self.running or self._batcher.closing):
                 await self.start()
@@ -125,6 +135,7 @@ class Service:
     async def close(self) -> None:
         """Answer everything admitted, then end."""
         await self._batcher.close()
+        self._home = None
 
     async def reload(self) -> bool:
         """Serve what the weights file holds now, and return whether that is new.

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urljoin
 
@@ -125,6 +126,19 @@ async def test_first_requests_at_once_start_the_service_once(settings: Settings,
     assert [response.status_code for response in responses] == [200] * 8
     assert starts == [1]
     await app.service.close()
+
+
+def test_first_requests_from_several_event_loops_are_answered_or_refused(settings: Settings, png: bytes) -> None:
+    """As from threads that share a `TestClient` without `with`."""
+    app = create_app(settings)
+    client = TestClient(app, raise_server_exceptions=False)
+    with ThreadPoolExecutor(8) as pool:
+        responses = list(pool.map(lambda _: client.post("/predict", content=png), range(40)))
+    for response in responses:
+        refused = response.status_code == 503 and "in another event loop" in response.json()["error"]
+        assert response.status_code == 200 or refused
+    assert client.post("/predict", content=png).status_code == 200
+    asyncio.run(app.service.close())
 
 
 def test_a_process_ends_well_although_nothing_ended_its_service(weights: Path) -> None:
