@@ -42,8 +42,8 @@ WATCH_SECONDS, PATIENCE = 5.0, 12
 Counted, not timed: the whole container may have been paused."""
 STOPPING = "The service is stopping. Try again, it may be back shortly."
 ELSEWHERE = (
-    "The application is running in another event loop. Use the client of its `with TestClient(app) as client`, or make "
-    "another application with create_app()."
+    "The application is running in another event loop. Share one client, as in `with TestClient(app) as client`, or "
+    "make another application with create_app()."
 )
 
 

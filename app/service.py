@@ -77,10 +77,9 @@ class Service:
             seconds=settings.deadline_seconds,
         )
         self._served = Served(checkpoint)
-        self._home: asyncio.AbstractEventLoop | None = None
-        """The event loop that `ensure_started` starts it in."""
-        self._home_lock = threading.Lock()
-        self._starting = asyncio.Lock()
+        self._start: asyncio.Task[None] | None = None
+        """The newest start by `ensure_started`."""
+        self._start_lock = threading.Lock()
         self._reloading = asyncio.Lock()
         self._limits = Limits(
             max_batch=settings.max_batch,
@@ -112,17 +111,17 @@ class Service:
             StartError: as `start`.
             NotReady: another event loop is starting it.
         """
-        if self.running:
+        if self.running or self._batcher.closing:
             return
-        here = asyncio.get_running_loop()
-        with self._home_lock:  # each loop has its thread, and a lock of asyncio would wait for another loop for ever
-            if self._home is None or self._home.is_closed():
-                self._home, self._starting = here, asyncio.Lock()
-        if self._home is not here:
+        with self._start_lock:  # of threads, because each event loop has its own
+            if self.running:
+                return
+            if self._start is None or self._start.done() or self._start.get_loop().is_closed():
+                self._start = asyncio.create_task(self.start())
+            start = self._start
+        if start.get_loop() is not asyncio.get_running_loop():
             raise NotReady(ELSEWHERE)
-        async with self._starting:
-            if not (self.running or self._batcher.closing):
-                await self.start()
+        await asyncio.shield(start)  # the others wait for it even if this client leaves
 
     def check_here(self) -> None:
         """Raise unless it runs in this event loop.
@@ -135,7 +134,6 @@ class Service:
     async def close(self) -> None:
         """Answer everything admitted, then end."""
         await self._batcher.close()
-        self._home = None
 
     async def reload(self) -> bool:
         """Serve what the weights file holds now, and return whether that is new.

@@ -128,6 +128,18 @@ async def test_first_requests_at_once_start_the_service_once(settings: Settings,
     await app.service.close()
 
 
+@pytest.mark.anyio
+async def test_a_first_client_that_leaves_does_not_end_the_start_for_the_others(settings: Settings) -> None:
+    service: Service = create_app(settings).service
+    first, second = (asyncio.create_task(service.ensure_started()) for _ in range(2))
+    await asyncio.sleep(0)
+    first.cancel()
+    await second
+    assert first.cancelled()
+    assert service.running
+    await service.close()
+
+
 def test_first_requests_from_several_event_loops_are_answered_or_refused(settings: Settings, png: bytes) -> None:
     """As from threads that share a `TestClient` without `with`."""
     app = create_app(settings)
@@ -158,7 +170,7 @@ def test_a_request_from_another_event_loop_is_refused_while_the_first_runs(setti
     with TestClient(app) as client:
         response = TestClient(app).post("/predict", content=png)
         assert response.status_code == 503
-        assert response.json()["error"].startswith("The application is running in another event loop. Use the client")
+        assert response.json()["error"].startswith("The application is running in another event loop. Share one client")
         with pytest.raises(NotReady, match="in another event loop"), TestClient(app):
             pass
         assert client.post("/predict", content=png).status_code == 200
