@@ -1,4 +1,4 @@
-"""Admission control: counts the waiting work and refuses what would be too much. Belongs to the event loop."""
+"""Admission control: counts the waiting work and refuses what would be too much. Its owner locks it."""
 
 import math
 from dataclasses import dataclass

@@ -43,7 +43,7 @@ class Application(FastAPI):
         await (self._lane if in_lane else super().__call__)(scope, receive, send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self.service.ensure_started()
+        await self.service.start()
         reply = await self._lanes[scope["path"]](combine(scope["headers"]), receive, self.service)
         if reply.timing is not None:
             scope["state"]["timing"] = reply.timing

@@ -2,7 +2,7 @@
 
     event loop                 decode thread     inference thread          event loop
     submit: light -> prepare ----------------->  take what has queued,
-       `--- others ----------> prepare ------->  run, settle ----------->  futures resolved, one call per batch
+       `--- others ----------> prepare ------->  run ------------------->  settle: futures resolved, one call per batch
 
 A lone request runs at once and no batch waits for a timer: whatever arrives while one batch runs is the next.
 The event loop prepares light items, which take a known fraction of a millisecond, while a batch runs: if the inference
@@ -11,7 +11,8 @@ the work takes (one picture a request, 64 connections: a third more answers a se
 thread of their own, so that one big photo does not hold up a thousand small ones. In both threads, requests of one
 picture alternate with requests of many (`entries.FairQueue`).
 
-The counters belong to the event loop and only queues and a flag are shared, so there is no lock.
+Usually there is one event loop; the threads of somebody's tests may have several. So each future is resolved in its own
+loop, and a lock keeps the counts right; neither of the two threads holds it while it works.
 """
 
 import asyncio
@@ -20,8 +21,9 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
 from time import monotonic, time
-from typing import Any, Generic
+from typing import Generic
 
 from app.admission import Admission, Limits, Load
 from app.entries import Answer, Control, Entry, FairQueue, Item, Prepared, Result, Run
@@ -32,19 +34,16 @@ logger = logging.getLogger(__name__)
 
 Building = Generator[None, None, Run[Prepared, Result]]
 """Builds a `Run` in steps, none of which takes much longer than a batch."""
+Outcome = tuple[Entry[Item, Prepared, Result], Result | Exception]
 
 QUIET_SECONDS = 0.005
 """Idle work begins after this long without a request, so that a client who sends one at a time does not notice it."""
 BROKEN_BATCHES = 10
 """After this many batches in a row that failed entirely, none will succeed: a GPU that has failed stays failed."""
-WATCH_SECONDS, PATIENCE = 5.0, 12
-"""How often to check the inference thread, and after how many checks in vain it is stuck for good: a GPU may hang.
-Counted, not timed: the whole container may have been paused."""
+PATIENCE = 12
+"""After this many checks in vain the inference thread is stuck for good: a GPU may hang. Counted, not timed: the whole
+container may have been paused."""
 STOPPING = "The service is stopping. Try again, it may be back shortly."
-ELSEWHERE = (
-    "The application is running in another event loop. Share one client, as in `with TestClient(app) as client`, or "
-    "make another application with create_app()."
-)
 
 
 class Batcher(Generic[Item, Prepared, Result]):
@@ -61,8 +60,11 @@ class Batcher(Generic[Item, Prepared, Result]):
         self._to_run: FairQueue[Item, Prepared, Result] = FairQueue(limits.max_batch)
         self._to_prepare: FairQueue[Item, Prepared, Result] = FairQueue(1)
         self._idle_work: deque[Iterator[object]] = deque()
-        self._buildings: deque[tuple[Building[Prepared, Result], asyncio.Future[Run[Prepared, Result]]]] = deque()
+        self._buildings: deque[tuple[Building[Prepared, Result], Future[None]]] = deque()
         self._admission = Admission(limits)
+        self._lock = threading.RLock()
+        """Of the admission, the statistics, `_run` and `_closing`. Re-entrant: what cannot be prepared is settled at
+        once."""
         self._started = False
         self._closing = False
         self._failed_batches = 0
@@ -72,33 +74,28 @@ class Batcher(Generic[Item, Prepared, Result]):
         self._inference_thread = threading.Thread(target=self._infer, name="inference", daemon=True)
         self._decode_thread = threading.Thread(target=self._decode, name="decode", daemon=True)
 
-    # Event loop
+    # Event loops
 
-    async def start(self, building: Building[Prepared, Result]) -> None:
-        """Return when the function is built. Call once only.
+    def start(self, building: Building[Prepared, Result]) -> None:
+        """Return when the function is built; an event loop would be held up. Call once only.
 
         Raises:
             Exception: whatever `building` raises. The batcher is closed then.
         """
-        self._loop = asyncio.get_running_loop()
         self._inference_thread.start()
         self._decode_thread.start()
         try:
-            self._run = await self._build(building)
-        except BaseException:  # also if this task is cancelled
-            await self.close()
+            self._build(building).result()
+        except BaseException:
+            self.close()
             raise
         self._started = True
-        self._watch()
 
-    def _watch(self) -> None:
-        """While it runs, check now and then that the inference thread is neither dead nor stuck."""
-        if self._closing:
-            return
+    def check_alive(self) -> None:
+        """To be called every few seconds: see that the inference thread is neither dead nor stuck."""
         self._vain_checks = 0 if self._responsive else self._vain_checks + 1
         self._responsive = False
         self._to_run.put(Control.WAKE)
-        self._loop.call_later(WATCH_SECONDS, self._watch)
 
     @property
     def running(self) -> bool:
@@ -130,7 +127,8 @@ class Batcher(Generic[Item, Prepared, Result]):
         Raises:
             Overloaded, NotReady: as `submit`.
         """
-        self._check(Load(0, 1, light=True, bulk=False), self._limits.deadline_seconds)
+        with self._lock:
+            self._check(Load(0, 1, light=True, bulk=False), self._limits.deadline_seconds)
 
     def submit(self, item: Item, size_bytes: int, *, light: bool) -> Answer[Result]:
         """Admit an item of one picture. Cancel the future once nobody wants the answer.
@@ -144,8 +142,9 @@ class Batcher(Generic[Item, Prepared, Result]):
         """
         deadline_seconds = self._limits.deadline_seconds
         load = Load(size_bytes, 1, light=light, bulk=False)
-        self._check(load, deadline_seconds)
-        return self._admit(item, load, deadline_seconds)
+        with self._lock:
+            self._check(load, deadline_seconds)
+            return self._admit(item, load, deadline_seconds)
 
     def submit_all(
         self, items: Sequence[tuple[Item, int, int]], deadline_seconds: float | None = None, *, light: bool
@@ -162,30 +161,26 @@ class Batcher(Generic[Item, Prepared, Result]):
         deadline_seconds = min(deadline_seconds or math.inf, self._limits.deadline_seconds)
         pictures = sum(count for _, _, count in items)
         bulk = pictures > 1
-        self._check(Load(sum(size for _, size, _ in items), pictures, light, bulk), deadline_seconds)
-        return [self._admit(item, Load(size, count, light, bulk), deadline_seconds) for item, size, count in items]
+        with self._lock:
+            self._check(Load(sum(size for _, size, _ in items), pictures, light, bulk), deadline_seconds)
+            return [self._admit(item, Load(size, count, light, bulk), deadline_seconds) for item, size, count in items]
 
     def _check(self, load: Load, deadline_seconds: float) -> None:
         self.check_open()
         self._admission.check(load, deadline_seconds)
 
     def check_open(self) -> None:
-        """Raise unless it is running, in this event loop; it moves here if the loop it ran in is closed.
+        """Raise unless it is running.
 
         Raises:
             NotReady: it is not.
         """
         if not self.running:
             raise NotReady(STOPPING)
-        if (here := asyncio.get_running_loop()) is not self._loop:
-            if not self._loop.is_closed():
-                raise NotReady(ELSEWHERE)
-            self._loop = here
-            self._watch()
 
     def _admit(self, item: Item, load: Load, deadline_seconds: float) -> Answer[Result]:
         # Not Answer[Result](...): the subscript would be evaluated for each request, which takes 2 us.
-        future: Answer[Result] = Answer(loop=self._loop)
+        future: Answer[Result] = Answer(loop=asyncio.get_running_loop())
         entry: Entry[Item, Prepared, Result] = Entry(item, load, future, monotonic(), deadline_seconds, self._run)
         self._admission.enter(load)
         if not load.light:
@@ -201,64 +196,78 @@ class Batcher(Generic[Item, Prepared, Result]):
         self._idle_work.append(work)
         self._to_run.put(Control.WAKE)
 
-    async def swap(self, building: Building[Prepared, Result]) -> None:
+    def swap(self, building: Building[Prepared, Result]) -> Future[None]:
         """Switch to the function that `building` returns; items admitted before still run with the old one.
 
         So one function runs all items of a `submit_all`. The inference thread takes one step of `building`
         between any two batches, so that no request waits for all of it.
 
+        Returns:
+            A future that ends with the exchange, or fails with whatever `building` raises, and nothing has changed
+            then; with NotReady if the service stops first.
+
         Raises:
             NotReady: as `check_open`.
-            Exception: whatever `building` raises. Nothing has changed then.
         """
-        self.check_open()
-        self._run = await self._build(building)
+        with self._lock:
+            self.check_open()
+            return self._build(building)
 
-    async def _build(self, building: Building[Prepared, Result]) -> Run[Prepared, Result]:
-        built: asyncio.Future[Run[Prepared, Result]] = self._loop.create_future()
+    def _build(self, building: Building[Prepared, Result]) -> Future[None]:
+        built: Future[None] = Future()
         self._buildings.append((building, built))
         self._to_run.put(Control.WAKE)
-        return await built
+        return built
 
-    async def close(self) -> None:
-        """Refuse new items, answer the admitted ones, end the threads. Idle work is dropped; a thread that does not end
-        is left behind."""
-        self._closing = True
-        self._to_prepare.put(Control.STOP)  # the decode thread passes it on, after its last item
-        await asyncio.to_thread(self._inference_thread.join, 2 * self._limits.deadline_seconds + 1)
+    def close(self) -> None:
+        """Refuse new items, answer the admitted ones, end the threads; an event loop would be held up. Idle work is
+        dropped; a thread that does not end is left behind."""
+        with self._lock:
+            self._closing = True
+            self._to_prepare.put(Control.STOP)  # the decode thread passes it on, after its last item
+        self._inference_thread.join(2 * self._limits.deadline_seconds + 1)
 
     def _settle(
         self,
-        outcomes: Sequence[tuple[Entry[Item, Prepared, Result], Result | Exception]],
+        outcomes: Sequence[Outcome[Item, Prepared, Result]],
         ran: Sequence[Entry[Item, Prepared, Result]] = (),
+        *,
+        awaited: bool = True,
     ) -> None:
         now = monotonic()
-        if ran:
-            timings, pictures = [entry.future.timing for entry in ran], sum(entry.load.pictures for entry in ran)
-            self.statistics.record(timings, pictures, time())
-            self._admission.learn(timings[0].run_seconds / pictures)
-            failed = all(isinstance(outcome, Exception) for _, outcome in outcomes)
-            self._failed_batches = self._failed_batches + 1 if failed else 0
-        for entry, outcome in outcomes:
-            self._admission.leave(entry.load)
-            if not entry.load.light and entry.prepare_seconds:
-                self._admission.learn_preparation(entry.prepare_seconds)
-            if entry.future.done():  # cancelled meanwhile
-                continue
-            if isinstance(outcome, Exception):
-                self.statistics.fail.add(now - entry.admitted_at)
-                entry.future.set_exception(outcome)
-            else:
-                self.statistics.success.add(now - entry.admitted_at)
-                entry.future.set_result(outcome)
+        with self._lock:
+            if ran:
+                timings, pictures = [entry.future.timing for entry in ran], sum(entry.load.pictures for entry in ran)
+                self.statistics.record(timings, pictures, time())
+                self._admission.learn(timings[0].run_seconds / pictures)
+            for entry, outcome in outcomes:
+                self._admission.leave(entry.load)
+                if not entry.load.light and entry.prepare_seconds:
+                    self._admission.learn_preparation(entry.prepare_seconds)
+                if entry.future.done() or not awaited:  # cancelled meanwhile
+                    continue
+                if isinstance(outcome, Exception):
+                    self.statistics.fail.add(now - entry.admitted_at)
+                    entry.future.set_exception(outcome)
+                else:
+                    self.statistics.success.add(now - entry.admitted_at)
+                    entry.future.set_result(outcome)
 
     # Both threads
 
-    def _call(self, callback: Callable[..., None], *arguments: Any) -> None:
-        try:
-            self._loop.call_soon_threadsafe(callback, *arguments)
-        except RuntimeError:  # the event loop is closed: nobody waits any more, but what was admitted must leave
-            callback(*arguments)
+    def _deliver(
+        self,
+        outcomes: Sequence[Outcome[Item, Prepared, Result]],
+        ran: Sequence[Entry[Item, Prepared, Result]] = (),
+    ) -> None:
+        """Settle each outcome in the event loop that waits for it. Of several loops, the first counts what `ran`."""
+        for loop in (loops := {entry.future.get_loop() for entry, _ in outcomes}):
+            its = outcomes if len(loops) == 1 else [each for each in outcomes if each[0].future.get_loop() is loop]
+            try:
+                loop.call_soon_threadsafe(self._settle, its, ran)
+            except RuntimeError:  # it is closed: nobody waits any more, but what was admitted must leave
+                self._settle(its, ran, awaited=False)
+            ran = ()
 
     # Decode thread
 
@@ -270,16 +279,16 @@ class Batcher(Generic[Item, Prepared, Result]):
                 if failure is None:
                     self._to_run.put(entry)
                 else:
-                    self._call(self._settle, [(entry, failure)])
+                    self._deliver([(entry, failure)])
         self._to_run.put(Control.STOP)
 
     # Inference thread
 
     def _infer(self) -> None:
         while batch := self._take():
-            self._call(self._settle, *self._answer(batch))
+            self._deliver(*self._answer(batch))
         for _, built in self._buildings:
-            self._call(_resolve, built, NotReady(STOPPING))
+            built.set_exception(NotReady(STOPPING))
 
     def _take(self) -> list[Entry[Item, Prepared, Result]]:
         """The next batch, from all that is queued by now; waits while nothing is. Empty only at the end."""
@@ -296,18 +305,18 @@ class Batcher(Generic[Item, Prepared, Result]):
                 self._step(self._idle_work[0])
         return self._to_run.next_batch()
 
-    def _build_step(self, building: Building[Prepared, Result], built: asyncio.Future[Run[Prepared, Result]]) -> None:
-        outcome: Run[Prepared, Result] | BaseException
+    def _build_step(self, building: Building[Prepared, Result], built: Future[None]) -> None:
         try:
             next(building)
-            return
         except StopIteration as finished:
-            outcome = finished.value
+            self._buildings.popleft()
             self._idle_work.clear()
-        except BaseException as error:  # `start` or `swap` raises it; they would otherwise wait for ever
-            outcome = error
-        self._buildings.popleft()
-        self._call(_resolve, built, outcome)
+            with self._lock:
+                self._run = finished.value
+            built.set_result(None)
+        except BaseException as error:  # whoever waits raises it; they would otherwise wait for ever
+            self._buildings.popleft()
+            built.set_exception(error)
 
     def _step(self, work: Iterator[object]) -> None:
         try:
@@ -320,8 +329,8 @@ class Batcher(Generic[Item, Prepared, Result]):
 
     def _answer(
         self, batch: list[Entry[Item, Prepared, Result]]
-    ) -> tuple[list[tuple[Entry[Item, Prepared, Result], Result | Exception]], list[Entry[Item, Prepared, Result]]]:
-        outcomes: list[tuple[Entry[Item, Prepared, Result], Result | Exception]] = []
+    ) -> tuple[list[Outcome[Item, Prepared, Result]], list[Entry[Item, Prepared, Result]]]:
+        outcomes: list[Outcome[Item, Prepared, Result]] = []
         wanted: list[Entry[Item, Prepared, Result]] = []
         for entry in batch:
             if error := entry.expiry_error():
@@ -337,16 +346,9 @@ class Batcher(Generic[Item, Prepared, Result]):
         for entry in wanted:
             queue_seconds = start - entry.admitted_at - entry.prepare_seconds
             entry.future.timing = Timing(queue_seconds, entry.prepare_seconds, seconds)
+        failed = all(isinstance(outcome, Exception) for _, outcome in outcomes)
+        self._failed_batches = self._failed_batches + 1 if failed else 0
         return outcomes, wanted
-
-
-def _resolve(future: asyncio.Future[Result], outcome: Result | BaseException) -> None:
-    if future.done():  # nobody waits any more
-        return
-    if isinstance(outcome, BaseException):
-        future.set_exception(outcome)
-    else:
-        future.set_result(outcome)
 
 
 def _run_or_retry_singly(run: Run[Prepared, Result], prepared: list[Prepared]) -> list[Result | Exception]:

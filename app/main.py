@@ -45,8 +45,7 @@ def create_app(settings: Settings | None = None, classes: tuple[str, ...] | None
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        await service.ensure_started()  # `python -m app` already has, to report bad weights itself
-        service.check_here()
+        await service.start()  # `python -m app` already has, to report bad weights itself
         yield
         await service.close()
 

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 REQUEST_SECONDS = 0.2
 """How long a connection accepted just as the socket closed has to send its request."""
+WATCH_TICKS = 50
+"""How often to look after the engine, in ticks of 0.1 seconds."""
 BROKEN = 70
 """The exit code of a process whose engine has failed (EX_SOFTWARE of sysexits.h)."""
 
@@ -134,6 +136,8 @@ class Server(uvicorn.Server):
             logger.exception("The weights were not replaced.")
 
     async def on_tick(self, counter: int) -> bool:
+        if counter % WATCH_TICKS == 0:
+            self._service.check_engine()
         if self._service.broken and not self.should_exit:
             logger.critical("No batch can run any more. This process ends so that another can take its place.")
             self.should_exit = self._service.draining = True

@@ -13,7 +13,7 @@ import torch
 
 from app import data, images, memory, predictor, self_test
 from app.admission import Limits, usual_batch
-from app.batching import ELSEWHERE, Batcher, Building
+from app.batching import Batcher, Building
 from app.checkpoint import Checkpoint, load
 from app.device import describe
 from app.entries import Answer
@@ -77,10 +77,8 @@ class Service:
             seconds=settings.deadline_seconds,
         )
         self._served = Served(checkpoint)
-        self._start: asyncio.Task[None] | None = None
-        """The newest start by `ensure_started`."""
         self._start_lock = threading.Lock()
-        self._reloading = asyncio.Lock()
+        self._reload_lock = threading.Lock()
         self._limits = Limits(
             max_batch=settings.max_batch,
             max_waiting=settings.max_waiting,
@@ -93,47 +91,35 @@ class Service:
         return Batcher(self._prepare, self._limits)
 
     async def start(self) -> None:
-        """Return when the network is warm. If there is a data set, an evaluation goes on in the background.
+        """Return when the network is warm, unless it is running or stopping. If there is a data set, an evaluation goes
+        on in the background.
 
-        A closed service may be started again, as tests do with each `with TestClient(app)`.
-        """
-        if self._batcher.closed:
-            self._batcher = self._new_batcher()
-        await self._batcher.start(self._build(self._served, self.settings.engine))
-        memory.release()
-        self._start_evaluation()
-
-    async def ensure_started(self) -> None:
-        """Start unless it is running or stopping. For programs that embed the application without running its lifespan,
-        as tests and mounts do: the first request starts it.
+        The first request does so, too, for programs that embed the application without running its lifespan, as tests
+        and mounts do. A closed service may be started again, as tests do with each `with TestClient(app)`.
 
         Raises:
-            StartError: as `start`.
-            NotReady: another event loop is starting it.
+            StartError: the engine cannot be used, or the weights compute wrongly here.
         """
-        if self.running or self._batcher.closing:
-            return
-        with self._start_lock:  # of threads, because each event loop has its own
-            if self.running:
+        if not (self.running or self._batcher.closing):
+            await asyncio.to_thread(self._start)  # which goes on for the others even if this client leaves
+
+    def _start(self) -> None:
+        with self._start_lock:
+            if self.running or self._batcher.closing:
                 return
-            if self._start is None or self._start.done() or self._start.get_loop().is_closed():
-                self._start = asyncio.create_task(self.start())
-            start = self._start
-        if start.get_loop() is not asyncio.get_running_loop():
-            raise NotReady(ELSEWHERE)
-        await asyncio.shield(start)  # the others wait for it even if this client leaves
-
-    def check_here(self) -> None:
-        """Raise unless it runs in this event loop.
-
-        Raises:
-            NotReady: as `Batcher.check_open`.
-        """
-        self._batcher.check_open()
+            if self._batcher.closed:
+                self._batcher = self._new_batcher()
+            self._batcher.start(self._build(self._served, self.settings.engine))
+            memory.release()
+            self._start_evaluation()
 
     async def close(self) -> None:
         """Answer everything admitted, then end."""
-        await self._batcher.close()
+        await asyncio.to_thread(self._batcher.close)
+
+    def check_engine(self) -> None:
+        """To be called every few seconds, so that an engine that hangs becomes `broken`."""
+        self._batcher.check_alive()
 
     async def reload(self) -> bool:
         """Serve what the weights file holds now, and return whether that is new.
@@ -144,20 +130,23 @@ class Service:
             WeightsRefused: the file cannot be used, or is for other classes. The old weights stay in service.
             NotReady: the service has not been started, or is stopping.
         """
+        changed = await asyncio.to_thread(self._reload)
+        self.on_swap(self.checkpoint.sha256)  # also if it was the same: other processes may have failed to read it
+        return changed
+
+    def _reload(self) -> bool:
         self._batcher.check_open()
-        async with self._reloading:
+        with self._reload_lock:
             try:
-                served = Served(await asyncio.to_thread(load_aside, self.settings.weights))
+                served = Served(load_aside(self.settings.weights))
                 if served.checkpoint.sha256 == self.checkpoint.sha256:
                     logger.info("The weights file was read: it is the one being served.")
-                    self.on_swap(self.checkpoint.sha256)  # other processes may have failed to read it
                     return False
                 check_replaces(served.checkpoint, self.checkpoint.classes)
-                await self._batcher.swap(self._build(served, self.engine))
+                self._batcher.swap(self._build(served, self.engine)).result()
             except CheckpointError as error:
                 raise WeightsRefused(f"{error} The weights {self.checkpoint.sha256[:12]} stay in service.") from None
             self._served = served
-            self.on_swap(served.checkpoint.sha256)
             self._start_evaluation()
             logger.info("The weights were replaced. Serving %s.", self.describe())
             return True

@@ -1,6 +1,6 @@
 """What the service has done since the start, and where the time went, in plain numbers; seconds throughout.
 
-Each number is counted where the event happens, by one thread only, so that nothing is locked; any report may read it.
+Each number is counted where the event happens, by one thread or under its owner's lock; any report may read it.
 """
 
 from bisect import bisect_left
@@ -59,7 +59,7 @@ class Timing(NamedTuple):
 
 @dataclass
 class Statistics:
-    """What the batcher has done. Counted in the event loop."""
+    """What the batcher has done. Counted in the event loop, under the batcher's lock."""
 
     success: Histogram = field(default_factory=Histogram)
     """Seconds from the admission of an item to its result."""

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -47,9 +48,9 @@ class Doubler:
         return [2 * number for number in numbers]
 
 
-async def start(doubler: Doubler, limits: Limits = LIMITS) -> Batcher[str, int, int]:
+def start(doubler: Doubler, limits: Limits = LIMITS) -> Batcher[str, int, int]:
     batcher: Batcher[str, int, int] = Batcher(doubler.prepare, limits)
-    await batcher.start(doubler.build())
+    batcher.start(doubler.build())
     return batcher
 
 
@@ -79,33 +80,33 @@ async def hold(doubler: Doubler, batcher: Batcher[str, int, int]) -> "asyncio.Fu
 
 async def test_a_lone_item_runs_at_once_and_alone() -> None:
     doubler = Doubler()
-    batcher = await start(doubler)
+    batcher = start(doubler)
     assert await batcher.submit("21", 1, light=True) == 42
     assert doubler.batches == [[21]]
-    await batcher.close()
+    batcher.close()
 
 
 async def test_queued_items_run_together_in_order_up_to_max_batch() -> None:
     doubler = Doubler()
-    batcher = await start(doubler)
+    batcher = start(doubler)
     held = await hold(doubler, batcher)
     futures = [batcher.submit(str(number), 1, light=True) for number in range(1, 10)]
     doubler.gate.set()
     assert await asyncio.gather(held, *futures) == [2 * number for number in range(10)]
     assert doubler.batches == [[0], [1, 2, 3, 4], [5, 6, 7, 8], [9]]
-    await batcher.close()
+    batcher.close()
 
 
 async def test_batches_of_a_large_request_and_of_single_pictures_alternate() -> None:
     doubler = Doubler()
-    batcher = await start(doubler)
+    batcher = start(doubler)
     held = await hold(doubler, batcher)
     many = batcher.submit_all([(str(number), 1, 1) for number in range(100, 110)], light=True)
     singles = [batcher.submit(str(number), 1, light=True) for number in range(1, 7)]
     doubler.gate.set()
     await asyncio.gather(held, *many, *singles)
     assert doubler.batches == [[0], [100, 101, 102, 103], [1, 2, 3, 4], [104, 105, 106, 107], [5, 6], [108, 109]]
-    await batcher.close()
+    batcher.close()
 
 
 async def test_slow_preparation_of_a_large_request_alternates_with_other_requests() -> None:
@@ -119,19 +120,19 @@ async def test_slow_preparation_of_a_large_request_alternates_with_other_request
         return doubler.prepare(text)
 
     batcher: Batcher[str, int, int] = Batcher(prepare, LIMITS)
-    await batcher.start(doubler.build())
+    batcher.start(doubler.build())
     many = batcher.submit_all([(str(number), 1, 1) for number in range(1, 6)], light=False)
     await asyncio.to_thread(begun.wait)
     singles = [batcher.submit(str(number), 1, light=False) for number in (11, 12)]
     gate.set()
     await asyncio.gather(*many, *singles)
     assert prepared == ["1", "11", "2", "12", "3", "4", "5"]
-    await batcher.close()
+    batcher.close()
 
 
 async def test_one_item_of_many_pictures_counts_as_a_large_request() -> None:
     doubler = Doubler()
-    batcher = await start(doubler)
+    batcher = start(doubler)
     held = await hold(doubler, batcher)
     single = batcher.submit("1", 1, light=True)
     many = batcher.submit_all([("9", 3, 3)], light=True)
@@ -140,14 +141,14 @@ async def test_one_item_of_many_pictures_counts_as_a_large_request() -> None:
     assert await asyncio.gather(held, single, *many) == [0, 2, 18]
     assert doubler.batches == [[0], [9], [1]]
     assert batcher.waiting == 0
-    await batcher.close()
+    batcher.close()
 
 
 async def test_batches_of_single_pictures_double_while_four_such_batches_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(admission, "USUAL_BATCH", 2)
     doubler = Doubler()
     limits = Limits(max_batch=9, max_waiting=100, max_waiting_bytes=10_000, deadline_seconds=60)
-    batcher = await start(doubler, limits)
+    batcher = start(doubler, limits)
     held = await hold(doubler, batcher)
     singles = [batcher.submit("1", 1, light=True) for _ in range(20)]
     doubler.gate.set()
@@ -160,109 +161,109 @@ async def test_batches_of_single_pictures_double_while_four_such_batches_wait(mo
     doubler.gate.set()
     await asyncio.gather(held, *many, *singles)
     assert doubler.batches == [[0], *8 * [[1], [2, 2]], [2, 2]]  # usual size: an item of many has two pictures
-    await batcher.close()
+    batcher.close()
 
 
 async def test_no_batch_is_doubled_beyond_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(admission, "USUAL_BATCH", 2)
     doubler = Doubler()
-    batcher = await start(doubler, replace(LIMITS, max_batch=9))
+    batcher = start(doubler, replace(LIMITS, max_batch=9))
     held = await hold(doubler, batcher)
     singles = [batcher.submit("1", 1, light=True) for _ in range(70)]  # enough for four batches of 16
     doubler.gate.set()
     await asyncio.gather(held, *singles)
     assert max(len(batch) for batch in doubler.batches) == 8
-    await batcher.close()
+    batcher.close()
 
 
 async def test_only_a_single_item_can_make_a_batch_exceed_max_batch() -> None:
     doubler = Doubler()
-    batcher = await start(doubler)
+    batcher = start(doubler)
     held = await hold(doubler, batcher)
     futures = batcher.submit_all([("1", 1, 3), ("2", 1, 2), ("3", 1, 2), ("4", 1, 9)], light=True)
     doubler.gate.set()
     await asyncio.gather(held, *futures)
     assert doubler.batches == [[0], [1], [2, 3], [4]]
-    await batcher.close()
+    batcher.close()
 
 
 async def test_one_thread_builds_and_runs_while_the_event_loop_prepares_light_items() -> None:
     doubler = Doubler()
-    batcher = await start(doubler)
+    batcher = start(doubler)
     await batcher.submit("1", 1, light=True)
     here = threading.current_thread().name
     assert doubler.threads == {"prepare": {here}, "run": {"inference"}, "build": {"inference"}}
     assert here != "inference"
-    await batcher.close()
+    batcher.close()
 
 
 async def test_heavy_items_are_prepared_in_the_decode_thread() -> None:
     doubler = Doubler()
-    batcher = await start(doubler)
+    batcher = start(doubler)
     assert await batcher.submit("4", 1, light=False) == 8
     assert doubler.threads == {"prepare": {"decode"}, "run": {"inference"}, "build": {"inference"}}
-    await batcher.close()
+    batcher.close()
 
 
 @pytest.mark.parametrize("light", [True, False])
 async def test_an_item_that_cannot_be_prepared_fails_alone(light: bool) -> None:
     doubler = Doubler()
-    batcher = await start(doubler)
+    batcher = start(doubler)
     held = await hold(doubler, batcher)
     futures = [batcher.submit(text, 1, light=light) for text in ("1", "x", "3")]
     doubler.gate.set()
     one, broken, three = await asyncio.gather(*futures, return_exceptions=True)
     assert (await held, one, three) == (0, 2, 6)
     assert isinstance(broken, ValueError)
-    await batcher.close()
+    batcher.close()
 
 
 async def test_only_consecutive_failures_mark_the_engine_broken() -> None:
-    batcher = await start(Doubler())
+    batcher = start(Doubler())
     for number in ["13"] * (BROKEN_BATCHES - 1) + ["1"] + ["13"] * (BROKEN_BATCHES - 1):
         await asyncio.gather(batcher.submit(number, 1, light=True), return_exceptions=True)
         assert not batcher.broken
     await asyncio.gather(batcher.submit("13", 1, light=True), return_exceptions=True)
     assert batcher.broken
-    await batcher.close()
+    batcher.close()
 
 
-async def test_an_engine_that_hangs_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batching, "WATCH_SECONDS", 0.01)
-    batcher = await start(doubler := Doubler())
+async def test_an_engine_that_hangs_is_broken_until_it_goes_on() -> None:
+    batcher = start(doubler := Doubler())
     held = await hold(doubler, batcher)
     while not batcher.broken:
-        await asyncio.sleep(0.01)
+        batcher.check_alive()
     doubler.gate.set()
     assert await held == 0
     while batcher.broken:
+        batcher.check_alive()
         await asyncio.sleep(0.01)
-    await batcher.close()
+    batcher.close()
 
 
 async def test_an_idle_engine_is_not_broken_and_a_slow_one_only_after_many_checks() -> None:
-    batcher = await start(doubler := Doubler())
+    batcher = start(doubler := Doubler())
     for _ in range(2 * PATIENCE):
         while not batcher._responsive:
             await asyncio.sleep(0)
-        batcher._watch()
+        batcher.check_alive()
     held = await hold(doubler, batcher)
     batcher._responsive = True
     for _ in range(PATIENCE):
-        batcher._watch()
+        batcher.check_alive()
         assert not batcher.broken
         with pytest.raises(ValueError, match="invalid literal"):  # an answer, but not the engine's
             await batcher.submit("x", 1, light=True)
-    batcher._watch()
+    batcher.check_alive()
     assert batcher.broken
     doubler.gate.set()
     assert await held == 0
-    await batcher.close()
+    batcher.close()
 
 
 async def test_a_batch_that_fails_is_tried_item_by_item() -> None:
     doubler = Doubler()
-    batcher = await start(doubler)
+    batcher = start(doubler)
     held = await hold(doubler, batcher)
     futures = [batcher.submit(text, 1, light=True) for text in ("1", "13", "3")]
     doubler.gate.set()
@@ -270,12 +271,12 @@ async def test_a_batch_that_fails_is_tried_item_by_item() -> None:
     assert (await held, one, three) == (0, 2, 6)
     assert isinstance(unlucky, RuntimeError)
     assert doubler.batches == [[0], [1, 13, 3], [1], [13], [3]]
-    await batcher.close()
+    batcher.close()
 
 
 async def test_items_beyond_max_waiting_are_refused_and_told_when_to_retry() -> None:
     doubler = Doubler()
-    batcher = await start(doubler, Limits(max_batch=4, max_waiting=3, max_waiting_bytes=10_000, deadline_seconds=60))
+    batcher = start(doubler, Limits(max_batch=4, max_waiting=3, max_waiting_bytes=10_000, deadline_seconds=60))
     held = await hold(doubler, batcher)
     admitted = [batcher.submit("1", 1, light=True), batcher.submit("2", 1, light=True)]
     with pytest.raises(Overloaded, match=r"\(pictures waiting: 3\)\. Try again in 1 second\.") as refusal:
@@ -284,12 +285,12 @@ async def test_items_beyond_max_waiting_are_refused_and_told_when_to_retry() -> 
     doubler.gate.set()
     assert await asyncio.gather(held, *admitted) == [0, 2, 4]
     assert await batcher.submit("3", 1, light=True) == 6  # there is room again
-    await batcher.close()
+    batcher.close()
 
 
 async def test_bytes_beyond_max_waiting_bytes_are_refused() -> None:
     doubler = Doubler()
-    batcher = await start(doubler, Limits(max_batch=4, max_waiting=100, max_waiting_bytes=100, deadline_seconds=60))
+    batcher = start(doubler, Limits(max_batch=4, max_waiting=100, max_waiting_bytes=100, deadline_seconds=60))
     held = await hold(doubler, batcher)  # 1 byte
     with pytest.raises(Overloaded):
         batcher.submit_all([("1", 60, 1), ("2", 60, 1)], light=True)
@@ -299,12 +300,12 @@ async def test_bytes_beyond_max_waiting_bytes_are_refused() -> None:
     doubler.gate.set()
     assert [await held, await admitted] == [0, 2]
     assert await batcher.submit("2", 1000, light=True) == 4  # alone, any admitted size is served
-    await batcher.close()
+    batcher.close()
 
 
 async def test_a_request_that_would_miss_its_deadline_is_refused_with_the_expected_wait(clock: Clock) -> None:
     doubler = Doubler()
-    batcher = await start(doubler, Limits(max_batch=1, max_waiting=100, max_waiting_bytes=10_000, deadline_seconds=20))
+    batcher = start(doubler, Limits(max_batch=1, max_waiting=100, max_waiting_bytes=10_000, deadline_seconds=20))
     held = await hold(doubler, batcher)
     clock.seconds = 8.0
     doubler.gate.set()
@@ -316,7 +317,7 @@ async def test_a_request_that_would_miss_its_deadline_is_refused_with_the_expect
     assert refusal.value.retry_after_seconds == 24
     doubler.gate.set()
     await asyncio.gather(held, *admitted)
-    await batcher.close()
+    batcher.close()
 
 
 def test_each_batch_has_a_weight_of_one_tenth_in_the_mean_time() -> None:
@@ -364,7 +365,7 @@ async def test_measured_preparation_time_refuses_heavy_items_but_not_light_ones(
         return doubler.prepare(text)
 
     batcher: Batcher[str, int, int] = Batcher(prepare, LIMITS)
-    await batcher.start(doubler.build())
+    batcher.start(doubler.build())
     assert await batcher.submit("7", 1, light=False) == 14  # took 8 seconds, which none of the others will
     held = await hold(doubler, batcher)
     photos = [batcher.submit("1", 1, light=False) for _ in range(8)]
@@ -374,13 +375,13 @@ async def test_measured_preparation_time_refuses_heavy_items_but_not_light_ones(
     doubler.gate.set()
     assert await asyncio.gather(held, small, *photos) == [0, 6] + 8 * [2]
     assert batcher.waiting == 0
-    await batcher.close()
+    batcher.close()
 
 
 @pytest.mark.parametrize("light", [True, False])
 async def test_an_item_past_its_deadline_is_not_run(light: bool, clock: Clock) -> None:
     doubler = Doubler()
-    batcher = await start(doubler)
+    batcher = start(doubler)
     held = await hold(doubler, batcher)
     late = batcher.submit("1", 1, light=light)
     clock.seconds = 61.0
@@ -389,7 +390,7 @@ async def test_an_item_past_its_deadline_is_not_run(light: bool, clock: Clock) -
     with pytest.raises(DeadlineExceeded, match="waited longer than 60 seconds for its turn"):
         await late
     assert doubler.batches == [[0]]
-    await batcher.close()
+    batcher.close()
 
 
 @pytest.mark.parametrize(("asked", "granted"), [(5, 5), (600, 60)])
@@ -397,7 +398,7 @@ async def test_a_client_may_shorten_the_deadline_and_not_lengthen_it(
     asked: float, granted: float, clock: Clock
 ) -> None:
     doubler = Doubler()
-    batcher = await start(doubler)
+    batcher = start(doubler)
     held = await hold(doubler, batcher)
     (late,) = batcher.submit_all([("1", 1, 1)], deadline_seconds=asked, light=True)
     clock.seconds = granted + 1
@@ -405,13 +406,13 @@ async def test_a_client_may_shorten_the_deadline_and_not_lengthen_it(
     assert await held == 0
     with pytest.raises(DeadlineExceeded, match=f"waited longer than {granted} seconds for its turn"):
         await late
-    await batcher.close()
+    batcher.close()
 
 
 @pytest.mark.parametrize("light", [True, False])
 async def test_cancelled_items_are_not_run(light: bool) -> None:
     doubler = Doubler()
-    batcher = await start(doubler)
+    batcher = start(doubler)
     held = await hold(doubler, batcher)
     leaving, staying = batcher.submit("1", 1, light=light), batcher.submit("2", 1, light=light)
     leaving.cancel()
@@ -419,17 +420,17 @@ async def test_cancelled_items_are_not_run(light: bool) -> None:
     assert [await held, await staying] == [0, 4]
     assert [number for batch in doubler.batches for number in batch] == [0, 2]
     assert batcher.waiting == 0  # it no longer counts
-    await batcher.close()
+    batcher.close()
 
 
 async def test_closing_answers_all_admitted_items_and_refuses_new_ones() -> None:
     doubler = Doubler()
-    batcher = await start(doubler)
+    batcher = start(doubler)
     held = await hold(doubler, batcher)
     futures = [batcher.submit(str(number), 1, light=number % 3 > 0) for number in range(1, 13)]
-    closing = asyncio.create_task(batcher.close())
-    await asyncio.sleep(0)
-    assert not batcher.running
+    closing = asyncio.create_task(asyncio.to_thread(batcher.close))
+    while batcher.running:
+        await asyncio.sleep(0)
     with pytest.raises(NotReady):
         batcher.submit("1", 1, light=True)
     doubler.gate.set()
@@ -440,35 +441,73 @@ async def test_closing_answers_all_admitted_items_and_refuses_new_ones() -> None
 @pytest.mark.usefixtures("clock")  # or the held item might be too late itself
 async def test_closing_does_not_wait_forever_for_a_stuck_thread() -> None:
     doubler = Doubler()
-    batcher = await start(doubler, replace(LIMITS, deadline_seconds=0.01))
+    batcher = start(doubler, replace(LIMITS, deadline_seconds=0.01))
     held = await hold(doubler, batcher)
     try:
-        await asyncio.wait_for(batcher.close(), 30)
+        batcher.close()
         assert not held.done()
     finally:
         doubler.gate.set()
     assert await held == 0
 
 
-def test_it_follows_from_an_event_loop_that_ended_to_the_next_one() -> None:
+def test_what_was_admitted_in_an_event_loop_that_ended_leaves_without_it() -> None:
     """As each test of some frameworks, and each request without `with TestClient`, has its own."""
     doubler = Doubler()
+    batcher = start(doubler)
 
-    async def leave() -> Batcher[str, int, int]:
-        batcher = await start(doubler)
+    async def leave() -> None:
         await hold(doubler, batcher)
-        return batcher
 
     async def follow() -> None:
         doubler.gate.set()
-        while batcher.waiting:  # what was admitted in the loop before leaves without it
+        while batcher.waiting:
             await asyncio.sleep(0)
         assert await batcher.submit("21", 1, light=True) == 42
-        await batcher.close()
 
-    batcher = asyncio.run(leave())
+    asyncio.run(leave())
     asyncio.run(follow())
     assert doubler.batches == [[0], [21]]
+    batcher.close()
+
+
+def test_an_event_loop_that_was_closed_before_its_answer_harms_nobody() -> None:
+    """Not by `asyncio.run`, which cancels what is left."""
+    doubler = Doubler()
+    batcher = start(doubler)
+    loop = asyncio.new_event_loop()
+
+    held = loop.run_until_complete(hold(doubler, batcher))
+    held.add_done_callback(print)  # would be called in that loop
+    loop.close()
+    doubler.gate.set()
+    batcher.close()
+    assert batcher.waiting == 0
+
+
+def test_several_event_loops_are_answered_together() -> None:
+    doubler = Doubler()
+    batcher = start(doubler, replace(LIMITS, max_batch=32))
+    admitted = threading.Barrier(3)
+
+    async def ask(first: int) -> list[int]:
+        answers = [batcher.submit(str(number), 1, light=number % 2 > 0) for number in range(first, first + 4)]
+        await asyncio.to_thread(admitted.wait)
+        return await asyncio.gather(*answers)
+
+    async def ask_from_everywhere() -> None:
+        held = await hold(doubler, batcher)
+        with ThreadPoolExecutor() as pool:
+            others = [pool.submit(asyncio.run, ask(first)) for first in (20, 30)]
+            admitted.wait()
+            doubler.gate.set()
+        assert [other.result() for other in others] == [[40, 42, 44, 46], [60, 62, 64, 66]]
+        assert await held == 0
+
+    asyncio.run(ask_from_everywhere())
+    assert batcher.waiting == 0
+    assert batcher.statistics.pictures == batcher.statistics.success.count == 9
+    batcher.close()
 
 
 def assert_no_thread_is_left() -> None:
@@ -488,31 +527,17 @@ def building(factor: int, error: BaseException | None = None) -> Building[int, i
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no such device"), BaseException("no such device, says a library")])
-async def test_a_failed_build_raises_in_start_and_leaves_no_thread(error: BaseException) -> None:
+def test_a_failed_build_raises_in_start_and_leaves_no_thread(error: BaseException) -> None:
     batcher: Batcher[str, int, int] = Batcher(int, LIMITS)
     with pytest.raises(type(error), match="no such device"):
-        await batcher.start(building(2, error=error))
+        batcher.start(building(2, error=error))
     assert batcher.closed
-    assert_no_thread_is_left()
-
-
-async def test_a_start_that_is_given_up_leaves_no_thread() -> None:
-    def endless() -> Building[int, int]:
-        while True:
-            yield
-
-    batcher: Batcher[str, int, int] = Batcher(int, LIMITS)
-    starting = asyncio.create_task(batcher.start(endless()))
-    await asyncio.sleep(0)
-    starting.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await starting
     assert_no_thread_is_left()
 
 
 async def test_only_items_admitted_after_an_exchange_run_on_the_new_function() -> None:
     doubler = Doubler()
-    batcher = await start(doubler)
+    batcher = start(doubler)
     held = await hold(doubler, batcher)
     before = batcher.submit_all([(str(number), 1, 1) for number in range(1, 12)], light=True)
     seen: list[int] = []
@@ -523,21 +548,20 @@ async def test_only_items_admitted_after_an_exchange_run_on_the_new_function() -
             yield
         return lambda numbers: [3 * number for number in numbers]
 
-    swapping = asyncio.create_task(batcher.swap(watched()))
-    await asyncio.sleep(0)
+    swapping = batcher.swap(watched())
     meanwhile = batcher.submit("12", 1, light=True)
     doubler.gate.set()
-    await swapping
+    await asyncio.wrap_future(swapping)
     assert seen == [1, 2, 3]  # a step after each batch, also while there is more to do
     after = batcher.submit("1000", 1, light=True)
     assert await asyncio.gather(held, *before, meanwhile, after) == [*range(0, 26, 2), 3000]
     assert await batcher.submit("2", 1, light=True) == 6
-    await batcher.close()
+    batcher.close()
 
 
 async def test_a_batch_is_split_when_its_items_belong_to_different_functions() -> None:
     doubler = Doubler()
-    batcher = await start(doubler)
+    batcher = start(doubler)
     held = await hold(doubler, batcher)
     futures = [batcher.submit("1", 1, light=True)]
     batcher._run = lambda numbers: [5 * number for number in numbers]
@@ -545,55 +569,53 @@ async def test_a_batch_is_split_when_its_items_belong_to_different_functions() -
     doubler.gate.set()
     assert await asyncio.gather(held, *futures) == [0, 2, 5]
     assert doubler.batches == [[0], [1]]
-    await batcher.close()
+    batcher.close()
 
 
 async def test_an_exchange_that_fails_changes_nothing() -> None:
     doubler = Doubler()
-    batcher = await start(doubler)
+    batcher = start(doubler)
     with pytest.raises(ValueError, match="no good"):
-        await batcher.swap(building(3, error=ValueError("no good")))
+        await asyncio.wrap_future(batcher.swap(building(3, error=ValueError("no good"))))
     assert await batcher.submit("2", 1, light=True) == 4
-    await batcher.swap(building(3))
+    await asyncio.wrap_future(batcher.swap(building(3)))
     assert await batcher.submit("2", 1, light=True) == 6
-    await batcher.close()
+    batcher.close()
 
 
 async def test_the_old_function_is_freed_after_an_exchange() -> None:
     batcher: Batcher[str, int, int] = Batcher(int, LIMITS)
-    await batcher.start(building(2))
+    batcher.start(building(2))
     old = weakref.ref(batcher._run)
     assert await batcher.submit("2", 1, light=True) == 4
-    await batcher.swap(building(3))
+    await asyncio.wrap_future(batcher.swap(building(3)))
     assert await batcher.submit("2", 1, light=True) == 6
     assert old() is None
-    await batcher.close()
+    batcher.close()
 
 
 async def test_an_exchange_is_given_up_when_the_service_stops() -> None:
     doubler = Doubler()
-    batcher = await start(doubler)
+    batcher = start(doubler)
     held = await hold(doubler, batcher)
 
     def endless() -> Building[int, int]:
         while True:
             yield
 
-    swapping = asyncio.create_task(batcher.swap(endless()))
-    await asyncio.sleep(0)
-    closing = asyncio.create_task(batcher.close())
+    swapping = batcher.swap(endless())
     doubler.gate.set()
-    await closing
+    batcher.close()
     assert await held == 0
     with pytest.raises(NotReady):
-        await swapping
+        swapping.result()
     with pytest.raises(NotReady):
-        await batcher.swap(endless())
+        batcher.swap(endless())
 
 
 async def test_idle_work_waits_until_nothing_is_queued_and_runs_in_the_inference_thread() -> None:
     doubler = Doubler()
-    batcher = await start(doubler)
+    batcher = start(doubler)
     seen: list[tuple[str, int]] = []
     done = threading.Event()
 
@@ -611,13 +633,13 @@ async def test_idle_work_waits_until_nothing_is_queued_and_runs_in_the_inference
     await asyncio.to_thread(done.wait)
     assert seen == [("inference", 3)] * 3  # after the held item and two batches of four
     assert await batcher.submit("5", 1, light=True) == 10
-    await batcher.close()
+    batcher.close()
 
 
 async def test_idle_work_waits_until_nothing_has_come_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batching, "QUIET_SECONDS", 60)
     doubler = Doubler()
-    batcher = await start(doubler)
+    batcher = start(doubler)
     steps: list[int] = []
 
     def endless() -> Iterator[None]:
@@ -628,7 +650,7 @@ async def test_idle_work_waits_until_nothing_has_come_for_a_while(monkeypatch: p
     batcher.run_when_idle(endless())
     for number in range(10):  # by a client who asks one by one
         assert await batcher.submit(str(number), 1, light=True) == 2 * number
-    await batcher.close()
+    batcher.close()
     assert steps == []
 
 
@@ -636,7 +658,7 @@ async def test_an_exchange_drops_the_pending_idle_work(monkeypatch: pytest.Monke
     """It would keep all it needs in memory until a quiet moment."""
     monkeypatch.setattr(batching, "QUIET_SECONDS", 60)
     doubler = Doubler()
-    batcher = await start(doubler)
+    batcher = start(doubler)
 
     def work() -> Iterator[None]:
         yield from ()
@@ -645,15 +667,15 @@ async def test_an_exchange_drops_the_pending_idle_work(monkeypatch: pytest.Monke
     kept = weakref.ref(idle)
     batcher.run_when_idle(idle)
     del idle
-    await batcher.swap(building(3))
+    await asyncio.wrap_future(batcher.swap(building(3)))
     assert kept() is None
     assert await batcher.submit("2", 1, light=True) == 6
-    await batcher.close()
+    batcher.close()
 
 
 async def test_idle_work_that_fails_stops_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
     doubler = Doubler()
-    batcher = await start(doubler)
+    batcher = start(doubler)
     done = threading.Event()
 
     def failing() -> Iterator[None]:
@@ -669,12 +691,12 @@ async def test_idle_work_that_fails_stops_nothing_else(caplog: pytest.LogCapture
     await asyncio.to_thread(done.wait)
     assert "was given up" in caplog.text
     assert await batcher.submit("5", 1, light=True) == 10
-    await batcher.close()
+    batcher.close()
 
 
 async def test_closing_does_not_wait_for_idle_work() -> None:
     doubler = Doubler()
-    batcher = await start(doubler)
+    batcher = start(doubler)
 
     def endless() -> Iterator[None]:
         while True:
@@ -682,12 +704,12 @@ async def test_closing_does_not_wait_for_idle_work() -> None:
 
     batcher.run_when_idle(endless())
     assert await batcher.submit("5", 1, light=True) == 10
-    await batcher.close()
+    batcher.close()
 
 
 async def test_check_room_refuses_when_an_item_would_be_refused() -> None:
     doubler = Doubler()
-    batcher = await start(doubler, Limits(max_batch=4, max_waiting=2, max_waiting_bytes=10_000, deadline_seconds=60))
+    batcher = start(doubler, Limits(max_batch=4, max_waiting=2, max_waiting_bytes=10_000, deadline_seconds=60))
     held = await hold(doubler, batcher)
     batcher.check_room()
     waiting = batcher.submit("1", 1, light=True)
@@ -696,6 +718,6 @@ async def test_check_room_refuses_when_an_item_would_be_refused() -> None:
     doubler.gate.set()
     assert (await held, await waiting) == (0, 2)
     batcher.check_room()
-    await batcher.close()
+    batcher.close()
     with pytest.raises(NotReady):
         batcher.check_room()

@@ -356,10 +356,10 @@ async def test_timing_parts_are_measured_per_item(monkeypatch: pytest.MonkeyPatc
         yield
         return lambda items: [next(ticks) and item for item in items]
 
-    await batcher.start(building())
+    batcher.start(building())
     future = batcher.submit(1, 1, light=True)
     await future
-    await batcher.close()
+    batcher.close()
     statistics = batcher.statistics
     assert (future.timing.prepare_seconds, future.timing.run_seconds) == (2, 2)
     assert sum(future.timing) == statistics.success.sum - 1  # the hand-over back to the event loop

@@ -164,9 +164,9 @@ from app import __main__ as command
 from app.batching import Batcher
 
 start = Batcher.start
-async def stop_and_start(batcher, building):
+def stop_and_start(batcher, building):
     os.kill(os.getpid(), signal.Signals[sys.argv[1]])
-    await start(batcher, building)
+    start(batcher, building)
 Batcher.start = stop_and_start
 sys.exit(command.main([], os.environ))
 """
@@ -304,10 +304,10 @@ def test_a_process_ends_when_its_engine_is_broken(weights: Path, png: bytes) -> 
 
 HUNG_ENGINE = """
 import os, sys, time
-from app import batching
+from app import server
 from app.predictor import Predictor
 Predictor.estimate_each = lambda *_: time.sleep(1000)
-batching.WATCH_SECONDS = 0.1
+server.WATCH_TICKS = 1
 from app.__main__ import main
 sys.exit(main(sys.argv[1:], os.environ))
 """

@@ -355,7 +355,7 @@ def test_interrupting_the_import_of_torch_ends_the_command_silently() -> None:
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda sent: sent.name)
 @pytest.mark.usefixtures("heeding_interrupts")
 def test_interrupting_leaves_no_half_written_file(data_folder: Path, sent: signal.Signals) -> None:
-    flags = ["--recipe", "debug", "--data", ".", "--name", "long", "--epochs", "400"]
+    flags = ["--recipe", "debug", "--data", ".", "--name", "long", "--epochs", "100000"]
     state_file = data_folder / "runs" / "long" / "state.pt"
     train = [sys.executable, "-m", "training", "train", *flags]
     with subprocess.Popen(train, cwd=data_folder, env=environment(data_folder), stderr=subprocess.PIPE) as process:

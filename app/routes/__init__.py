@@ -13,7 +13,7 @@ from app.statistics import Counts
 
 async def _service(request: Request) -> Service:  # async: a plain function would cost a hop to another thread
     service: Service = request.app.service
-    await service.ensure_started()
+    await service.start()
     return service
 
 
