@@ -2,7 +2,7 @@
 
     event loop                 decode thread     inference thread          event loop
     submit: light -> prepare ----------------->  take what has queued,
-       `--- others ----------> prepare ------->  run ------------------->  settle: futures resolved, one call per batch
+       `--- others ----------> prepare ------->  run, settle ----------->  futures resolved, one call per batch
 
 A lone request runs at once and no batch waits for a timer: whatever arrives while one batch runs is the next.
 The event loop prepares light items, which take a known fraction of a millisecond, while a batch runs: if the inference
@@ -22,6 +22,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from time import monotonic, time
 from typing import Generic
 
@@ -63,8 +64,8 @@ class Batcher(Generic[Item, Prepared, Result]):
         self._buildings: deque[tuple[Building[Prepared, Result], Future[None]]] = deque()
         self._admission = Admission(limits)
         self._lock = threading.RLock()
-        """Of the admission, the statistics, `_run` and `_closing`. Re-entrant: what cannot be prepared is settled at
-        once."""
+        """Of the admission, the statistics, `_run` and `_closing`. Re-entrant: a light item that cannot be prepared is
+        settled at once."""
         self._started = False
         self._closing = False
         self._failed_batches = 0
@@ -227,13 +228,14 @@ class Batcher(Generic[Item, Prepared, Result]):
             self._to_prepare.put(Control.STOP)  # the decode thread passes it on, after its last item
         self._inference_thread.join(2 * self._limits.deadline_seconds + 1)
 
+    # Any thread
+
     def _settle(
         self,
         outcomes: Sequence[Outcome[Item, Prepared, Result]],
         ran: Sequence[Entry[Item, Prepared, Result]] = (),
-        *,
-        awaited: bool = True,
     ) -> None:
+        """Count that these items leave, and resolve each future in its event loop."""
         now = monotonic()
         with self._lock:
             if ran:
@@ -244,30 +246,13 @@ class Batcher(Generic[Item, Prepared, Result]):
                 self._admission.leave(entry.load)
                 if not entry.load.light and entry.prepare_seconds:
                     self._admission.learn_preparation(entry.prepare_seconds)
-                if entry.future.done() or not awaited:  # cancelled meanwhile
-                    continue
-                if isinstance(outcome, Exception):
-                    self.statistics.fail.add(now - entry.admitted_at)
-                    entry.future.set_exception(outcome)
-                else:
-                    self.statistics.success.add(now - entry.admitted_at)
-                    entry.future.set_result(outcome)
-
-    # Both threads
-
-    def _deliver(
-        self,
-        outcomes: Sequence[Outcome[Item, Prepared, Result]],
-        ran: Sequence[Entry[Item, Prepared, Result]] = (),
-    ) -> None:
-        """Settle each outcome in the event loop that waits for it. Of several loops, the first counts what `ran`."""
+                if not entry.future.cancelled():
+                    ended = self.statistics.fail if isinstance(outcome, Exception) else self.statistics.success
+                    ended.add(now - entry.admitted_at)
         for loop in (loops := {entry.future.get_loop() for entry, _ in outcomes}):
             its = outcomes if len(loops) == 1 else [each for each in outcomes if each[0].future.get_loop() is loop]
-            try:
-                loop.call_soon_threadsafe(self._settle, its, ran)
-            except RuntimeError:  # it is closed: nobody waits any more, but what was admitted must leave
-                self._settle(its, ran, awaited=False)
-            ran = ()
+            with suppress(RuntimeError):  # it is closed, so nobody waits any more
+                loop.call_soon_threadsafe(_resolve, its)
 
     # Decode thread
 
@@ -279,14 +264,14 @@ class Batcher(Generic[Item, Prepared, Result]):
                 if failure is None:
                     self._to_run.put(entry)
                 else:
-                    self._deliver([(entry, failure)])
+                    self._settle([(entry, failure)])
         self._to_run.put(Control.STOP)
 
     # Inference thread
 
     def _infer(self) -> None:
         while batch := self._take():
-            self._deliver(*self._answer(batch))
+            self._settle(*self._answer(batch))
         for _, built in self._buildings:
             built.set_exception(NotReady(STOPPING))
 
@@ -349,6 +334,16 @@ class Batcher(Generic[Item, Prepared, Result]):
         failed = all(isinstance(outcome, Exception) for _, outcome in outcomes)
         self._failed_batches = self._failed_batches + 1 if failed else 0
         return outcomes, wanted
+
+
+def _resolve(outcomes: Sequence[Outcome[Item, Prepared, Result]]) -> None:
+    for entry, outcome in outcomes:
+        if entry.future.done():  # cancelled meanwhile
+            continue
+        if isinstance(outcome, Exception):
+            entry.future.set_exception(outcome)
+        else:
+            entry.future.set_result(outcome)
 
 
 def _run_or_retry_singly(run: Run[Prepared, Result], prepared: list[Prepared]) -> list[Result | Exception]:

@@ -59,7 +59,7 @@ class Timing(NamedTuple):
 
 @dataclass
 class Statistics:
-    """What the batcher has done. Counted in the event loop, under the batcher's lock."""
+    """What the batcher has done. Counted under its lock."""
 
     success: Histogram = field(default_factory=Histogram)
     """Seconds from the admission of an item to its result."""

@@ -476,7 +476,6 @@ def test_an_event_loop_that_was_closed_before_its_answer_harms_nobody() -> None:
     doubler = Doubler()
     batcher = start(doubler)
     loop = asyncio.new_event_loop()
-
     held = loop.run_until_complete(hold(doubler, batcher))
     held.add_done_callback(print)  # would be called in that loop
     loop.close()
