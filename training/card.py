@@ -282,7 +282,8 @@ def _ablation(runs: list[dict[str, Any]]) -> list[str]:
         "training ablate`): validation accuracy in percent, one view, mean ± standard deviation over seeds, and the "
         "difference from the whole recipe with the same seeds, in points; the same for these images as JPEG of "
         f"quality {JPEG_QUALITY}. Taught by {runs[0]['teachers']}. Each device rounds in its own way. What hurts in a "
-        "short run may help in a long one: augmentation does.",
+        "short run may help in a long one: augmentation does. What the parts of the network and muon contribute is in "
+        "[training/README.md](../training/README.md#the-network-and-muon).",
         "",
     ]
     for epochs, device in sorted({(run["epochs"], run["device"]) for run in runs}):
