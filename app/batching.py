@@ -12,7 +12,7 @@ thread of their own, so that one big photo does not hold up a thousand small one
 picture alternate with requests of many (`entries.FairQueue`).
 
 Usually there is one event loop; the threads of somebody's tests may have several. So each future is resolved in its own
-loop, and a lock keeps the counts right; neither of the two threads holds it while it works.
+loop, and a lock keeps the counts right, which the two threads hold only to count.
 """
 
 import asyncio
@@ -64,8 +64,8 @@ class Batcher(Generic[Item, Prepared, Result]):
         self._buildings: deque[tuple[Building[Prepared, Result], Future[None]]] = deque()
         self._admission = Admission(limits)
         self._lock = threading.RLock()
-        """Of the admission, the statistics, `_run` and `_closing`. Re-entrant: a light item that cannot be prepared is
-        settled at once."""
+        """Of the admission, the statistics, `_run` and `_closing`. Light items are prepared under it: one that was
+        queued after the end would be lost. Re-entrant: if that fails, they are settled at once."""
         self._started = False
         self._closing = False
         self._failed_batches = 0
@@ -81,16 +81,20 @@ class Batcher(Generic[Item, Prepared, Result]):
         """Return when the function is built; an event loop would be held up. Call once only.
 
         Raises:
+            NotReady: it was closed meanwhile.
             Exception: whatever `building` raises. The batcher is closed then.
         """
-        self._inference_thread.start()
-        self._decode_thread.start()
+        built = self._build(building)  # before the threads: one that a close ends at once then finds it
+        with self._lock:
+            self._inference_thread.start()
+            self._decode_thread.start()
         try:
-            self._build(building).result()
+            built.result()
         except BaseException:
             self.close()
             raise
         self._started = True
+        self.check_open()
 
     def check_alive(self) -> None:
         """To be called every few seconds: see that the inference thread is neither dead nor stuck."""
@@ -216,6 +220,7 @@ class Batcher(Generic[Item, Prepared, Result]):
 
     def _build(self, building: Building[Prepared, Result]) -> Future[None]:
         built: Future[None] = Future()
+        built.set_running_or_notify_cancel()  # who no longer waits cannot cancel it
         self._buildings.append((building, built))
         self._to_run.put(Control.WAKE)
         return built
@@ -226,7 +231,9 @@ class Batcher(Generic[Item, Prepared, Result]):
         with self._lock:
             self._closing = True
             self._to_prepare.put(Control.STOP)  # the decode thread passes it on, after its last item
-        self._inference_thread.join(2 * self._limits.deadline_seconds + 1)
+            threads_run = self._inference_thread.ident is not None
+        if threads_run:
+            self._inference_thread.join(2 * self._limits.deadline_seconds + 1)
 
     # Any thread
 

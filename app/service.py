@@ -4,6 +4,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from app.predictor import Estimate, Predictor
 from app.report import Evaluation, report
 from app.settings import Settings
 from app.statistics import Predictions, Statistics
-from app.steps import aside, finish
+from app.steps import aside, finish, in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ class Service:
             seconds=settings.deadline_seconds,
         )
         self._served = Served(checkpoint)
+        self._starting: Future[None] | None = None
         self._start_lock = threading.Lock()
         self._reload_lock = threading.Lock()
         self._limits = Limits(
@@ -101,21 +103,26 @@ class Service:
             StartError: the engine cannot be used, or the weights compute wrongly here.
         """
         if not (self.running or self._batcher.closing):
-            await asyncio.to_thread(self._start)  # which goes on for the others even if this client leaves
+            await asyncio.wrap_future(self._begin())
 
-    def _start(self) -> None:
+    def _begin(self) -> Future[None]:
+        """The newest start, or another if that has come to its end. All first requests share it, and it goes on when
+        one of them leaves."""
         with self._start_lock:
-            if self.running or self._batcher.closing:
-                return
-            if self._batcher.closed:
-                self._batcher = self._new_batcher()
-            self._batcher.start(self._build(self._served, self.settings.engine))
-            memory.release()
-            self._start_evaluation()
+            if self._starting is None or self._batcher.closed:
+                if self._batcher.closed:
+                    self._batcher = self._new_batcher()
+                self._starting = in_thread(partial(self._start, self._batcher))
+            return self._starting
+
+    def _start(self, batcher: Batcher[Item, Pixels, Verdict]) -> None:
+        batcher.start(self._build(self._served, self.settings.engine))
+        memory.release()
+        self._start_evaluation()
 
     async def close(self) -> None:
         """Answer everything admitted, then end."""
-        await asyncio.to_thread(self._batcher.close)
+        await asyncio.wrap_future(in_thread(self._batcher.close))
 
     def check_engine(self) -> None:
         """To be called every few seconds, so that an engine that hangs becomes `broken`."""
@@ -130,7 +137,7 @@ class Service:
             WeightsRefused: the file cannot be used, or is for other classes. The old weights stay in service.
             NotReady: the service has not been started, or is stopping.
         """
-        changed = await asyncio.to_thread(self._reload)
+        changed = await asyncio.wrap_future(in_thread(self._reload))
         self.on_swap(self.checkpoint.sha256)  # also if it was the same: other processes may have failed to read it
         return changed
 

@@ -1,7 +1,9 @@
-"""Work in steps, between which its thread does something else: how weights are replaced while requests run."""
+"""Work beside other work: in steps, between which its thread does something else, or in a thread of its own. So weights
+are replaced while requests run."""
 
+import threading
 from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -32,3 +34,19 @@ def aside(work: Callable[[], T]) -> Generator[None, None, T]:
             wait([future], STEP_SECONDS)
             yield
         return future.result()
+
+
+def in_thread(work: Callable[[], T]) -> Future[T]:
+    """Run `work` in a daemon thread of its own. An event loop's executor has few threads, and neither the loop nor the
+    process would end before the last of them does."""
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()  # so that one who leaves cannot cancel it
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future

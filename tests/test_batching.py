@@ -582,6 +582,26 @@ async def test_an_exchange_that_fails_changes_nothing() -> None:
     batcher.close()
 
 
+async def test_whoever_no_longer_waits_for_an_exchange_harms_nobody() -> None:
+    batcher = start(doubler := Doubler())
+    held = await hold(doubler, batcher)
+    waiting = asyncio.wrap_future(batcher.swap(building(3)))
+    waiting.cancel()
+    doubler.gate.set()
+    assert await held == 0
+    await asyncio.wrap_future(batcher.swap(building(5)))
+    assert await batcher.submit("2", 1, light=True) == 10
+    batcher.close()
+
+
+def test_one_that_is_closed_before_its_start_refuses_it() -> None:
+    batcher: Batcher[str, int, int] = Batcher(int, LIMITS)
+    batcher.close()
+    with pytest.raises(NotReady):
+        batcher.start(building(2))
+    assert_no_thread_is_left()
+
+
 async def test_the_old_function_is_freed_after_an_exchange() -> None:
     batcher: Batcher[str, int, int] = Batcher(int, LIMITS)
     batcher.start(building(2))

@@ -5,6 +5,7 @@ import gc
 import re
 import subprocess
 import sys
+import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,7 @@ from starlette.responses import Response
 from app import checkpoint, main
 from app.batching import Batcher, Building
 from app.checkpoint import CIFAR10_CLASSES
+from app.errors import StartError
 from app.main import create_app
 from app.routes import _service
 from app.routes.pages import STATIC
@@ -139,6 +141,41 @@ async def test_a_first_client_that_leaves_does_not_end_the_start_for_the_others(
     first.cancel()
     await second
     assert first.cancelled()
+    assert service.running
+    await service.close()
+
+
+@pytest.mark.anyio
+async def test_a_start_that_fails_fails_once_for_all_who_wait(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service: Service = create_app(settings).service
+    starts, gate = [], threading.Event()
+
+    def fail(batcher: Batcher[Any, Any, Any], _building: Building[Any, Any]) -> None:
+        starts.append(batcher)
+        gate.wait()
+        raise StartError("no engine")
+
+    monkeypatch.setattr(Batcher, "start", fail)
+    waiting = [asyncio.create_task(service.start()) for _ in range(8)]
+    await asyncio.sleep(0)
+    gate.set()
+    errors = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(error) for error in errors] == [StartError] * 8
+    assert len(starts) == 1
+
+
+@pytest.mark.anyio
+async def test_closing_ends_a_start_that_nobody_waits_for(settings: Settings) -> None:
+    service: Service = create_app(settings).service
+    waiting = [asyncio.create_task(service.start()) for _ in range(3)]
+    await asyncio.sleep(0)
+    for each in waiting:
+        each.cancel()
+    await service.close()
+    assert not service.running
+    await service.start()
     assert service.running
     await service.close()
 
