@@ -90,7 +90,7 @@ class Batcher(Generic[Item, Prepared, Result]):
             self._decode_thread.start()
         try:
             built.result()
-        except BaseException:
+        except BaseException:  # whatever it is, and an interrupt, too: no thread may stay
             self.close()
             raise
         self._started = True

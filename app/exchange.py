@@ -5,6 +5,7 @@ answer.
 """
 
 import asyncio
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -118,7 +119,7 @@ def error_reply(error: RequestError, request_id: str) -> Reply:
 
 
 class Intake:
-    """Reads request bodies. Belongs to the event loop.
+    """Reads request bodies, for any event loop.
 
     Args:
         max_bytes: The limit for one body.
@@ -131,6 +132,7 @@ class Intake:
         self._max_waiting_bytes = max_waiting_bytes
         self._seconds = seconds
         self._waiting_bytes = 0
+        self._lock = threading.Lock()
 
     async def read(self, headers: Headers, receive: Receive) -> bytes:
         """Read the body, unless it announces that it is too large.
@@ -164,7 +166,7 @@ class Intake:
                 if message["type"] == "http.disconnect":
                     raise ClientDisconnect
                 part: bytes = message.get("body", b"")
-                self._waiting_bytes += len(part)
+                self._count(len(part))
                 body += part
                 self._check(len(body))
                 self._check_room(len(body))
@@ -172,7 +174,7 @@ class Intake:
                     return bytes(body)
                 message = await receive()
         finally:
-            self._waiting_bytes -= len(body)
+            self._count(-len(body))
 
     @contextmanager
     def holding(self, size_bytes: int) -> Iterator[None]:
@@ -181,12 +183,16 @@ class Intake:
         Raises:
             Overloaded: Other waiting bodies hold too many bytes.
         """
-        self._waiting_bytes += size_bytes
+        self._count(size_bytes)
         try:
             self._check_room(size_bytes)
             yield
         finally:
-            self._waiting_bytes -= size_bytes
+            self._count(-size_bytes)
+
+    def _count(self, size_bytes: int) -> None:
+        with self._lock:
+            self._waiting_bytes += size_bytes
 
     def _check_room(self, own_bytes: int) -> None:
         if self._waiting_bytes > max(self._max_waiting_bytes, own_bytes):  # a body alone is always accepted

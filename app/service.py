@@ -93,8 +93,8 @@ class Service:
         return Batcher(self._prepare, self._limits)
 
     async def start(self) -> None:
-        """Return when the network is warm, unless it is running or stopping. If there is a data set, an evaluation goes
-        on in the background.
+        """Return when the network is warm; at once if it is running, or still stopping. If there is a data set, an
+        evaluation goes on in the background.
 
         The first request does so, too, for programs that embed the application without running its lifespan, as tests
         and mounts do. A closed service may be started again, as tests do with each `with TestClient(app)`.
@@ -109,9 +109,9 @@ class Service:
         """The newest start, or another if that has come to its end. All first requests share it, and it goes on when
         one of them leaves."""
         with self._start_lock:
-            if self._starting is None or self._batcher.closed:
-                if self._batcher.closed:
-                    self._batcher = self._new_batcher()
+            if self._batcher.closed:
+                self._batcher, self._starting = self._new_batcher(), None
+            if self._starting is None:
                 self._starting = in_thread(partial(self._start, self._batcher))
             return self._starting
 

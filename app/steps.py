@@ -45,7 +45,7 @@ def in_thread(work: Callable[[], T]) -> Future[T]:
     def run() -> None:
         try:
             future.set_result(work())
-        except BaseException as error:
+        except BaseException as error:  # whoever waits raises it; they would otherwise wait for ever
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()

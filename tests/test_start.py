@@ -307,16 +307,20 @@ import os, sys, time
 from app import server
 from app.predictor import Predictor
 Predictor.estimate_each = lambda *_: time.sleep(1000)
-server.WATCH_TICKS = 1
+server.WATCH_TICKS = 3
 from app.__main__ import main
 sys.exit(main(sys.argv[1:], os.environ))
 """
 
 
-def test_a_process_ends_when_its_engine_hangs(weights: Path, png: bytes) -> None:
-    flags = ("--weights", str(weights), "--deadline-seconds", "1")
-    with serving(*flags, program=["-c", HUNG_ENGINE]) as (process, url, _):
+def test_a_process_ends_when_its_engine_hangs(weights: Path, png: bytes, tmp_path: Path) -> None:
+    """Also if weights wait to be exchanged, which takes the thread that hangs."""
+    file = tmp_path / "served.pth"
+    shutil.copy(weights, file)
+    with serving("--weights", str(file), "--deadline-seconds", "1", program=["-c", HUNG_ENGINE]) as (process, url, _):
         assert get(f"{url}/predict", png)[0] == 504
+        checkpoint.save(random_checkpoint(), file)
+        process.send_signal(signal.SIGHUP)
         _, err = process.communicate(timeout=SECONDS)
         assert process.returncode == BROKEN
         assert "No batch can run any more." in err
