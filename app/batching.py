@@ -279,8 +279,9 @@ class Batcher(Generic[Item, Prepared, Result]):
     def _infer(self) -> None:
         while batch := self._take():
             self._settle(*self._answer(batch))
-        for _, built in self._buildings:
+        for building, built in self._buildings:
             built.set_exception(NotReady(STOPPING))
+            building.close()  # the garbage collector might do it in the very thread that `steps.aside` then waits for
 
     def _take(self) -> list[Entry[Item, Prepared, Result]]:
         """The next batch, from all that is queued by now; waits while nothing is. Empty only at the end."""

@@ -614,17 +614,23 @@ async def test_an_exchange_is_given_up_when_the_service_stops() -> None:
     doubler = Doubler()
     batcher = start(doubler)
     held = await hold(doubler, batcher)
+    given_up_in: list[str] = []
 
     def endless() -> Building[int, int]:
-        while True:
-            yield
+        try:
+            while True:
+                yield
+        finally:
+            given_up_in.append(threading.current_thread().name)
 
-    swapping = batcher.swap(endless())
+    building = endless()  # kept, so that it is not the garbage collector who gives it up
+    swapping = batcher.swap(building)
     doubler.gate.set()
     batcher.close()
     assert await held == 0
     with pytest.raises(NotReady):
         swapping.result()
+    assert given_up_in == ["inference"]
     with pytest.raises(NotReady):
         batcher.swap(endless())
 
