@@ -3,7 +3,7 @@ are replaced while requests run."""
 
 import threading
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -28,12 +28,14 @@ def aside(work: Callable[[], T]) -> Generator[None, None, T]:
     That thread has to end: one that ran parallel torch code and lives on would keep a pool of OpenMP threads, and with
     more of those than cores OpenMP stops spinning, which makes a forward pass of the service twice as slow.
     """
-    with ThreadPoolExecutor(1) as helper:
-        future = helper.submit(work)
+    future = in_thread(work)
+    try:
         while not future.done():
             wait([future], STEP_SECONDS)
             yield
-        return future.result()
+    finally:
+        wait([future])  # also if nobody wants it any more: a thread that computes while the process ends aborts it
+    return future.result()
 
 
 def in_thread(work: Callable[[], T]) -> Future[T]:

@@ -326,6 +326,32 @@ def test_a_process_ends_when_its_engine_hangs(weights: Path, png: bytes, tmp_pat
         assert "No batch can run any more." in err
 
 
+HUNG_RELOAD = """
+import os, sys, time
+from app import service
+load, calls = service.load, []
+def hang_later(path):
+    calls.append(path)
+    if len(calls) > 1:
+        print("reading", flush=True)
+        time.sleep(1000)
+    return load(path)
+service.load = hang_later
+from app.__main__ import main
+sys.exit(main(sys.argv[1:], os.environ))
+"""
+
+
+def test_a_reload_that_hangs_does_not_keep_the_process(weights: Path) -> None:
+    with serving("--weights", str(weights), program=["-c", HUNG_RELOAD]) as (process, _, _):
+        process.send_signal(signal.SIGHUP)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "reading\n"
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=SECONDS)
+        assert process.returncode == 0
+
+
 TAKEN_MEANWHILE = """
 import socket, sys
 from pathlib import Path
