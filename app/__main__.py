@@ -89,7 +89,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     logs.configure(sys.stderr)
     if settings.processes > 1:
         return Supervisor(settings, listener).run()
-    from app.server import serve  # imports torch (a second); --help, errors and the supervisor do without it
+    from app.server import serve  # imports torch (a second), which --help and errors do without
 
     with listener:
         return serve(settings, listener)

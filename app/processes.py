@@ -1,6 +1,7 @@
 """Several processes that serve one address, and the supervisor that looks after them.
 
-    supervisor, without torch            processes that serve, each with the network
+    supervisor, computes nothing         processes that serve, each with the network
+    imports torch, forks each ---------> shares the memory that this took
     binds a socket for each -----------> listens on it; Linux deals new connections out at random (SO_REUSEPORT)
     starts the first, then the others <- ReadyNotice
     replaces each that dies
@@ -16,22 +17,22 @@ for all processes would be simpler, but the first process to wake would take all
 several at once.)
 """
 
+import gc
 import logging
 import multiprocessing
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkProcess
+from pathlib import Path
 from typing import Any
 
-from app import logs
 from app.link import (
     COULD_NOT_START,
     REPLY_SECONDS,
@@ -52,6 +53,10 @@ RETRY_SECONDS, MOST_RETRY_SECONDS = 1.0, 30.0
 """How long to wait before replacing a process that failed to start; doubles with each further failure."""
 CHECK_SECONDS = 5.0
 """How long between two checks that each process still answers."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+OOM_SCORE = 100
+"""How much larger than it is a process should look if memory runs out, in thousandths of what there is. The supervisor
+looks as large, as what they share counts for each, but if it were killed, all would end."""
 PATIENCE = 6
 """After this many unanswered checks a process is stuck. Counted, not timed: the container may have been paused."""
 
@@ -60,7 +65,7 @@ PATIENCE = 6
 class Worker:
     """The supervisor's view of a serving process."""
 
-    process: SpawnProcess
+    process: ForkProcess
     end: Connection
     ready: bool = False
     weights: str = ""
@@ -104,7 +109,7 @@ class Supervisor:
         # With SO_REUSEADDR, other programs could bind to the address while nobody listens. The listening sockets need
         # it, or the next start would have to wait for a minute.
         self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
-        self._context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+        self._context = multiprocessing.get_context("fork")
         self._workers: list[Worker] = []
         self._rounds: dict[Worker, tuple[set[Worker], float]] = {}
         """For each worker that wants the total: the workers that still owe their counts, and when to stop waiting."""
@@ -122,8 +127,9 @@ class Supervisor:
 
     def run(self) -> int:
         """Run until the last process has ended, and return the exit code."""
+        self._import()
         signals, signalled = self._context.Pipe(duplex=False)
-        for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for each in SIGNALS:
             signal.signal(each, lambda sent, _frame: signalled.send(sent))
         self._start()
         try:
@@ -132,6 +138,19 @@ class Supervisor:
             for worker in self._workers:  # if we fail here, the workers notice and stop
                 worker.end.close()
         return self._exit_code
+
+    def _import(self) -> None:
+        """Import, before any fork, what would take each process most of its start and two thirds of its memory.
+
+        A fork of a process with threads may hang, and in one of a process that has used CUDA there is none. Imports
+        leave neither behind (`tests/test_processes.py`).
+        """
+        import app.server
+
+        if self._settings.engine != "torch":
+            with suppress(ImportError):  # it is not installed
+                import app.openvino_engine  # noqa: F401
+        gc.freeze()  # to search these objects for garbage would copy the memory that holds them
 
     def _look_after(self, signals: Connection) -> None:
         while self._workers or self._missing:
@@ -178,10 +197,30 @@ class Supervisor:
     def _start(self) -> None:
         own, its = self._context.Pipe()
         with self._bind() as listener, its:
-            arguments = (self._settings, listener, its, self._classes)
-            process = self._context.Process(target=_work, args=arguments)
-            process.start()
+            process = self._context.Process(target=self._work, args=(listener, its, own))
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # or the process might take one as the supervisor does
+            try:
+                process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         self._workers.append(Worker(process, own))
+
+    def _work(self, listener: socket.socket, its: Connection, own: Connection) -> None:
+        """Serve; runs in the new process."""
+        os.setpgrp()  # Ctrl-C goes to the supervisor alone, which passes it on
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        self._reserved.close()
+        for end in (own, *(worker.end for worker in self._workers)):
+            end.close()  # or their pipes would outlive the supervisor
+        with suppress(OSError, ValueError):  # this system has no such thing
+            score = Path("/proc/self/oom_score_adj")
+            score.write_text(str(min(int(score.read_text()) + OOM_SCORE, 1000)))
+        from app.server import serve  # imported long since
+
+        raise SystemExit(serve(self._settings, listener, Link(its), self._classes))
 
     def _bind(self) -> socket.socket:
         listener = socket.socket(self._family, socket.SOCK_STREAM)
@@ -272,14 +311,3 @@ class Supervisor:
         if not worker.ready:  # an immediate retry would fail, too, so wait longer each time
             self._failures += 1
             self._start_at = time.monotonic() + min(RETRY_SECONDS * 2 ** (self._failures - 1), MOST_RETRY_SECONDS)
-
-
-def _work(settings: Settings, listener: socket.socket, end: Connection, classes: tuple[str, ...] | None) -> None:
-    """Run in the new process. `classes` are the class names that the others serve, None in the first process."""
-    os.setpgrp()  # Ctrl-C goes to the supervisor alone, which passes it on
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    logs.configure(sys.stderr)
-    logs.escape_unprintable(sys.stdout)
-    from app.server import serve  # imports torch, which the supervisor does not need
-
-    raise SystemExit(serve(settings, listener, Link(end), classes))

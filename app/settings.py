@@ -31,7 +31,8 @@ address: https://kubernetes.io/docs/concepts/services-networking/service/#enviro
 MAX_PIXELS = 50_000_000
 """Limit for a picture: enough for the cameras of today's phones."""
 BYTES_OF_A_PROCESS = 1024 * MIB
-"""Memory allowed for each process when choosing how many: 0.75 GB, and what a large picture takes."""
+"""Memory allowed for each process when choosing how many: 0.75 GB for the first, 0.15 for each other, and in each what
+large pictures take."""
 SHARES_ADDRESS = sys.platform == "linux"
 """Whether the system deals connections out among processes that listen on one address."""
 
@@ -147,7 +148,7 @@ class Settings:
         int,
         Setting(
             process_count,
-            "worker processes, each 0.75 GB of memory (default: one for every two threads, as memory allows, up to 4)",
+            "worker processes (default: one for every two threads, at most one for each GB of memory, up to 4)",
         ),
     ] = dataclasses.field(default_factory=usual_processes)
     max_body_bytes: Annotated[int, Setting(whole(1, 1024 * MIB), "a larger request body is refused")] = 8 * MIB

@@ -37,7 +37,7 @@ from app.__main__ import bind
 from app.errors import SettingsError
 from app.link import CountsReply, CountsRequest, Link, ReadyNotice, ReloadNotice, TotalReply, TotalRequest
 from app.model import IMAGE_BYTES
-from app.processes import PATIENCE, RETRY_SECONDS, Supervisor, Worker
+from app.processes import OOM_SCORE, PATIENCE, RETRY_SECONDS, Supervisor, Worker
 from app.settings import Settings
 from app.statistics import Counts, Timing
 
@@ -70,13 +70,13 @@ sys.exit(main(sys.argv[1:], os.environ))
 
 
 def pids_of(supervisor: "subprocess.Popen[str]") -> list[int]:
-    """Ids of processes that serve or will."""
+    """Ids of processes that serve or will: each has a group of its own, unlike the programs that some imports call."""
     (children,) = Path(f"/proc/{supervisor.pid}/task").glob("*/children")
     pids = []
-    for pid in children.read_text().split():
+    for pid in map(int, children.read_text().split()):
         with suppress(OSError):  # it has just gone
-            if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                pids.append(int(pid))
+            if os.getpgid(pid) == pid:
+                pids.append(pid)
     return pids
 
 
@@ -386,6 +386,41 @@ def done(service: Running) -> float:
     return service.metric("cifar_inference_seconds_count")
 
 
+FORKED = """
+import os, threading
+from types import SimpleNamespace
+from app.processes import Supervisor
+Supervisor._import(SimpleNamespace(_settings=SimpleNamespace(engine="auto")))
+import torch
+if os.fork():
+    os.wait()
+    print(threading.active_count(), len(os.listdir("/proc/self/task")), flush=True)
+else:
+    print(getattr(torch._C, "_cuda_isInBadFork", bool)(), flush=True)
+"""
+
+
+def test_what_the_supervisor_imports_neither_uses_cuda_nor_leaves_a_thread_at_a_fork() -> None:
+    warning = "error:This process:DeprecationWarning"  # of Python 3.12, if there are threads
+    program = [sys.executable, "-W", warning, "-c", FORKED]
+    ran = subprocess.run(program, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=SECONDS)
+    assert (ran.returncode, ran.stdout) == (0, "False\n1 1\n")
+
+
+def test_processes_share_what_imports_take(service: Running) -> None:
+    for pid in service.pids():
+        kilobytes = dict(re.findall(r"^(\w+): +(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M))
+        own = int(kilobytes["Private_Clean"]) + int(kilobytes["Private_Dirty"])
+        assert own < 0.4 * int(kilobytes["Rss"])
+
+
+def test_the_supervisor_is_the_last_to_be_killed_for_lack_of_memory(service: Running) -> None:
+    supervisor, *workers = (
+        int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in (service.supervisor.pid, *service.pids())
+    )
+    assert workers == [min(supervisor + OOM_SCORE, 1000)] * 2
+
+
 def test_a_killed_process_is_replaced_while_the_others_answer(service: Running, png: bytes) -> None:
     service.wait_for_both()
     assert get(f"{service.url}/predict", png)[0] == 200
@@ -519,10 +554,9 @@ def test_a_signal_while_the_first_process_starts_ends_it_cleanly(weights: Path, 
 
 
 def test_ctrl_c_at_a_terminal_reaches_the_supervisor_alone(weights: Path) -> None:
-    """A starting process would print a traceback. It leaves the group before its slow imports."""
+    """A starting process would end at once. It leaves the group first of all."""
     supervisor = starting(weights, group=0)
     try:
-        eventually(lambda: [pid for pid in pids_of(supervisor) if os.getpgid(pid) == pid] != [])
         os.killpg(supervisor.pid, signal.SIGINT)
         out, err = supervisor.communicate(timeout=SECONDS)
         assert (supervisor.returncode, out, err) == (0, "", "")
