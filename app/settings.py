@@ -31,7 +31,7 @@ address: https://kubernetes.io/docs/concepts/services-networking/service/#enviro
 MAX_PIXELS = 50_000_000
 """Limit for a picture: enough for the cameras of today's phones."""
 BYTES_OF_A_PROCESS = 1024 * MIB
-"""Memory allowed for each process when choosing how many: 0.75 GB for the first, 0.15 for each other, and in each what
+"""Memory allowed for each process when choosing how many: 0.75 GB for the first, 0.1 for each other, and in each what
 large pictures take."""
 SHARES_ADDRESS = sys.platform == "linux"
 """Whether the system deals connections out among processes that listen on one address."""

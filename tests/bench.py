@@ -141,8 +141,9 @@ class Running(NamedTuple):
         return Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
 
     def megabytes(self) -> float:
-        """Memory of all processes; what they share is counted once for each."""
-        return sum(resident_megabytes(pid) for pid in [str(self.process.pid), *self.workers])
+        """Memory of all processes. What they share is counted once, as much as the one that shares most."""
+        taken = [memory_megabytes(pid) for pid in (str(self.process.pid), *self.workers)]
+        return sum(own for own, _ in taken) + max(shared for _, shared in taken)
 
     def replacement_seconds(self) -> float:
         """Until another process has taken the place of one that was killed."""
@@ -155,10 +156,13 @@ class Running(NamedTuple):
         return time.perf_counter() - start
 
 
-def resident_megabytes(pid: str) -> float:
-    match = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    assert match
-    return int(match[1]) / 1024
+def memory_megabytes(pid: str) -> tuple[float, float]:
+    """What a process has for itself, and what it shares."""
+    kilobytes = dict(re.findall(r"^(\w+): +(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M))
+    own, shared = (
+        sum(int(kilobytes[f"{whose}_{state}"]) for state in ("Clean", "Dirty")) for whose in ("Private", "Shared")
+    )
+    return own / 1024, shared / 1024
 
 
 def processes() -> int:
@@ -274,7 +278,7 @@ def load(
 def check_tools() -> None:
     if shutil.which("wrk") is None:
         sys.exit("wrk is missing, the program that makes the requests: install it from your system's packages.")
-    if not Path("/proc/self/status").exists():
+    if not Path("/proc/self/smaps_rollup").exists():
         sys.exit("This measures on Linux only: it reads the memory of processes from /proc.")
 
 
