@@ -11,7 +11,6 @@ from contextlib import suppress
 from app import logs
 from app.errors import SettingsError, StartError
 from app.link import COULD_NOT_START
-from app.processes import Supervisor
 from app.settings import Settings, parse_settings
 
 MOST_FILES = 16_384
@@ -88,6 +87,8 @@ def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
         return COULD_NOT_START
     logs.configure(sys.stderr)
     if settings.processes > 1:
+        from app.processes import Supervisor  # not everywhere do processes fork
+
         return Supervisor(settings, listener).run()
     from app.server import serve  # imports torch (a second), which --help and errors do without
 

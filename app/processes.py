@@ -19,19 +19,20 @@ several at once.)
 
 import gc
 import logging
-import multiprocessing
 import os
 import signal
 import socket
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from app.link import (
     COULD_NOT_START,
@@ -54,7 +55,7 @@ RETRY_SECONDS, MOST_RETRY_SECONDS = 1.0, 30.0
 CHECK_SECONDS = 5.0
 """How long between two checks that each process still answers."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-OOM_SCORE = 100
+OOM_SCORE = 50
 """How much larger than it is a process should look if memory runs out, in thousandths of what there is. The supervisor
 looks as large, as what they share counts for each, but if it were killed, all would end."""
 PATIENCE = 6
@@ -65,8 +66,9 @@ PATIENCE = 6
 class Worker:
     """The supervisor's view of a serving process."""
 
-    process: ForkProcess
+    pid: int
     end: Connection
+    """Our end of the pipe. The other is open for as long as the process lives."""
     ready: bool = False
     weights: str = ""
     """The digest of the weights it serves."""
@@ -90,8 +92,7 @@ class Worker:
 
     def signal(self, sent: int) -> None:
         with suppress(ProcessLookupError):
-            assert self.process.pid is not None
-            os.kill(self.process.pid, sent)
+            os.kill(self.pid, sent)
 
 
 class Supervisor:
@@ -109,7 +110,6 @@ class Supervisor:
         # With SO_REUSEADDR, other programs could bind to the address while nobody listens. The listening sockets need
         # it, or the next start would have to wait for a minute.
         self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
-        self._context = multiprocessing.get_context("fork")
         self._workers: list[Worker] = []
         self._rounds: dict[Worker, tuple[set[Worker], float]] = {}
         """For each worker that wants the total: the workers that still owe their counts, and when to stop waiting."""
@@ -128,10 +128,15 @@ class Supervisor:
     def run(self) -> int:
         """Run until the last process has ended, and return the exit code."""
         self._import()
-        signals, signalled = self._context.Pipe(duplex=False)
+        signals, signalled = Pipe(duplex=False)
         for each in SIGNALS:
             signal.signal(each, lambda sent, _frame: signalled.send(sent))
-        self._start()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if whoever started us ignores it, no exit codes are kept
+        try:
+            self._start()
+        except OSError as error:
+            print(f"No process could be started: {error.strerror}.", file=sys.stderr)
+            return COULD_NOT_START
         try:
             self._look_after(signals)
         finally:
@@ -148,7 +153,7 @@ class Supervisor:
         import app.server
 
         if self._settings.engine != "torch":
-            with suppress(ImportError):  # it is not installed
+            with suppress(Exception):  # it is not installed, or broken; who needs it will say so
                 import app.openvino_engine  # noqa: F401
         gc.freeze()  # to search these objects for garbage would copy the memory that holds them
 
@@ -157,9 +162,7 @@ class Supervisor:
             self._fill()
             handlers: dict[Any, Callable[[], None]] = {signals: lambda: self._pass_on(signals.recv())}
             for worker in self._workers:
-                handlers[worker.process.sentinel] = partial(self._bury, worker)
-                if not worker.end.closed:
-                    handlers[worker.end] = partial(self._receive, worker)
+                handlers[worker.end] = partial(self._receive, worker)
             until = min([self._check_at, *(until for _, until in self._rounds.values())])
             if self._missing:
                 until = min(until, self._start_at)
@@ -183,7 +186,7 @@ class Supervisor:
             try:
                 self._start()
             except OSError as error:  # for the moment there is no memory, or the limit on processes is reached
-                logger.error("Another process could not be started and will be tried again: %s.", error)
+                logger.error("Another process could not be started and will be tried again: %s.", error.strerror)
                 self._start_at = time.monotonic() + RETRY_SECONDS
 
     def _check(self) -> None:
@@ -191,36 +194,43 @@ class Supervisor:
             worker.unanswered += worker.asked
             worker.ask()
             if worker.unanswered == PATIENCE:
-                logger.error("Process %s is stuck and is killed.", worker.process.pid)
+                logger.error("Process %s is stuck and is killed.", worker.pid)
                 worker.signal(signal.SIGKILL)
 
     def _start(self) -> None:
-        own, its = self._context.Pipe()
+        own, its = Pipe()
         with self._bind() as listener, its:
-            process = self._context.Process(target=self._work, args=(listener, its, own))
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # or the process might take one as the supervisor does
             try:
-                process.start()
+                pid = os.fork()
+                if pid == 0:
+                    self._work(listener, its, own)
             finally:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        self._workers.append(Worker(process, own))
+        self._workers.append(Worker(pid, own))
 
-    def _work(self, listener: socket.socket, its: Connection, own: Connection) -> None:
-        """Serve; runs in the new process."""
-        os.setpgrp()  # Ctrl-C goes to the supervisor alone, which passes it on
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        self._reserved.close()
-        for end in (own, *(worker.end for worker in self._workers)):
-            end.close()  # or their pipes would outlive the supervisor
-        with suppress(OSError, ValueError):  # this system has no such thing
-            score = Path("/proc/self/oom_score_adj")
-            score.write_text(str(min(int(score.read_text()) + OOM_SCORE, 1000)))
-        from app.server import serve  # imported long since
+    def _work(self, listener: socket.socket, its: Connection, own: Connection) -> NoReturn:
+        """Serve; runs in the new process, and ends it."""
+        exit_code = COULD_NOT_START
+        try:
+            os.setpgrp()  # Ctrl-C goes to the supervisor alone, which passes it on
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            self._reserved.close()
+            for end in (own, *(worker.end for worker in self._workers)):
+                end.close()  # or their pipes would outlive the supervisor
+            with suppress(OSError, ValueError):  # this system has no such thing
+                score = Path("/proc/self/oom_score_adj")
+                score.write_text(str(min(int(score.read_text()) + OOM_SCORE, 1000)))
+            from app.server import serve  # imported long since
 
-        raise SystemExit(serve(self._settings, listener, Link(its), self._classes))
+            exit_code = serve(self._settings, listener, Link(its), self._classes)
+        except BaseException:  # whatever it is: what called this belongs to the supervisor
+            traceback.print_exc()
+        finally:
+            os._exit(exit_code)
 
     def _bind(self) -> socket.socket:
         listener = socket.socket(self._family, socket.SOCK_STREAM)
@@ -249,7 +259,7 @@ class Supervisor:
         try:
             message = worker.end.recv()
         except (EOFError, OSError):
-            worker.end.close()  # it is ending
+            self._bury(worker)
             return
         match message:
             case ReadyNotice(engine, weights, classes):
@@ -293,19 +303,18 @@ class Supervisor:
 
     def _bury(self, worker: Worker) -> None:
         self._workers.remove(worker)
-        worker.process.join()
         worker.end.close()
+        exit_code = os.waitstatus_to_exitcode(os.waitpid(worker.pid, 0)[1])
         self._gone.merge(replace(worker.counts, pids=(), waiting=0, ready=True))
         self._count_off(worker)
         if self._stopping:
             return
-        pid, exit_code = worker.process.pid, worker.process.exitcode
         if not self._announced:
             if exit_code != COULD_NOT_START:
-                logger.error("Process %d ended (exit code %s) before it could serve.", pid, exit_code)
+                logger.error("Process %d ended (exit code %s) before it could serve.", worker.pid, exit_code)
             self._exit_code = COULD_NOT_START
             return
-        logger.error("Process %d ended (exit code %s). Another one replaces it.", pid, exit_code)
+        logger.error("Process %d ended (exit code %s). Another one replaces it.", worker.pid, exit_code)
         if exit_code == -signal.SIGKILL and worker.unanswered < PATIENCE:  # otherwise we killed it
             logger.error("It was killed, most likely for lack of memory: give it more, or lower CIFAR_PROCESSES.")
         if not worker.ready:  # an immediate retry would fail, too, so wait longer each time

@@ -55,14 +55,13 @@ sys.exit(__main__.main(sys.argv[1:], os.environ))
 NO_ROOM = """
 import os, sys
 from app import processes
-class Full(processes.Supervisor):
-    started = 0
-    def _start(self):
-        self.started += 1
-        if self.started in (3, 4):
-            raise OSError("no room")
-        super()._start()
-processes.Supervisor = Full
+fork, forked, full = os.fork, [], {}
+def fork_if_there_is_room():
+    forked.append(None)
+    if len(forked) in full:
+        raise OSError(11, "no room")
+    return fork()
+os.fork = fork_if_there_is_room
 processes.RETRY_SECONDS = 0.1
 from app.__main__ import main
 sys.exit(main(sys.argv[1:], os.environ))
@@ -71,9 +70,8 @@ sys.exit(main(sys.argv[1:], os.environ))
 
 def pids_of(supervisor: "subprocess.Popen[str]") -> list[int]:
     """Ids of processes that serve or will: each has a group of its own, unlike the programs that some imports call."""
-    (children,) = Path(f"/proc/{supervisor.pid}/task").glob("*/children")
     pids = []
-    for pid in map(int, children.read_text().split()):
+    for pid in map(int, Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children").read_text().split()):
         with suppress(OSError):  # it has just gone
             if os.getpgid(pid) == pid:
                 pids.append(pid)
@@ -158,9 +156,9 @@ class Pretended(Worker):
     """A fake process; the test holds its end of the pipe."""
 
     def __init__(self, supervisor: Supervisor, **given: Any) -> None:
-        end, self.its = multiprocessing.Pipe()
-        process = SimpleNamespace(pid=1, exitcode=1, join=lambda: None)
-        super().__init__(process, end, **given)  # type: ignore[arg-type]
+        pid = os.spawnlp(os.P_NOWAIT, "false", "false")
+        end, self.its = multiprocessing.Pipe()  # after the process, which would have it until it runs the program
+        super().__init__(pid, end, **given)
         self.signals: list[int] = []
         supervisor._workers.append(self)
 
@@ -247,7 +245,8 @@ def test_a_supervisor_crash_closes_the_pipes_to_its_processes(
 
     worker = Pretended(supervisor)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(supervisor, "_start", lambda: None)
+    for step in ("_import", "_start"):
+        monkeypatch.setattr(supervisor, step, lambda: None)
     monkeypatch.setattr(supervisor, "_look_after", look_after)
     with pytest.raises(RuntimeError, match="a defect"):
         supervisor.run()
@@ -359,18 +358,26 @@ def test_a_process_is_not_replaced_by_one_that_answers_with_other_classes(tmp_pa
 
 
 def test_a_process_that_cannot_be_replaced_at_once_is_replaced_later(weights: Path, png: bytes) -> None:
-    with running(weights, program=["-c", NO_ROOM]) as service:
+    with running(weights, program=["-c", NO_ROOM.format(range(3, 9))]) as service:
         died, left = service.pids()
+        open_files = len(os.listdir(f"/proc/{service.supervisor.pid}/fd"))
         os.kill(died, signal.SIGKILL)
         eventually(lambda: died not in service.pids() and len(service.pids()) == 2)
         service.wait_for_both()
         assert left in service.pids()
         assert get(f"{service.url}/predict", png)[0] == 200
+        assert len(os.listdir(f"/proc/{service.supervisor.pid}/fd")) == open_files
         service.supervisor.send_signal(signal.SIGTERM)
         _, err = service.supervisor.communicate(timeout=SECONDS)
-        assert err.count("Another process could not be started and will be tried again: no room.") == 2
+        assert err.count("Another process could not be started and will be tried again: no room.") == 6
         assert "Traceback" not in err
         assert service.supervisor.returncode == 0
+
+
+def test_if_not_even_one_process_can_be_started_the_service_says_so(weights: Path) -> None:
+    arguments = command("--processes", "2", "--weights", str(weights), program=["-c", NO_ROOM.format([1])])
+    ran = subprocess.run(arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=SECONDS)
+    assert (ran.returncode, ran.stderr) == (1, "No process could be started: no room.\n")
 
 
 def test_process_memory_is_summed_over_all_processes(service: Running) -> None:
@@ -541,7 +548,12 @@ def starting(weights: Path, group: int | None = None) -> "subprocess.Popen[str]"
         text=True,
         process_group=group,
     )
-    eventually(lambda: len(pids_of(supervisor)) == 1)
+    try:
+        eventually(lambda: len(pids_of(supervisor)) == 1)
+    except BaseException:
+        supervisor.kill()
+        supervisor.communicate()
+        raise
     return supervisor
 
 
