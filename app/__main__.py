@@ -83,7 +83,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
         settings = parse_settings(arguments, environment)
         listener = bind(settings)
     except StartError as error:
-        print(error, file=sys.stderr)
+        logs.say(str(error), sys.stderr)
         return COULD_NOT_START
     logs.configure(sys.stderr)
     if settings.processes > 1:
@@ -97,4 +97,5 @@ def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], os.environ))
+    exit_code = main(sys.argv[1:], os.environ)
+    os._exit(exit_code)  # Python would wait for threads, which may hang: reading a data set, say

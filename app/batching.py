@@ -42,8 +42,8 @@ QUIET_SECONDS = 0.005
 BROKEN_BATCHES = 10
 """After this many batches in a row that failed entirely, none will succeed: a GPU that has failed stays failed."""
 PATIENCE = 12
-"""After this many checks in vain the inference thread is stuck for good: a GPU may hang. Counted, not timed: the whole
-container may have been paused."""
+"""After this many checks in vain a thread is stuck for good, as a GPU may be. Counted, not timed: the container may
+have been paused."""
 STOPPING = "The service is stopping. Try again, it may be back shortly."
 
 
@@ -69,11 +69,11 @@ class Batcher(Generic[Item, Prepared, Result]):
         self._started = False
         self._closing = False
         self._failed_batches = 0
-        self._responsive = False
-        """Whether the inference thread has come back to its queue since the last check."""
-        self._vain_checks = 0
         self._inference_thread = threading.Thread(target=self._infer, name="inference", daemon=True)
         self._decode_thread = threading.Thread(target=self._decode, name="decode", daemon=True)
+        self._responsive: set[threading.Thread] = set()
+        """Those of the two that have come back to their queue since the last check."""
+        self._vain_checks = 0
 
     # Event loops
 
@@ -85,10 +85,10 @@ class Batcher(Generic[Item, Prepared, Result]):
             Exception: whatever `building` raises. The batcher is closed then.
         """
         built = self._build(building)  # before the threads: one that a close ends at once then finds it
-        with self._lock:
-            self._inference_thread.start()
-            self._decode_thread.start()
         try:
+            with self._lock:
+                self._decode_thread.start()
+                self._inference_thread.start()
             built.result()
         except BaseException:  # whatever it is, and an interrupt, too: no thread may stay
             self.close()
@@ -97,9 +97,10 @@ class Batcher(Generic[Item, Prepared, Result]):
         self.check_open()
 
     def check_alive(self) -> None:
-        """To be called every few seconds: see that the inference thread is neither dead nor stuck."""
-        self._vain_checks = 0 if self._responsive else self._vain_checks + 1
-        self._responsive = False
+        """To be called every few seconds: see that neither thread is dead or stuck."""
+        self._vain_checks = 0 if len(self._responsive) == 2 else self._vain_checks + 1
+        self._responsive.clear()
+        self._to_prepare.put(Control.WAKE)
         self._to_run.put(Control.WAKE)
 
     @property
@@ -265,6 +266,7 @@ class Batcher(Generic[Item, Prepared, Result]):
 
     def _decode(self) -> None:
         while self._to_prepare or not self._to_prepare.stopped:
+            self._responsive.add(self._decode_thread)
             self._to_prepare.collect(timeout=0 if self._to_prepare else None)
             for entry in self._to_prepare.next_batch():
                 failure = entry.expiry_error() or entry.prepare(self._prepare)
@@ -285,12 +287,12 @@ class Batcher(Generic[Item, Prepared, Result]):
 
     def _take(self) -> list[Entry[Item, Prepared, Result]]:
         """The next batch, from all that is queued by now; waits while nothing is. Empty only at the end."""
-        self._responsive = True
+        self._responsive.add(self._inference_thread)
         if self._buildings:
             self._build_step(*self._buildings[0])
         self._to_run.collect(timeout=0)
         while not (self._to_run or self._to_run.stopped):
-            self._responsive = True
+            self._responsive.add(self._inference_thread)
             if self._buildings:
                 self._build_step(*self._buildings[0])
                 self._to_run.collect(timeout=0)

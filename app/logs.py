@@ -44,6 +44,28 @@ def escape_unprintable(stream: TextIO) -> None:
         stream.reconfigure(errors="backslashreplace")
 
 
+def say(text: str, stream: TextIO | None) -> None:
+    """Print a line, if that works: nothing may depend on room on a disk or in a pipe, or on somebody who reads.
+
+    Args:
+        stream: None if it was closed when Python started.
+    """
+    if stream is None or not _has_room(stream):
+        return
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # flushing the rest at exit would fail
+
+
+def _has_room(stream: TextIO) -> bool:
+    """Whether a line can be written without waiting."""
+    try:
+        return bool(select.select([], [stream], [], 0)[1])
+    except (OSError, ValueError):  # it is in memory, or on Windows, where only sockets can be asked
+        return True
+
+
 class NonBlockingStream:
     """A stream that drops and counts lines instead of waiting: a pipe that nobody reads fills up, and writing to it
     would stop the event loop and with it the service."""

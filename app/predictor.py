@@ -15,6 +15,7 @@ from app.admission import usual_batch
 from app.calibration import Calibration, energy
 from app.checkpoint import Checkpoint
 from app.engine import Engine
+from app.errors import CheckpointError
 from app.images import to_tensor
 from app.model import IMAGE_BYTES, IMAGE_SIZE
 from app.steps import aside
@@ -55,9 +56,18 @@ class Predictor:
 
     @torch.inference_mode()
     def logits(self, pixels_NCHW: Tensor) -> Tensor:
-        """The network's logits (N, K), float64 on the CPU, of uint8 pixels (N, C, H, W)."""
+        """The network's logits (N, K), float64 on the CPU, of uint8 pixels (N, C, H, W).
+
+        Raises:
+            CheckpointError: they are not finite, or too few: the weights do not suit the engine, or the device fails.
+        """
         features_ND = torch.cat([self.engine(part) for part in pixels_NCHW.split(self._max_batch)])
         logits_NK: Tensor = self._head(features_ND)
+        if len(logits_NK) != len(pixels_NCHW) or not logits_NK.isfinite().all():
+            raise CheckpointError(
+                f"With the engine {self.engine.name} on {self._device}, these weights give logits that are not finite "
+                "numbers, or too few."
+            )
         return logits_NK.double()
 
     @torch.inference_mode()

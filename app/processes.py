@@ -45,6 +45,7 @@ from app.link import (
     TotalReply,
     TotalRequest,
 )
+from app.logs import say
 from app.settings import Settings
 from app.statistics import Counts
 
@@ -79,7 +80,7 @@ class Worker:
     asked: bool = False
     """Whether it owes an answer to a request for its counts."""
     unanswered: int = 0
-    """How many checks in a row found it owing one."""
+    """How many checks in a row found it owing one, or not ready yet."""
 
     def ask(self) -> None:
         if not self.asked:
@@ -135,7 +136,7 @@ class Supervisor:
         try:
             self._start()
         except OSError as error:
-            print(f"No process could be started: {error.strerror}.", file=sys.stderr)
+            say(f"No process could be started: {error.strerror}.", sys.stderr)
             return COULD_NOT_START
         try:
             self._look_after(signals)
@@ -190,12 +191,15 @@ class Supervisor:
                 self._start_at = time.monotonic() + RETRY_SECONDS
 
     def _check(self) -> None:
-        for worker in [each for each in self._workers if each.ready]:
-            worker.unanswered += worker.asked
-            worker.ask()
-            if worker.unanswered == PATIENCE:
+        for worker in self._workers:
+            worker.unanswered += worker.asked or not worker.ready
+            if worker.ready:
+                worker.ask()
+            if worker.unanswered == PATIENCE and worker.ready:
                 logger.error("Process %s is stuck and is killed.", worker.pid)
                 worker.signal(signal.SIGKILL)
+            elif worker.unanswered == PATIENCE:
+                logger.error("Process %s has not begun to serve yet.", worker.pid)
 
     def _start(self) -> None:
         own, its = Pipe()
@@ -264,6 +268,7 @@ class Supervisor:
         match message:
             case ReadyNotice(engine, weights, classes):
                 worker.ready = self._announced = True
+                worker.unanswered = 0
                 self._failures = 0
                 self._classes = classes
                 self._settings = replace(self._settings, engine=engine)

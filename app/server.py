@@ -4,7 +4,6 @@ import asyncio
 import gc
 import logging
 import math
-import os
 import signal
 import socket
 import sys
@@ -19,6 +18,7 @@ import uvicorn
 
 from app.errors import RequestError, StartError
 from app.link import COULD_NOT_START, Link, ReadyNotice
+from app.logs import say
 from app.main import create_app
 from app.protocol import HttpProtocol, Turnstile
 from app.service import Service
@@ -60,14 +60,14 @@ class Server(uvicorn.Server):
         try:
             await self._service.start()
         except StartError as error:  # from the application's lifespan it would be a traceback
-            print(error, file=sys.stderr)
+            say(str(error), sys.stderr)
             self.should_exit = True
             return
         try:
             for listener in sockets or ():
                 listener.listen(self.config.backlog)  # not by uvloop, which does not report failure
         except OSError as error:  # it is bound, but another program began to listen there
-            print(f"The service cannot listen: {error.strerror}. Choose another port with --port.", file=sys.stderr)
+            say(f"The service cannot listen: {error.strerror}. Choose another port with --port.", sys.stderr)
             self.should_exit = True
         if self.should_exit:  # perhaps a signal came meanwhile
             await self._service.close()  # a thread still computing when the interpreter ends would abort it
@@ -172,7 +172,7 @@ def serve(
     try:
         app = create_app(settings, classes)
     except StartError as error:
-        print(error, file=sys.stderr)
+        say(str(error), sys.stderr)
         return COULD_NOT_START
     service = app.service
     config = uvicorn.Config(
@@ -193,7 +193,7 @@ def serve(
             link.open(ready, app.count, lambda: server.handle_exit(signal.SIGTERM, None))
         if classes is None:
             processes = f" in {settings.processes} processes" if settings.processes > 1 else ""
-            say(f"Serving {service.describe()}{processes} on {url(listener)}")
+            say(f"Serving {service.describe()}{processes} on {url(listener)}", sys.stdout)
         if early_reloads:
             server.start_reload()
 
@@ -202,14 +202,6 @@ def serve(
     if service.broken:
         return BROKEN
     return 0 if server.started or service.draining else COULD_NOT_START
-
-
-def say(text: str) -> None:
-    """Print to stdout, if that works: serving must not depend on room on a disk, or on a reader."""
-    try:
-        print(text, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushing the rest at exit would fail
 
 
 def url(listener: socket.socket) -> str:

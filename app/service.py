@@ -293,8 +293,8 @@ class Service:
             max_batch=self.settings.max_batch,
         )
         yield
-        yield from served.predictor.warm_up()
         try:
+            yield from served.predictor.warm_up()
             self_test.check(served.predictor.predict, served.checkpoint.self_test_NK)
         except CheckpointError as error:
             tried = served.predictor.engine.name

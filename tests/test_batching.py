@@ -241,14 +241,39 @@ async def test_an_engine_that_hangs_is_broken_until_it_goes_on() -> None:
     batcher.close()
 
 
+async def test_a_decoder_that_hangs_makes_it_broken_until_it_goes_on() -> None:
+    """Given-up pictures behind it would count as waiting for ever, until nothing is admitted any more."""
+    gate = threading.Event()
+
+    def prepare(text: str) -> int:
+        if text == "1":
+            gate.wait()
+        return int(text)
+
+    batcher: Batcher[str, int, int] = Batcher(prepare, LIMITS)
+    batcher.start(Doubler().build())
+    held = batcher.submit("1", 1, light=False)
+    while not batcher.broken:
+        batcher.check_alive()
+        assert await batcher.submit("2", 1, light=True) == 4
+    gate.set()
+    assert await held == 2
+    while batcher.broken:
+        batcher.check_alive()
+        await asyncio.sleep(0.01)
+    batcher.close()
+
+
 async def test_an_idle_engine_is_not_broken_and_a_slow_one_only_after_many_checks() -> None:
     batcher = start(doubler := Doubler())
     for _ in range(2 * PATIENCE):
-        while not batcher._responsive:
+        while len(batcher._responsive) < 2:
             await asyncio.sleep(0)
         batcher.check_alive()
     held = await hold(doubler, batcher)
-    batcher._responsive = True
+    while len(batcher._responsive) < 2:
+        batcher._responsive.add(batcher._inference_thread)
+        await asyncio.sleep(0)
     for _ in range(PATIENCE):
         batcher.check_alive()
         assert not batcher.broken

@@ -220,6 +220,17 @@ def test_a_truncated_file_is_refused(tmp_path: Path, keep: int) -> None:
         load(file)
 
 
+def test_a_file_with_a_single_wrong_bit_is_refused(tmp_path: Path) -> None:
+    """Such weights often compute so nearly the same that no drawing shows it."""
+    file = tmp_path / "weights.pth"
+    save(example(), file)
+    content = bytearray(file.read_bytes())
+    content[content.index(next(iter(example().state_dict.values())).numpy().tobytes()) + 1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged"):
+        load(file)
+
+
 @pytest.mark.parametrize("keep", range(0, 60, 3))
 def test_a_truncated_file_of_an_old_torch_is_refused(tmp_path: Path, keep: int) -> None:
     """It is a sequence of pickles, which can be cut anywhere."""

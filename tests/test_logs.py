@@ -22,7 +22,7 @@ from fastapi.testclient import TestClient
 from running import SECONDS, get, serving
 
 from app import logs
-from app.logs import QUIET, AccessLog, JsonFormatter, NonBlockingStream
+from app.logs import QUIET, AccessLog, JsonFormatter, NonBlockingStream, say
 from app.main import create_app
 from app.predictor import Predictor
 from app.settings import Settings
@@ -316,3 +316,32 @@ def test_a_running_service_logs_nothing_but_json(weights: Path, png: bytes) -> N
         "OTHER unmatched 400",
         "Stopping: /readyz answers 503; requests that arrive before the socket closes are answered.",
     }
+
+
+def test_a_failing_stream_prevents_nothing(tmp_path: Path) -> None:
+    class Full(io.StringIO):
+        def write(self, _text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+        def fileno(self) -> int:
+            return file.fileno()
+
+    with (tmp_path / "stdout").open("w") as file:
+        say("Serving.", Full())
+        assert os.path.samestat(os.fstat(file.fileno()), os.stat(os.devnull))
+    say("Serving.", None)
+
+
+def test_a_line_that_finds_no_room_in_a_pipe_is_dropped() -> None:
+    reader, writer = os.pipe()
+    with open(reader, "rb") as read, open(writer, "w") as write:
+        os.set_blocking(writer, False)
+        with suppress(BlockingIOError):
+            while True:
+                os.write(writer, bytes(4096))
+        os.set_blocking(writer, True)
+        say("Serving.", write)
+        os.read(reader, 65536)
+        say("Stopping.", write)
+        write.close()
+        assert read.read().strip(b"\0") == b"Stopping.\n"

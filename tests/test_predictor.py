@@ -1,6 +1,7 @@
 """The loaded network answers what the plain network says, for any number of pictures."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from torch import Tensor
 from app import checkpoint
 from app.calibration import Calibration
 from app.device import choose_dtype
+from app.engine import TorchEngine
+from app.errors import CheckpointError
 from app.predictor import build
 from app.steps import finish
 
@@ -37,6 +40,23 @@ def test_rows_sum_to_one() -> None:
     probabilities_NK = finish(build(random_checkpoint(), CPU, threads=1, max_batch=8)).predict(some_pixels(8))
     assert probabilities_NK.dtype == torch.float64
     assert (probabilities_NK.sum(dim=1) - 1).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("spoil", [lambda x_ND: x_ND * torch.nan, lambda x_ND: x_ND[1:]], ids=["nan", "too few"])
+def test_nonsense_from_an_engine_is_no_answer(spoil: Callable[[Tensor], Tensor]) -> None:
+    predictor = finish(build(random_checkpoint(), CPU, engine_name="torch", threads=1, max_batch=8))
+    engine = predictor.engine
+
+    class Failing(TorchEngine):
+        def __init__(self) -> None:
+            pass
+
+        def __call__(self, pixels_NCHW: Tensor) -> Tensor:
+            return spoil(engine(pixels_NCHW))
+
+    predictor.engine = Failing()
+    with pytest.raises(CheckpointError, match="With the engine torch on cpu, these weights give logits that are not"):
+        predictor.estimate(some_pixels(3))
 
 
 @pytest.mark.parametrize("max_batch", [1, 3, 64])

@@ -211,6 +211,20 @@ def test_a_process_that_sometimes_answers_late_is_not_considered_stuck(superviso
     assert worker.signals == []
 
 
+def test_a_process_that_takes_long_to_start_is_reported_once(
+    supervisor: Supervisor, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = Pretended(supervisor)
+    for _ in range(2 * PATIENCE):
+        supervisor._check()
+    assert caplog.messages == [f"Process {worker.pid} has not begun to serve yet."]
+    worker.its.send(ReadyNotice("torch", "0123", ("a", "b")))
+    supervisor._receive(worker)
+    for _ in range(PATIENCE):
+        supervisor._check()
+    assert worker.signals == []  # it was not ready to answer before
+
+
 def test_only_cumulative_counts_of_an_ended_process_are_kept(supervisor: Supervisor) -> None:
     asker = Pretended(supervisor, ready=True)
     gone = Pretended(supervisor, ready=True, counts=Counts(lines_dropped=3, pids=(1,), waiting=5, ready=False))

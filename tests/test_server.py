@@ -7,16 +7,14 @@ import signal
 import socket
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import pytest
 import uvicorn
 
-from app import server
 from app.application import Application
 from app.main import create_app
 from app.protocol import HttpProtocol, Turnstile
-from app.server import Server, say
+from app.server import Server
 from app.settings import Settings
 
 pytestmark = pytest.mark.anyio
@@ -85,18 +83,3 @@ async def test_responses_carry_connection_close_while_draining(settings: Setting
     for tick in (1, 10):  # every tenth makes the headers anew
         assert not await running.on_tick(tick)
         assert (b"connection", b"close") in running.server_state.default_headers
-
-
-def test_a_failing_stdout_does_not_prevent_serving(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    class Full:
-        def write(self, _text: str) -> int:
-            raise OSError(28, "No space left on device")
-
-        def flush(self) -> None: ...
-
-        def fileno(self) -> int:
-            return file.fileno()
-
-    with (tmp_path / "stdout").open("w") as file:
-        monkeypatch.setattr(server.sys, "stdout", Full())  # type: ignore[attr-defined]
-        say("Serving.")

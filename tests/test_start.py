@@ -1,6 +1,7 @@
 """`python -m app` as a person or a container starts it: real processes, real sockets, real signals."""
 
 import dataclasses
+import os
 import pickle
 import re
 import shlex
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -350,6 +352,44 @@ def test_a_reload_that_hangs_does_not_keep_the_process(weights: Path) -> None:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=SECONDS)
         assert process.returncode == 0
+
+
+HUNG_DATA = """
+import runpy, time
+from app import data
+def hang(path):
+    path.with_name("reading").touch()
+    time.sleep(1000)
+data._decode_or_refuse = hang
+runpy.run_module("app", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_data_set_that_cannot_be_read_to_its_end_does_not_keep_the_process(
+    weights: Path, tmp_path: Path, png: bytes
+) -> None:
+    for name in ("train/cat", "train/dog", "test/dog", "test/cat"):
+        (folder := tmp_path / name).mkdir(parents=True)
+        (folder / "a.png").write_bytes(png)
+    arguments = ("--weights", str(weights), "--data", str(tmp_path), "--drain-seconds", "0")
+    with serving(*arguments, program=["-c", HUNG_DATA]) as (process, _, _):
+        eventually((folder / "reading").exists)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=SECONDS)
+        assert process.returncode == 0
+
+
+@pytest.mark.parametrize("processes", ["1", TWO])
+def test_an_error_message_that_nobody_reads_does_not_keep_the_process(tmp_path: Path, processes: str) -> None:
+    reader, writer = os.pipe()
+    with open(reader, "rb"), open(writer, "wb") as log:
+        os.set_blocking(writer, False)
+        with suppress(BlockingIOError):
+            while True:
+                os.write(writer, bytes(4096))
+        os.set_blocking(writer, True)
+        arguments = command("--processes", processes, "--weights", str(tmp_path / "none.pth"))
+        assert subprocess.run(arguments, cwd=ROOT, env=environment(), stderr=log, timeout=SECONDS).returncode == 1
 
 
 TAKEN_MEANWHILE = """
