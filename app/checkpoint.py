@@ -149,8 +149,7 @@ def load(path: Path | str) -> Checkpoint:
     except OSError as error:
         raise CheckpointError(f"The weights file {path} cannot be read: {error.strerror}.") from None
     try:
-        if zipfile.is_zipfile(io.BytesIO(raw)) and zipfile.ZipFile(io.BytesIO(raw)).testzip() is not None:
-            raise ValueError("a checksum that torch does not look at")
+        wrong = zipfile.ZipFile(io.BytesIO(raw)).testzip() if zipfile.is_zipfile(io.BytesIO(raw)) else None
         with warnings.catch_warnings(action="ignore"):  # torch warns of files that it then refuses
             content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -163,6 +162,11 @@ def load(path: Path | str) -> Checkpoint:
             f"The weights file {path} is not a PyTorch file of tensors (TorchScript is not accepted), or it is damaged "
             f"or cut short ({len(raw):,} bytes). {EXPECTED}"
         ) from None
+    if wrong is not None:  # torch does not look
+        raise CheckpointError(
+            f"The weights file {path} is damaged: the checksum of its part {wrong} is wrong. Get it again; if it was "
+            "saved without checksums (torch.serialization.set_crc32_options), save it with them."
+        )
     try:
         checkpoint = _parse(content)
         _check(checkpoint)

@@ -250,7 +250,7 @@ class Supervisor:
         self._stopping = True
         self._reserved.close()
         for worker in self._workers:
-            worker.signal(sent if worker.ready else signal.SIGTERM)  # SIGINT would print a traceback while it starts
+            worker.signal(sent)
 
     def _reload_all(self) -> None:
         for worker in self._workers:
@@ -320,7 +320,7 @@ class Supervisor:
             self._exit_code = COULD_NOT_START
             return
         logger.error("Process %d ended (exit code %s). Another one replaces it.", worker.pid, exit_code)
-        if exit_code == -signal.SIGKILL and worker.unanswered < PATIENCE:  # otherwise we killed it
+        if exit_code == -signal.SIGKILL and not (worker.ready and worker.unanswered >= PATIENCE):  # or we killed it
             logger.error("It was killed, most likely for lack of memory: give it more, or lower CIFAR_PROCESSES.")
         if not worker.ready:  # an immediate retry would fail, too, so wait longer each time
             self._failures += 1

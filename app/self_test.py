@@ -43,11 +43,11 @@ def check(predict: Callable[[Tensor], Tensor], expected_NK: Tensor | None = None
     pixels_NCHW = drawings()
     together_NK = predict(pixels_NCHW)
     alone_NK = torch.cat([predict(pixels_1CHW) for pixels_1CHW in pixels_NCHW.split(1)])
-    if (together_NK - alone_NK).abs().max() > NEIGHBOURS_TOLERANCE:
+    if not (together_NK - alone_NK).abs().max() <= NEIGHBOURS_TOLERANCE:  # NaN neither
         raise CheckpointError(
             "With these weights the network gives a picture different probabilities alone and in a batch."
         )
-    if expected_NK is not None and (error := (together_NK - expected_NK).abs().max().item()) > TOLERANCE:
+    if expected_NK is not None and not (error := (together_NK - expected_NK).abs().max().item()) <= TOLERANCE:
         raise CheckpointError(
             f"The network computes wrongly here: it gives a drawing a probability that is {error:.2f} from the one "
             "that training put into the weights file. Get the file again; if that does not help, try the engine torch "

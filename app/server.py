@@ -29,9 +29,9 @@ logger = logging.getLogger(__name__)
 REQUEST_SECONDS = 0.2
 """How long a connection accepted just as the socket closed has to send its request."""
 WATCH_TICKS = 50
-"""How often to look after the engine, in ticks of 0.1 seconds."""
+"""How often to look after engine and decoder, in ticks of 0.1 seconds."""
 BROKEN = 70
-"""The exit code of a process whose engine has failed (EX_SOFTWARE of sysexits.h)."""
+"""The exit code of a process whose engine or decoder has failed (EX_SOFTWARE of sysexits.h)."""
 
 
 class Server(uvicorn.Server):
@@ -41,7 +41,8 @@ class Server(uvicorn.Server):
     Ctrl-C or a second signal closes it at once. However many signals come, admitted requests are answered; the exit
     code is 0.
 
-    SIGHUP reads the weights file again. When no batch can run any more, the server stops with another exit code.
+    SIGHUP reads the weights file again. When the engine fails, or it or the decoder hangs, the
+    server stops with another exit code.
 
     Args:
         on_started: Called when the socket is open.
@@ -139,7 +140,9 @@ class Server(uvicorn.Server):
         if counter % WATCH_TICKS == 0:
             self._service.check_engine()
         if self._service.broken and not self.should_exit:
-            logger.critical("No batch can run any more. This process ends so that another can take its place.")
+            logger.critical(
+                "This process cannot do its work any more: its engine fails, or a thread hangs. It ends for another."
+            )
             self.should_exit = self._service.draining = True
         if self._service.draining and not self._draining_logged:  # not in the signal handler, which interrupts anything
             self._draining_logged = True

@@ -125,7 +125,7 @@ class Service:
         await asyncio.wrap_future(in_thread(self._batcher.close))
 
     def check_engine(self) -> None:
-        """To be called every few seconds, so that an engine that hangs becomes `broken`."""
+        """To be called every few seconds, so that an engine or a decoder that hangs makes it `broken`."""
         self._batcher.check_alive()
 
     async def reload(self) -> bool:
@@ -300,7 +300,7 @@ class Service:
             tried = served.predictor.engine.name
             if engine_name != "auto" or tried == "torch":
                 raise
-            logger.warning("With the engine %s: %s Using the engine torch.", tried, error)
+            logger.warning("The engine %s is not used. %s Using the engine torch.", tried, error)
             return (yield from self._build(served, "torch"))
         return partial(self._run, served)
 

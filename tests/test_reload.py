@@ -346,7 +346,7 @@ def test_an_engine_that_is_faster_but_wrong_is_not_taken(png: bytes, caplog: pyt
     with TestClient(app) as client:
         assert app.service.engine == "torch"
         assert client.post("/predict", content=png).status_code == 200
-    assert "With the engine openvino: The network computes wrongly here: it gives a drawing" in caplog.text
+    assert "The engine openvino is not used. The network computes wrongly here: it gives a drawing" in caplog.text
 
 
 @pytest.mark.usefixtures("wrong_openvino")
