@@ -41,8 +41,8 @@ class Server(uvicorn.Server):
     Ctrl-C or a second signal closes it at once. However many signals come, admitted requests are answered; the exit
     code is 0.
 
-    SIGHUP reads the weights file again. When the engine fails, or it or the decoder hangs, the
-    server stops with another exit code.
+    SIGHUP reads the weights file again. When the engine fails, or it or the decoder hangs, the server stops with
+    another exit code.
 
     Args:
         on_started: Called when the socket is open.
