@@ -429,6 +429,7 @@ def test_what_the_supervisor_imports_neither_uses_cuda_nor_leaves_a_thread_at_a_
 
 
 def test_processes_share_what_imports_take(service: Running) -> None:
+    service.wait_for_both()
     for pid in service.pids():
         kilobytes = dict(re.findall(r"^(\w+): +(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M))
         own = int(kilobytes["Private_Clean"]) + int(kilobytes["Private_Dirty"])
@@ -436,6 +437,7 @@ def test_processes_share_what_imports_take(service: Running) -> None:
 
 
 def test_the_supervisor_is_the_last_to_be_killed_for_lack_of_memory(service: Running) -> None:
+    service.wait_for_both()
     supervisor, *workers = (
         int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in (service.supervisor.pid, *service.pids())
     )
