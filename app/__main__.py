@@ -72,8 +72,8 @@ def allow_connections() -> None:
 def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     # In force until the server installs its own handlers. By default the first process of a container ignores
     # SIGTERM, and Ctrl-C prints a traceback of whatever is being imported.
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it would end the process; there is nothing to reload yet
     open_standard_streams()

@@ -77,7 +77,7 @@ def test_a_signal_while_torch_is_imported_ends_the_service_silently(
         stderr=subprocess.PIPE,
         text=True,
     )
-    eventually(lambda: signals(process.pid, "SigCgt", signal.SIGTERM))
+    eventually(lambda: signals(process.pid, "SigCgt", signal.SIGTERM))  # this handler is installed last
     process.send_signal(sent)
     out, err = process.communicate(timeout=SECONDS)
     assert process.returncode in exit_codes
