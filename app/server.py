@@ -141,7 +141,8 @@ class Server(uvicorn.Server):
             self._service.check_engine()
         if self._service.broken and not self.should_exit:
             logger.critical(
-                "This process cannot do its work any more: its engine fails, or a thread hangs. It ends for another."
+                "This process cannot do its work any more: its engine fails, or a thread hangs. It ends, so that "
+                "another can take its place."
             )
             self.should_exit = self._service.draining = True
         if self._service.draining and not self._draining_logged:  # not in the signal handler, which interrupts anything

@@ -566,7 +566,7 @@ def starting(weights: Path, group: int | None = None) -> "subprocess.Popen[str]"
     )
     try:
         eventually(lambda: len(pids_of(supervisor)) == 1)
-    except BaseException:
+    except BaseException:  # an interrupt, too: no process may stay
         supervisor.kill()
         supervisor.communicate()
         raise
